@@ -1,0 +1,61 @@
+# Everything runs in .venv, which is made on demand with the versions of constraints.txt.
+#
+#   make demo    a Lightning run on FSDP2 that is killed and resumed, on 2, 1 and 4 ranks
+#   make test    what CI runs: lint, types, the whole suite
+#   make lint    ruff and mypy
+#   make bench   this package against stock torch, on this machine's storage
+#   make clean   remove .venv and every cache
+
+PYTHON ?= python3
+# Tests start ranks of their own; two workers keep two cores busy while ranks wait for each other.
+PYTEST_WORKERS ?= 2
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint format types bench clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+# Two stamps, so that the demo does not wait for the developers' tools.
+$(VENV)/.runtime: pyproject.toml constraints.txt
+	@echo "Making $(VENV) (a minute or two the first time)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) --editable '.[lightning]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	$(PIP_INSTALL) --editable '.[dev,lightning]'
+	touch $@
+
+venv: $(VENV)/.dev
+
+demo: $(VENV)/.runtime
+	$(BIN)/python examples/lightning_demo.py
+
+test: lint
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+bench: $(VENV)/.runtime
+	$(BIN)/dcp-plugins bench $(BENCH_ARGS)
+
+clean:
+	rm -rf $(VENV) build dist demo-runs .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

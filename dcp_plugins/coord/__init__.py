@@ -1,0 +1,7 @@
+"""Where ranks talk: gather, scatter, agree, each with every rank's failure in it."""
+
+from __future__ import annotations
+
+from dcp_plugins.coord.group import Ranks
+
+__all__ = ["Ranks"]

@@ -1,0 +1,20 @@
+"""Save and load, as their phases in order."""
+
+from __future__ import annotations
+
+from dcp_plugins.engine.async_save import AsyncCheckpointerType, AsyncSaveResponse, async_save
+from dcp_plugins.engine.load import load, load_from_keys, load_state_dict
+from dcp_plugins.engine.optimizer import load_sharded_optimizer_state_dict
+from dcp_plugins.engine.save import save, save_state_dict
+
+__all__ = [
+    "AsyncCheckpointerType",
+    "AsyncSaveResponse",
+    "async_save",
+    "load",
+    "load_from_keys",
+    "load_sharded_optimizer_state_dict",
+    "load_state_dict",
+    "save",
+    "save_state_dict",
+]

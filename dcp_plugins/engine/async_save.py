@@ -1,0 +1,185 @@
+"""Saving in the background: stage on the calling thread, then plan, write and commit while training goes on."""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from concurrent.futures import Future
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch.distributed as dist
+
+from dcp_plugins.contract import AsyncStager, Metadata, SavePlanner, StorageWriter
+from dcp_plugins.coord import Ranks
+from dcp_plugins.engine.save import run_save
+from dcp_plugins.engine.setup import open_writer, ranks_of, to_plain
+from dcp_plugins.engine.side_group import side_group
+from dcp_plugins.engine.thread_runner import thread_runner
+from dcp_plugins.errors import UnsupportedValueError
+from dcp_plugins.events import record
+from dcp_plugins.plan import DefaultSavePlanner
+from dcp_plugins.staging import BlockingAsyncStager, shared_stager
+from dcp_plugins.storage import FileSystemWriter
+
+__all__ = ["AsyncCheckpointerType", "AsyncSaveResponse", "async_save"]
+
+logger = logging.getLogger(__name__)
+
+Staging = dict[str, Any] | Future[dict[str, Any]]
+
+
+class AsyncCheckpointerType(Enum):
+    """Where the background part of a save runs."""
+
+    THREAD = "thread"
+    PROCESS = "process"
+
+
+@dataclass
+class AsyncSaveResponse:
+    """What ``async_save`` returns where the stager itself works in the background."""
+
+    staging_completion: Future[None]
+    """Done when the snapshot is taken: parameters may change from then on."""
+    upload_completion: Future[Metadata]
+    """Done when the checkpoint exists."""
+
+
+def async_save(
+    state_dict: dict[str, Any],
+    *,
+    checkpoint_id: str | os.PathLike[str] | None = None,
+    storage_writer: StorageWriter | None = None,
+    planner: SavePlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    async_checkpointer_type: AsyncCheckpointerType = AsyncCheckpointerType.THREAD,
+    async_stager: AsyncStager | None = None,
+    no_dist: bool = False,
+    use_collectives: bool = True,
+) -> Future[Metadata] | AsyncSaveResponse:
+    """Take a snapshot of a state dict and save it in the background; see ``save`` for what it has in common with it.
+
+    What the caller does to its tensors and other values after this has returned (with an asynchronous stager: after
+    ``staging_completion``) is not in the checkpoint. One save is in flight at a time: a call first waits for the
+    previous save. A save that fails raises at its future; where nobody asked the future, at the next call, and at the
+    latest when the interpreter ends, which then prints the traceback and exits with status 1. The interpreter waits
+    for a save in flight.
+
+    All ranks of the group call this, in the same order. The group needs no CPU backend: the ranks agree over a group
+    that is made for it at the first call, so that nothing interleaves with the training's collectives.
+
+    Args:
+        state_dict: As for ``save``; the ``state_dict()`` of ``Stateful`` objects is called on the calling thread.
+        checkpoint_id: Where to save.
+        storage_writer: Writes to the storage; not to be used otherwise before the save has ended. One that is a
+            stager itself stages, unless ``async_stager`` is given.
+        planner: Plans the save, in the background.
+        process_group: The ranks that save; None takes the default group.
+        async_checkpointer_type: Where the background part runs.
+        async_stager: Takes the snapshot; to be closed by the caller, after the last save. None takes one that this
+            process keeps, with its memory, until ``dcp_plugins.staging.release_staging_memory()``.
+        no_dist: Save from this process alone.
+        use_collectives: False saves without agreement among the ranks, as in ``save``.
+
+    Returns:
+        The future of the checkpoint's metadata; with a stager whose ``stage`` gives a future, both futures.
+
+    Raises:
+        CheckpointException: The previous save failed, and nobody has asked its future.
+        UnsupportedValueError: A value cannot be copied. The other ranks learn of it from their futures.
+    """
+    if async_checkpointer_type is not AsyncCheckpointerType.THREAD:
+        raise UnsupportedValueError(
+            f"async_checkpointer_type must be AsyncCheckpointerType.THREAD, got {async_checkpointer_type}: saving in a "
+            "process of its own comes with a later version"
+        )
+    with thread_runner.turn, record("async_save", checkpoint_id=checkpoint_id):
+        ranks = ranks_of(process_group, no_dist=no_dist, verb="save")
+        if ranks.distributed:
+            ranks = Ranks(side_group(process_group), distributed=True)
+        try:
+            previous_failure = thread_runner.finish_previous()
+            if previous_failure is not None:
+                logger.error("an asynchronous save failed, and nobody asked for its result: raised at the next one")
+                raise previous_failure
+            # A writer of the caller's is reset later: it may be its own stager, and still be staging.
+            writer = open_writer(None, checkpoint_id) if storage_writer is None else storage_writer
+            stager = _stager_for(writer) if async_stager is None else async_stager
+            with record("stage"):
+                staging: Staging = stager.stage(to_plain(state_dict))
+        except BaseException as exc:
+            # The other ranks are about to agree on this save: they must hear that this one is out of it.
+            _join_as_failed(ranks, exc)
+            raise
+
+        def ready() -> dict[str, Any]:
+            staged = staging.result() if isinstance(staging, Future) else staging
+            if storage_writer is not None:
+                open_writer(storage_writer, checkpoint_id)
+            return staged
+
+        def save_staged() -> Metadata:
+            with record("save", checkpoint_id=checkpoint_id):
+                staged = ranks.settle("stage", ready)
+                return run_save(staged, writer, planner or DefaultSavePlanner(), ranks, use_collectives=use_collectives)
+
+        upload = thread_runner.start(save_staged)
+        if isinstance(staging, Future):
+            return AsyncSaveResponse(_completion_of(staging), upload)
+        _synchronize(stager)
+        return upload
+
+
+# The memory lives as long as the writer, as if the writer were the stager, which torch's is.
+_writers_stagers: weakref.WeakKeyDictionary[StorageWriter, BlockingAsyncStager] = weakref.WeakKeyDictionary()
+
+
+def _stager_for(writer: StorageWriter) -> AsyncStager:
+    """Return the stager of a save that was given none."""
+    if isinstance(writer, AsyncStager):
+        return writer
+    if isinstance(writer, FileSystemWriter) and writer.cache_staged_state_dict:
+        stager = _writers_stagers.get(writer)
+        if stager is None:
+            stager = _writers_stagers[writer] = BlockingAsyncStager(cache_staged_state_dict=True)
+        return stager
+    return shared_stager()
+
+
+def _join_as_failed(ranks: Ranks, failure: BaseException) -> None:
+    """Take part in the first exchange of a save that this rank cannot make, in the background."""
+    if not ranks.distributed:
+        return
+
+    def fail() -> Metadata:
+        raise failure
+
+    future = thread_runner.start(lambda: ranks.settle("stage", fail))
+    # This rank raises the failure itself, now.
+    future.disown()
+
+
+def _completion_of(staging: Future[dict[str, Any]]) -> Future[None]:
+    """Return a future that is done when staging is, and does not keep what was staged alive."""
+    completion: Future[None] = Future()
+    completion.set_running_or_notify_cancel()
+
+    def finish(staged: Future[dict[str, Any]]) -> None:
+        failure = staged.exception()
+        if failure is None:
+            completion.set_result(None)
+        else:
+            completion.set_exception(failure)
+
+    staging.add_done_callback(finish)
+    return completion
+
+
+def _synchronize(stager: AsyncStager) -> None:
+    """Wait for a stager that returned before it was done; one that inherits the protocol's method has nothing to do."""
+    overridden = getattr(type(stager), "synchronize_staging", None) is not AsyncStager.synchronize_staging
+    if overridden and stager.should_synchronize_after_execute:
+        stager.synchronize_staging()

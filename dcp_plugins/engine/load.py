@@ -1,0 +1,219 @@
+"""Loading: read the metadata, plan, read data into place."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch.distributed as dist
+
+from dcp_plugins.contract import LoadPlan, LoadPlanner, Metadata, StorageReader
+from dcp_plugins.coord import Ranks
+from dcp_plugins.engine.setup import (
+    accepts,
+    collector_paused,
+    open_reader,
+    put_back,
+    ranks_of,
+    storage_second,
+    to_plain,
+)
+from dcp_plugins.errors import CheckpointNotFoundError, PlanError, listing
+from dcp_plugins.events import record
+from dcp_plugins.plan import DefaultLoadPlanner, EmptyStateDictLoadPlanner
+from dcp_plugins.storage import FileSystemReader
+
+__all__ = ["load", "load_from_keys", "load_state_dict", "run_load"]
+
+logger = logging.getLogger(__name__)
+
+
+@storage_second("storage_reader")
+@collector_paused()
+def load(
+    state_dict: dict[str, Any],
+    *,
+    checkpoint_id: str | os.PathLike[str] | None = None,
+    storage_reader: StorageReader | None = None,
+    planner: LoadPlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    no_dist: bool = False,
+) -> None:
+    """Load a checkpoint into a state dict, in place, each rank what it holds.
+
+    Layout and world size may differ from those of the save. Tensors are filled where they lie; other values are
+    replaced; a ``Stateful`` gets its loaded state through ``load_state_dict``.
+
+    Args:
+        state_dict: Says what is wanted: its keys, and for tensors the size, dtype, device and local boxes.
+        checkpoint_id: Where the checkpoint is, for a path: its directory.
+        storage_reader: Reads from the storage; None chooses one by the id.
+        planner: Plans the load; None takes ``DefaultLoadPlanner``.
+        process_group: The ranks that load; None takes the default group. All of them must call this.
+        no_dist: Load into this process alone.
+
+    Raises:
+        CheckpointException: Some rank failed; raised on every rank, with each failing rank's exception: a key that is
+            missing, a size that differs, data that is damaged.
+        RuntimeError: Neither id nor reader was given, or no storage claims the id.
+    """
+    with record("load", checkpoint_id=checkpoint_id):
+        ranks = ranks_of(process_group, no_dist=no_dist, verb="load")
+        reader = open_reader(storage_reader, checkpoint_id)
+        plain = run_load(lambda: to_plain(state_dict), reader, planner or DefaultLoadPlanner(), ranks)
+        ranks.settle("apply", lambda: put_back(state_dict, plain))
+
+
+def load_state_dict(
+    state_dict: dict[str, Any],
+    storage_reader: StorageReader,
+    process_group: dist.ProcessGroup | None = None,
+    coordinator_rank: int = 0,
+    no_dist: bool = False,
+    planner: LoadPlanner | None = None,
+) -> None:
+    """Load through a storage reader; deprecated, use ``load``.
+
+    Args:
+        coordinator_rank: The rank, within the group, that sees all plans.
+    """
+    warnings.warn(
+        "load_state_dict is deprecated and will be removed in future versions; use load", FutureWarning, stacklevel=2
+    )
+    storage_reader.reset()
+    ranks = Ranks(process_group, distributed=not no_dist, coordinator_rank=coordinator_rank)
+    run_load(lambda: state_dict, storage_reader, planner or DefaultLoadPlanner(), ranks)
+
+
+def load_from_keys(
+    keys: Collection[str] | str | None = None,
+    *,
+    checkpoint_id: str | os.PathLike[str] | None = None,
+    storage_reader: StorageReader | None = None,
+    planner: EmptyStateDictLoadPlanner | None = None,
+) -> dict[str, Any]:
+    """Return a checkpoint's state dict, whole or in part, on this process alone and without a target to fill.
+
+    Args:
+        keys: Full keys, or prefixes that end at a path element (``"model"``, ``"model.layers.0"``); None loads all.
+        checkpoint_id: Where the checkpoint is.
+        storage_reader: Reads from the storage; None chooses one by the id.
+        planner: An ``EmptyStateDictLoadPlanner`` made otherwise than by default; then ``keys`` must be None.
+
+    Raises:
+        CheckpointException: A key matches nothing, or the checkpoint cannot be read.
+    """
+    if planner is not None and keys is not None:
+        raise ValueError("keys and planner were both given: pass the keys to the planner")
+    wanted = {keys} if isinstance(keys, str) else keys
+    reader = open_reader(storage_reader, checkpoint_id)
+    planner = planner or EmptyStateDictLoadPlanner(wanted)
+    return run_load(dict, reader, planner, Ranks(None, distributed=False))
+
+
+def run_load(
+    describe: Callable[[], dict[str, Any]], reader: StorageReader, planner: LoadPlanner, ranks: Ranks
+) -> dict[str, Any]:
+    """Run the phases of a load; everything a rank can fail in is inside an exchange that tells the others.
+
+    Args:
+        describe: Returns the dict to fill, without ``Stateful`` objects in it.
+
+    Returns:
+        That dict, filled.
+    """
+    step = _Load(describe, reader, planner, ranks)
+    with record("plan"):
+        plan = step.agreed_plan()
+    with record("read"):
+        ranks.settle("read", lambda: step.read(plan))
+    return step.state_dict
+
+
+class _Load:
+    """The state of one load on one rank."""
+
+    def __init__(
+        self, describe: Callable[[], dict[str, Any]], reader: StorageReader, planner: LoadPlanner, ranks: Ranks
+    ) -> None:
+        self._describe = describe
+        self.state_dict: dict[str, Any] = {}
+        self._reader = reader
+        self._planner = planner
+        self._ranks = ranks
+        self._plan: LoadPlan | None = None
+
+    def agreed_plan(self) -> LoadPlan:
+        """Return what this rank reads; plans travel only where planner or reader wants to see them all."""
+        whole = self._ranks.all_gather("plan", self._prepare)
+        if len(set(whole)) > 1:
+            raise PlanError(
+                "some ranks found the whole checkpoint's metadata and others only their own: whole on ranks "
+                f"{listing(rank for rank, found in enumerate(whole) if found)}. All ranks must see the same storage"
+            )
+        assert self._plan is not None
+        if not whole[0]:
+            # Saved without collectives: each rank's metadata is all there is, so there is nothing to agree.
+            return self._ranks.settle("plan", lambda: self._globally([self._local_plan()])[0])
+        if self._plans_stay_local():
+            return self._plan
+        return self._ranks.reduce_scatter("plan", self._local_plan, self._globally)
+
+    def read(self, plan: LoadPlan) -> None:
+        """Read this rank's part into the state dict."""
+        pending = self._reader.read_data(self._planner.finish_plan(plan), self._planner)
+        pending.wait()
+        pending.value()
+
+    def _prepare(self) -> bool:
+        """Read metadata and plan this rank's reads; True if the metadata is the whole checkpoint's."""
+        self.state_dict = self._describe()
+        metadata, whole = self._read_metadata()
+        planner, reader, ranks = self._planner, self._reader, self._ranks
+        if isinstance(planner, EmptyStateDictLoadPlanner) and isinstance(reader, FileSystemReader):
+            # This planner allocates what the metadata says; any other is given tensors that exist.
+            reader.check_sizes(metadata)
+        planner.set_up_planner(self.state_dict, metadata, ranks.is_coordinator)
+        if accepts(reader.set_up_storage_reader, "kwargs"):
+            reader.set_up_storage_reader(metadata, ranks.is_coordinator, rank=ranks.rank, use_collectives=whole)
+        else:
+            reader.set_up_storage_reader(metadata, ranks.is_coordinator)
+        self._plan = reader.prepare_local_plan(planner.create_local_plan())
+        return whole
+
+    def _read_metadata(self) -> tuple[Metadata, bool]:
+        try:
+            return self._reader.read_metadata(), True
+        except CheckpointNotFoundError as exc:
+            missing: Exception = exc
+        # A third-party reader has its own way to say that a file is not there.
+        except Exception as exc:
+            if isinstance(self._reader, FileSystemReader):
+                raise
+            missing = exc
+        if not accepts(self._reader.read_metadata, "kwargs"):
+            raise missing
+        try:
+            metadata = self._reader.read_metadata(rank=self._ranks.rank)
+        except Exception as exc:
+            # The first failure says what the user is after; the second only that the fallback had nothing either.
+            raise missing from exc
+        logger.info("no metadata of the whole checkpoint, loading what rank %s saved alone", self._ranks.rank)
+        return metadata, False
+
+    def _plans_stay_local(self) -> bool:
+        planner, reader = type(self._planner), type(self._reader)
+        return (
+            getattr(planner, "create_global_plan", None) is DefaultLoadPlanner.create_global_plan
+            and getattr(reader, "prepare_global_plan", None) is FileSystemReader.prepare_global_plan
+        )
+
+    def _local_plan(self) -> LoadPlan:
+        assert self._plan is not None
+        return self._plan
+
+    def _globally(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return self._reader.prepare_global_plan(self._planner.create_global_plan(plans))

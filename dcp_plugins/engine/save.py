@@ -1,0 +1,294 @@
+"""Saving: describe, plan, agree, write, commit."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+from collections.abc import Hashable
+from typing import Any
+
+import torch.distributed as dist
+
+from dcp_plugins.contract import Metadata, SavePlan, SavePlanner, StorageWriter
+from dcp_plugins.coord import Ranks
+from dcp_plugins.engine.commit import commit, commit_alone
+from dcp_plugins.engine.setup import accepts, collector_paused, open_writer, ranks_of, storage_second, to_plain
+from dcp_plugins.engine.thread_runner import thread_runner
+from dcp_plugins.events import record
+from dcp_plugins.plan import DefaultSavePlanner
+from dcp_plugins.plan.cache import CachedPlan, lookup, new_generation, store
+from dcp_plugins.plan.codec import PackedChoice, PackedPlan, choose, chosen, pack, unpack
+from dcp_plugins.storage import FileSystemWriter
+from dcp_plugins.storage.writer import check_results
+
+__all__ = ["run_save", "save", "save_state_dict"]
+
+
+@storage_second("storage_writer")
+@collector_paused()
+def save(
+    state_dict: dict[str, Any],
+    *,
+    checkpoint_id: str | os.PathLike[str] | None = None,
+    storage_writer: StorageWriter | None = None,
+    planner: SavePlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    no_dist: bool = False,
+    use_collectives: bool = True,
+) -> Metadata:
+    """Save a state dict, each rank its part, and return the checkpoint's metadata.
+
+    The checkpoint exists when this returns, and not before: whatever was committed under the same id stays loadable
+    until the new one replaces it in one step.
+
+    Args:
+        state_dict: Nested dict of tensors (``DTensor`` and ``ShardedTensor`` too), picklable values and ``Stateful``
+            objects, whose ``state_dict()`` is saved in their place. Every rank of the group passes its own.
+        checkpoint_id: Where to save, for a path: the checkpoint's directory.
+        storage_writer: Writes to the storage; None chooses one by the id.
+        planner: Plans the save; None takes ``DefaultSavePlanner``.
+        process_group: The ranks that save; None takes the default group. All of them must call this.
+        no_dist: Save from this process alone.
+        use_collectives: False saves without talking to other ranks, each into metadata of its own; the result can
+            only be loaded on the same ranks.
+
+    Returns:
+        The metadata of the whole checkpoint, on every rank (of this rank's part without collectives).
+
+    Raises:
+        CheckpointException: Some rank failed; raised on every rank, with each failing rank's exception.
+        RuntimeError: Neither id nor writer was given, or no storage claims the id.
+    """
+    with record("save", checkpoint_id=checkpoint_id):
+        ranks = ranks_of(process_group, no_dist=no_dist, verb="save")
+        # One save at a time: this one would take the files of one that is still being written for litter.
+        thread_runner.wait()
+        writer = open_writer(storage_writer, checkpoint_id)
+        return run_save(state_dict, writer, planner or DefaultSavePlanner(), ranks, use_collectives=use_collectives)
+
+
+def save_state_dict(
+    state_dict: dict[str, Any],
+    storage_writer: StorageWriter,
+    process_group: dist.ProcessGroup | None = None,
+    coordinator_rank: int = 0,
+    no_dist: bool = False,
+    planner: SavePlanner | None = None,
+) -> Metadata:
+    """Save through a storage writer; deprecated, use ``save``.
+
+    Args:
+        coordinator_rank: The rank, within the group, that agrees the plan and commits.
+    """
+    warnings.warn(
+        "save_state_dict is deprecated and will be removed in future versions; use save", FutureWarning, stacklevel=2
+    )
+    storage_writer.reset()
+    ranks = Ranks(process_group, distributed=not no_dist, coordinator_rank=coordinator_rank)
+    return run_save(state_dict, storage_writer, planner or DefaultSavePlanner(), ranks, use_collectives=True)
+
+
+def run_save(
+    state_dict: dict[str, Any], writer: StorageWriter, planner: SavePlanner, ranks: Ranks, *, use_collectives: bool
+) -> Metadata:
+    """Run the phases of a save; everything a rank can fail in is inside an exchange that tells the others."""
+    step = _Save(state_dict, writer, planner, ranks, use_collectives)
+    if not use_collectives:
+        return step.save_alone()
+    with record("plan"):
+        plan = step.agreed_plan()
+    return commit(writer, ranks, step.metadata, lambda: step.write(plan))
+
+
+class _Save:
+    """The state of one save on one rank."""
+
+    def __init__(
+        self,
+        state_dict: dict[str, Any],
+        writer: StorageWriter,
+        planner: SavePlanner,
+        ranks: Ranks,
+        use_collectives: bool,
+    ) -> None:
+        self._state_dict = state_dict
+        self._writer = writer
+        self._planner = planner
+        self._ranks = ranks
+        self._use_collectives = use_collectives
+        self._description: object | None = None
+        self._proposed: SavePlan | None = None
+        self.metadata: Metadata | None = None
+        """Of the whole checkpoint; on the coordinator only, once the plan is agreed."""
+
+    def agreed_plan(self) -> SavePlan:
+        """Return what this rank writes, agreed among all; plans are only exchanged if some rank's has changed."""
+        cached = self._ranks.reduce_scatter("plan", self._propose, self._answer)
+        if isinstance(cached, _Reuse):
+            entry = lookup(self._cache_key(), self._description)
+            assert entry is not None, "a plan was dropped while it was agreed"
+            return entry.final_plan
+        if isinstance(cached, _Resend):
+            # Some ranks' plans are unchanged, the coordinator has lost them: all send theirs.
+            cached = self._ranks.reduce_scatter("plan", self._packed_plan, self._plan_globally)
+            assert isinstance(cached, _NewPlan)
+        assert self._proposed is not None
+        final_plan = chosen(self._proposed, cached.plan)
+        if self._description is not None:
+            store(
+                self._cache_key(),
+                CachedPlan(
+                    cached.generation,
+                    self._description,
+                    final_plan,
+                    # Storage is about to add its part to the metadata, which belongs to this save alone.
+                    _copy_of(self.metadata) if self.metadata is not None else None,
+                ),
+            )
+        return final_plan
+
+    def save_alone(self) -> Metadata:
+        """Save without agreement: this rank's plan is the whole plan, and its metadata a file of its own."""
+
+        def local() -> Metadata:
+            plans, metadata = self._planner.create_global_plan([self._local_plan()])
+            plan = self._writer.prepare_global_plan(plans)[0]
+            return commit_alone(self._writer, metadata, self.write(plan))
+
+        metadata = self._ranks.settle("save", local)
+        if isinstance(self._writer, FileSystemWriter) and self._ranks.is_coordinator:
+            self._writer.retire_whole()
+        return metadata
+
+    def write(self, plan: SavePlan) -> Any:
+        """Write this rank's part and return storage's results, opaque but for our own writer's."""
+        with record("write"):
+            final_plan = self._planner.finish_plan(plan)
+            try:
+                pending = self._writer.write_data(final_plan, self._planner)
+                pending.wait()
+                results = pending.value()
+                if isinstance(self._writer, FileSystemWriter):
+                    check_results(results, final_plan)
+            except BaseException:
+                # Only here, where this rank itself has failed, is it certain that nothing will be committed. Of a
+                # failure elsewhere this rank cannot know whether it came before or after the commit.
+                if isinstance(self._writer, FileSystemWriter):
+                    self._writer.abandon()
+                raise
+            return results
+
+    def _describe(self) -> None:
+        """Turn objects into values and let the planner and the writer see them."""
+        planner, writer, ranks = self._planner, self._writer, self._ranks
+        state_dict = to_plain(self._state_dict)
+        storage_meta = writer.storage_meta()
+        if accepts(planner.set_up_planner, "storage_meta"):
+            planner.set_up_planner(
+                state_dict=state_dict, storage_meta=storage_meta, is_coordinator=ranks.is_coordinator
+            )
+        else:
+            warnings.warn(
+                f"{type(planner).__name__}.set_up_planner does not take storage_meta; planners written for torch 2.3 "
+                "and later do",
+                stacklevel=2,
+            )
+            planner.set_up_planner(state_dict, ranks.is_coordinator)  # type: ignore[arg-type]
+        if accepts(writer.set_up_storage_writer, "kwargs"):
+            writer.set_up_storage_writer(ranks.is_coordinator, rank=ranks.rank, use_collectives=self._use_collectives)
+        else:
+            writer.set_up_storage_writer(ranks.is_coordinator)
+        if isinstance(planner, DefaultSavePlanner) and _plans_are_reusable(writer):
+            self._description = planner.describe_state_dict()
+
+    def _propose(self) -> PackedPlan | SavePlan | _Reuse:
+        """Return the name of the plan this rank has for just this state dict, or a new local plan."""
+        self._describe()
+        if self._description is not None:
+            entry = lookup(self._cache_key(), self._description)
+            if entry is not None:
+                self._writer.prepare_local_plan(entry.final_plan)
+                return _Reuse(entry.generation)
+        return self._packed_plan()
+
+    def _packed_plan(self) -> PackedPlan | SavePlan:
+        """Plan, keep the plan, and return it as it travels; alone, it does not travel."""
+        self._proposed = self._writer.prepare_local_plan(self._planner.create_local_plan())
+        return pack(self._proposed) if self._ranks.world_size > 1 else self._proposed
+
+    def _local_plan(self) -> SavePlan:
+        if not self._use_collectives:
+            self._describe()
+        return self._writer.prepare_local_plan(self._planner.create_local_plan())
+
+    def _answer(self, proposals: list[PackedPlan | SavePlan | _Reuse]) -> list[_Reuse | _Resend | _NewPlan]:
+        """Coordinator: see whether all ranks can reuse one agreement; plan anew if not."""
+        generations = {proposal.generation for proposal in proposals if isinstance(proposal, _Reuse)}
+        entry = lookup(self._cache_key(), self._description) if self._description is not None else None
+        plans = [proposal for proposal in proposals if not isinstance(proposal, _Reuse)]
+        if not plans and entry is not None and generations == {entry.generation}:
+            assert entry.metadata is not None
+            self.metadata = _copy_of(entry.metadata)
+            return [_Reuse(entry.generation)] * len(proposals)
+        if generations:
+            return [_Resend()] * len(proposals)
+        return list(self._plan_globally(plans))
+
+    def _plan_globally(self, packed: list[PackedPlan | SavePlan]) -> list[_NewPlan]:
+        """Coordinator: decide who writes what, and check that the parts make up the whole."""
+        plans = [unpack(plan) for plan in packed]
+        global_plans, self.metadata = self._planner.create_global_plan(plans)
+        global_plans = self._writer.prepare_global_plan(global_plans)
+        generation = new_generation()
+        return [
+            _NewPlan(choose(proposed, final) if len(plans) > 1 else final, generation)
+            for proposed, final in zip(plans, global_plans, strict=True)
+        ]
+
+    def _cache_key(self) -> Hashable:
+        ranks = self._ranks
+        return (
+            type(self._planner),
+            type(self._writer),
+            id(ranks.group),
+            ranks.world_size,
+            ranks.rank,
+            ranks.coordinator_rank,
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Reuse:
+    """Proposal and answer: the plans of this generation are still right."""
+
+    generation: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Resend:
+    """Answer: the coordinator needs every rank's plan."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _NewPlan:
+    """Answer: what this rank writes from now on."""
+
+    plan: PackedChoice | SavePlan
+    generation: str
+
+
+def _plans_are_reusable(writer: StorageWriter) -> bool:
+    """Whether the writer takes a plan of an earlier save: ours puts nothing of one save into it."""
+    hooks = ("prepare_local_plan", "prepare_global_plan")
+    return all(getattr(type(writer), hook, None) is getattr(FileSystemWriter, hook) for hook in hooks)
+
+
+def _copy_of(metadata: Metadata) -> Metadata:
+    """Return metadata with dicts of its own: storage and the caller of the save get it, and may change it."""
+    planner_data = metadata.planner_data
+    return dataclasses.replace(
+        metadata,
+        state_dict_metadata=dict(metadata.state_dict_metadata),
+        planner_data=dict(planner_data) if isinstance(planner_data, dict) else planner_data,
+    )

@@ -1,0 +1,181 @@
+"""What save and load have in common before the first phase: ranks, storage, planners of every age."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import inspect
+import os
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from typing_extensions import ParamSpec
+
+from dcp_plugins.contract import Stateful, StorageReader, StorageWriter
+from dcp_plugins.coord import Ranks
+from dcp_plugins.storage import find_reader, find_writer
+
+__all__ = [
+    "accepts",
+    "collector_paused",
+    "holds_stateful",
+    "is_stateful",
+    "open_reader",
+    "open_writer",
+    "put_back",
+    "ranks_of",
+    "storage_second",
+    "to_plain",
+]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+StorageT = TypeVar("StorageT", StorageReader, StorageWriter)
+
+
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    """Hold off Python's cyclic garbage collector while very many small objects are made that live on.
+
+    A plan of 20,000 tensors sets off full collections that find nothing and cost as much as the planning itself. Used
+    as a decorator, so that what the function has made is gone before the collector wakes up and walks it.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def ranks_of(process_group: dist.ProcessGroup | None, *, no_dist: bool, verb: str, coordinator_rank: int = 0) -> Ranks:
+    """Return the ranks of a call; a single one, with a warning, where there is no distribution."""
+    distributed = not no_dist and dist.is_available() and dist.is_initialized()
+    if not distributed:
+        warnings.warn(
+            f"torch.distributed is disabled, unavailable or uninitialized: this process alone {verb}s the checkpoint",
+            stacklevel=5,
+        )
+    return Ranks(process_group, distributed=distributed, coordinator_rank=coordinator_rank)
+
+
+def open_writer(storage: StorageWriter | None, checkpoint_id: str | os.PathLike[str] | None) -> StorageWriter:
+    """Return the writer to use, reset for a new save."""
+    return _open(storage, checkpoint_id, find_writer, "storage_writer")
+
+
+def open_reader(storage: StorageReader | None, checkpoint_id: str | os.PathLike[str] | None) -> StorageReader:
+    """Return the reader to use, reset for a new load."""
+    return _open(storage, checkpoint_id, find_reader, "storage_reader")
+
+
+def _open(
+    storage: StorageT | None,
+    checkpoint_id: str | os.PathLike[str] | None,
+    find: Callable[[str | os.PathLike[str]], StorageT],
+    argument: str,
+) -> StorageT:
+    if storage is not None:
+        # Without a new id a storage object keeps the one it was made with; torch does not reset it either.
+        if checkpoint_id is not None:
+            storage.reset(checkpoint_id)
+        return storage
+    if not checkpoint_id:
+        raise RuntimeError(f"`checkpoint_id` must be specified if {argument} is None.")
+    found = find(checkpoint_id)
+    found.reset(checkpoint_id)
+    return found
+
+
+def storage_second(argument: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Make a function take the storage as second positional argument too, as torch's did before 2.2, with a warning."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+            if len(args) == 2 and argument not in kwargs:
+                warnings.warn(
+                    f"The argument order of {function.__name__} has been changed: pass the storage as {argument}=",
+                    UserWarning,
+                    stacklevel=2,
+                )
+                kwargs[argument] = args[1]
+                return cast("Callable[..., R]", function)(args[0], **kwargs)
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    return decorate
+
+
+def to_plain(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy in which every ``Stateful``, in dicts and lists at any depth, is replaced by its state dict.
+
+    Containers that hold none are not copied. Keys are visited sorted: a ``state_dict`` method may run collectives, and
+    ranks may order their dicts differently.
+    """
+    plain: dict[str, Any] = {}
+    for key in sorted(state_dict, key=str):
+        # A state_dict method may take keys away.
+        if key in state_dict:
+            plain[key] = _expand(state_dict[key])
+    # In the caller's order again: it is the order in which a checkpoint is rebuilt without a target.
+    return {key: plain[key] for key in state_dict if key in plain}
+
+
+def put_back(container: MutableMapping[str, Any] | list[Any], plain: Any) -> None:
+    """Put loaded values where the caller sees them: the reverse of ``to_plain``, in the same order.
+
+    Args:
+        container: What ``to_plain`` was given; its nested dicts and lists keep their identity.
+        plain: What ``to_plain`` returned, filled.
+    """
+    keys: Any = range(len(container)) if isinstance(container, list) else sorted(container, key=str)
+    for key in keys:
+        if not isinstance(container, list) and key not in container:
+            continue
+        value = container[key]
+        if is_stateful(value):
+            value.load_state_dict(plain[key])
+        elif holds_stateful(value):
+            put_back(value, plain[key])
+        else:
+            container[key] = plain[key]
+
+
+def is_stateful(value: Any) -> bool:
+    """Whether a value has ``state_dict`` and ``load_state_dict``; as ``isinstance(value, Stateful)``, quickly."""
+    return type(value) not in _NEVER_STATEFUL and not isinstance(value, torch.Tensor) and isinstance(value, Stateful)
+
+
+_NEVER_STATEFUL = frozenset({torch.Tensor, torch.nn.Parameter, dict, OrderedDict, list, tuple, str, int, float, bool})
+
+
+def _expand(value: Any) -> Any:
+    if is_stateful(value):
+        return value.state_dict()
+    if not holds_stateful(value):
+        return value
+    if isinstance(value, list):
+        return [_expand(entry) for entry in value]
+    return to_plain(value)
+
+
+def holds_stateful(value: Any) -> bool:
+    """Whether a dict or list has a ``Stateful`` in it, at any depth."""
+    if isinstance(value, MutableMapping):
+        return any(is_stateful(entry) or holds_stateful(entry) for entry in value.values())
+    return isinstance(value, list) and any(is_stateful(entry) or holds_stateful(entry) for entry in value)
+
+
+def accepts(function: Callable[..., Any], parameter: str) -> bool:
+    """Whether a plugin's method, perhaps of an older signature, takes ``parameter`` (by name, or as ``**kwargs``)."""
+    parameters = inspect.signature(function).parameters
+    return parameter in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())

@@ -1,0 +1,146 @@
+"""Running a save on a thread of its own: one at a time, to its end, and without losing what it fails with."""
+
+from __future__ import annotations
+
+import atexit
+
+# Imported for the order of exit hooks: see `_register_exit_hook`.
+import concurrent.futures.thread
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from dcp_plugins.contract import Metadata
+
+__all__ = ["SaveFuture", "ThreadRunner", "thread_runner"]
+
+
+class SaveFuture(Future[Metadata]):
+    """The future of a save, which knows whether somebody has been told of its failure.
+
+    Like a save that has begun, it cannot be cancelled: other ranks take part in it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen = False
+        self.set_running_or_notify_cancel()
+
+    def result(self, timeout: float | None = None) -> Metadata:
+        """Wait, and return the checkpoint's metadata or raise what the save failed with."""
+        try:
+            return super().result(timeout)
+        except BaseException as exc:
+            # Not for a timeout of this wait.
+            if self.done() and super().exception() is exc:
+                self._seen = True
+            raise
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Wait, and return what the save failed with, or None."""
+        found = super().exception(timeout)
+        self._seen = True
+        return found
+
+    def disown(self) -> None:
+        """Let nobody be told of a failure."""
+        self._seen = True
+
+    def take_unseen_failure(self) -> BaseException | None:
+        """Wait, and return the failure if nobody has asked for it yet; whoever calls this has to report it."""
+        failure = super().exception()
+        unseen = None if self._seen else failure
+        self._seen = True
+        return unseen
+
+
+class ThreadRunner:
+    """Starts saves on threads; each waits for the one before it, in the order of the calls.
+
+    Hold ``turn`` from waiting for the previous save to starting the next: staging in between writes into memory that
+    the previous save reads.
+    """
+
+    def __init__(self) -> None:
+        self.turn = threading.RLock()
+        self._last: SaveFuture | None = None
+        self._has_exit_hook = False
+
+    def finish_previous(self) -> BaseException | None:
+        """Wait for the save in flight; return its failure if nobody has seen it."""
+        last = self._last
+        return None if last is None else last.take_unseen_failure()
+
+    def wait(self) -> None:
+        """Wait for the save in flight, whatever comes of it; its failure stays to be reported."""
+        last = self._last
+        if last is not None:
+            concurrent.futures.wait([last])
+
+    def start(self, job: Callable[[], Metadata]) -> SaveFuture:
+        """Run ``job`` on a thread; the previous one has to have ended."""
+        if not self._has_exit_hook:
+            _register_exit_hook(self._at_exit)
+            self._has_exit_hook = True
+        future = SaveFuture()
+        # A thread for each save: one that waits for work would have to be told when the interpreter wants to end.
+        # Not a daemon, so that the interpreter waits for a save in flight.
+        threading.Thread(target=_run, args=(job, future), name="dcp-async-save").start()
+        self._last = future
+        return future
+
+    def forget(self) -> None:
+        """In a forked child: the parent's save is not this process's, and its thread is not here."""
+        self.turn = threading.RLock()
+        self._last = None
+
+    def _at_exit(self) -> None:
+        failure = self.finish_previous()
+        if failure is None:
+            return
+        sys.stderr.write("dcp_plugins: the last asynchronous save failed, and nobody asked for its result:\n")
+        traceback.print_exception(failure)
+        # Registered now, it is the first exit handler to run.
+        atexit.register(_exit_with_failure)
+
+
+def _run(job: Callable[[], Metadata], future: SaveFuture) -> None:
+    try:
+        metadata = job()
+    # Whatever it is, it belongs to the one who asks for the result.
+    except BaseException as exc:
+        future.set_exception(exc)
+    else:
+        future.set_result(metadata)
+
+
+def _register_exit_hook(hook: Callable[[], None]) -> None:
+    """Call ``hook`` when the main thread ends, while threads can still be started.
+
+    An ordinary exit handler runs too late: before it ``concurrent.futures`` refuses new work, and a save in flight may
+    need a pool of threads. Python has one hook that is earlier, private but unchanged since 3.9; hooks run in reverse
+    order, so ours comes before that of ``concurrent.futures``, which is imported above.
+    """
+    assert concurrent.futures.thread is not None
+    register = getattr(threading, "_register_atexit", atexit.register)
+    register(hook)
+
+
+def _exit_with_failure() -> None:
+    """End the process with status 1, which Python offers no way to set once the program has ended."""
+    atexit.unregister(_exit_with_failure)
+    # The other handlers, in their order: os._exit calls none of them. multiprocessing ends its children the same way.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
+thread_runner = ThreadRunner()
+"""The one of this process: saves of all checkpoints go through it, so that ranks start them in the same order."""
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=thread_runner.forget)

@@ -1,0 +1,43 @@
+"""PyTorch Lightning: importing this package registers the strategy flags ``dcp``, ``dcp_ddp`` and ``dcp_fsdp2``.
+
+    import dcp_plugins.lightning
+    trainer = Trainer(strategy="dcp_fsdp2", devices=8)
+
+The strategies are Lightning's own with one change: every rank takes part in writing and reading checkpoints, which are
+directories in Lightning's layout for sharded checkpoints (`layout.py` says what is in one). A run saved under one flag
+resumes under any other and on any number of ranks.
+"""
+
+from __future__ import annotations
+
+from dcp_plugins.errors import MissingExtraError
+
+try:
+    import lightning.pytorch as _lightning  # noqa: F401
+except ImportError as exc:
+    raise MissingExtraError(
+        f"dcp_plugins.lightning needs the distribution 'lightning' (not 'pytorch_lightning'), which could not be"
+        f" imported: {exc}. Install it with: pip install 'dcp_plugins[lightning]'"
+    ) from exc
+
+from dcp_plugins.lightning.checkpoint_io import DCPCheckpointIO
+from dcp_plugins.lightning.layout import is_committed, last_checkpoint, remove_uncommitted
+from dcp_plugins.lightning.strategies import (
+    DCPDDPStrategy,
+    DCPFSDP2Strategy,
+    DCPSingleDeviceStrategy,
+    register_strategies,
+)
+
+__all__ = [
+    "DCPCheckpointIO",
+    "DCPDDPStrategy",
+    "DCPFSDP2Strategy",
+    "DCPSingleDeviceStrategy",
+    "is_committed",
+    "last_checkpoint",
+    "register_strategies",
+    "remove_uncommitted",
+]
+
+register_strategies()

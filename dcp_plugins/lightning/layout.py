@@ -1,0 +1,229 @@
+"""What a Lightning checkpoint directory holds, and which of several directories is the newest committed one.
+
+A directory that `DCPCheckpointIO` writes is a sharded checkpoint as Lightning's own strategies write it::
+
+    .metadata      DCP's index; the checkpoint exists from the instant this file does
+    *.distcp       tensors: "state_dict" (the model), "optimizer_0", "optimizer_1", ...
+    meta.pt        everything else (loops, callbacks, schedulers, hyper-parameters), as one ``torch.save`` file
+
+with one addition: what is in ``meta.pt`` is also an item of the DCP data, under ``lightning_meta``. Two files cannot
+be replaced in one step, so a pair of them can be torn by a kill; the item is committed by the same rename as the
+tensors it belongs to. We load the item and ignore ``meta.pt`` wherever the item exists; ``meta.pt`` is for stock
+Lightning, which sees no checkpoint (rather than a mixed one) in the instants when the pair would not match.
+
+``FSDPStrategy`` calls the model "model" where ``ModelParallelStrategy`` calls it "state_dict"; both are read.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+import dcp_plugins as dcp
+from dcp_plugins.contract import BytesStorageMetadata, Metadata
+from dcp_plugins.errors import PlanError, UnsupportedValueError, listing
+from dcp_plugins.format.names import METADATA_NAME
+
+__all__ = [
+    "META_FILE",
+    "META_KEY",
+    "MODEL_KEYS",
+    "PICKLE",
+    "Contents",
+    "contents_of",
+    "decode_meta",
+    "encode_meta",
+    "expected_warnings",
+    "is_committed",
+    "last_checkpoint",
+    "meta_item",
+    "optimizer_key",
+    "remove_uncommitted",
+    "saved_step",
+]
+
+META_FILE = "meta.pt"
+META_KEY = "lightning_meta"
+MODEL_KEYS = ("state_dict", "model")
+
+PICKLE = "pickle"
+_STEP = "global_step"
+_EPOCH = "epoch"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What one checkpoint directory holds, read off its ``.metadata``."""
+
+    model_key: str
+    """The name of the model's part: one of `MODEL_KEYS`."""
+    model_names: frozenset[str]
+    """The model's keys, as its ``state_dict()`` had them."""
+    num_optimizers: int
+    has_meta: bool
+    """Whether the non-tensor part is inside the DCP data (a checkpoint of ours) or in ``meta.pt`` only."""
+
+
+def optimizer_key(index: int) -> str:
+    """Name the part of the checkpoint that holds optimizer number ``index``."""
+    return f"optimizer_{index}"
+
+
+def contents_of(metadata: Metadata, path: Path) -> Contents:
+    """Read off the metadata which parts the checkpoint at ``path`` has.
+
+    Raises:
+        PlanError: There is no model in it: not a Lightning checkpoint.
+    """
+    parts: dict[str, set[str]] = {}
+    planned = metadata.planner_data or {}
+    for fqn in metadata.state_dict_metadata:
+        where = planned.get(fqn)
+        if where is None:
+            where = fqn.split(".", 1)
+        parts.setdefault(str(where[0]), set()).add(str(where[1]) if len(where) > 1 else "")
+    model_key = next((key for key in MODEL_KEYS if key in parts), None)
+    if model_key is None:
+        raise PlanError(
+            f"Expected a Lightning checkpoint in {path}, with the model under one of {listing(MODEL_KEYS)}, but found"
+            f" only: {listing(parts) or 'nothing'}. Use dcp_plugins.load for a checkpoint that Lightning did not write."
+        )
+    num_optimizers = 0
+    while optimizer_key(num_optimizers) in parts:
+        num_optimizers += 1
+    return Contents(model_key, frozenset(parts[model_key]), num_optimizers, META_KEY in parts)
+
+
+def encode_meta(meta: dict[str, Any]) -> bytes:
+    """Serialise what is neither model nor optimizer, as ``meta.pt`` holds it.
+
+    Raises:
+        UnsupportedValueError: A DTensor is in it. Pickled, it would be this rank's shard only.
+    """
+    sharded = list(_paths_of_dtensors(meta, "checkpoint"))
+    if sharded:
+        raise UnsupportedValueError(
+            "Expected sharded tensors only in the checkpoint's 'state_dict' and 'optimizer_states', but found DTensors"
+            f" at: {listing(sharded)}. A callback or an on_save_checkpoint hook put them there; let it add full tensors"
+            " (DTensor.full_tensor()), or register them as buffers of the module."
+        )
+    buffer = io.BytesIO()
+    torch.save(meta, buffer)
+    return buffer.getvalue()
+
+
+def _paths_of_dtensors(value: object, path: str) -> Iterator[str]:
+    if isinstance(value, DTensor):
+        yield path
+    elif isinstance(value, Mapping):
+        for key, member in value.items():
+            yield from _paths_of_dtensors(member, f"{path}[{key!r}]")
+    elif isinstance(value, (list, tuple)):
+        for index, member in enumerate(value):
+            yield from _paths_of_dtensors(member, f"{path}[{index}]")
+
+
+def decode_meta(data: bytes, *, weights_only: bool, path: Path) -> dict[str, Any]:
+    """Deserialise what `encode_meta` made; tensors arrive on the CPU."""
+    try:
+        meta: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=weights_only)
+    except Exception as exc:
+        if not weights_only:
+            raise
+        raise UnsupportedValueError(
+            f"The non-tensor part of {path} (hyper-parameters, callbacks, loops) holds objects that are not plain data:"
+            f" {str(exc).strip().splitlines()[0]}. If you trust this checkpoint, pass"
+            " Trainer(plugins=[DCPCheckpointIO(weights_only=False)]), or allow their classes with"
+            " torch.serialization.add_safe_globals([...])."
+        ) from exc
+    return meta
+
+
+def meta_item(meta: dict[str, Any], encoded: bytes) -> dict[str, Any]:
+    """Make the part of the DCP state dict that holds the non-tensor part."""
+    return {PICKLE: encoded, _STEP: int(meta.get(_STEP, 0)), _EPOCH: int(meta.get(_EPOCH, 0))}
+
+
+def is_committed(path: str | os.PathLike[str]) -> bool:
+    """Tell whether ``path`` is a checkpoint: a directory whose ``.metadata`` has been published."""
+    return Path(path, METADATA_NAME).is_file()
+
+
+@contextmanager
+def expected_warnings() -> Iterator[None]:
+    """Silence what the engine warns of and a trainer does on purpose: a process alone, ``last.ckpt`` saved again."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        warnings.filterwarnings("ignore", "Detected an existing checkpoint")
+        yield
+
+
+def saved_step(path: str | os.PathLike[str]) -> int:
+    """Read the ``global_step`` at which the committed checkpoint at ``path`` was saved."""
+    path = Path(path)
+    reader = dcp.FileSystemReader(path)
+    name = f"{META_KEY}.{_STEP}"
+    if isinstance(reader.read_metadata().state_dict_metadata.get(name), BytesStorageMetadata):
+        return int(dcp.load_from_keys(name, storage_reader=reader)[META_KEY][_STEP])
+    meta = torch.load(path / META_FILE, map_location="cpu", weights_only=True)
+    return int(meta[_STEP])
+
+
+def last_checkpoint(dirpath: str | os.PathLike[str]) -> Path | None:
+    """Find the newest committed checkpoint in a directory of checkpoints, or ``None``.
+
+    Newest is the highest step that a checkpoint says it was saved at; file times are never asked. A directory that a
+    killed save left without a commit does not count, one that cannot be read is skipped with a warning. Among several
+    of one step (``last.ckpt`` beside ``step=100.ckpt``) the first by name is taken; links count as what they point to.
+    """
+    root = Path(dirpath)
+    best: tuple[int, Path] | None = None
+    for candidate in sorted(root.iterdir()) if root.is_dir() else ():
+        if candidate.is_symlink():
+            candidate = candidate.resolve()
+        if not is_committed(candidate):
+            continue
+        try:
+            step = saved_step(candidate)
+        except Exception as exc:  # a damaged checkpoint must not hide the good ones
+            warnings.warn(f"Skipped the checkpoint {candidate}: {type(exc).__name__}: {exc}", stacklevel=2)
+            continue
+        if best is None or step > best[0]:
+            best = (step, candidate)
+    return None if best is None else best[1]
+
+
+def remove_uncommitted(dirpath: str | os.PathLike[str]) -> list[Path]:
+    """Delete what killed saves left in a directory of checkpoints, and return what was deleted.
+
+    Only directories without a commit that hold nothing but checkpoint data files are deleted. Call it while nothing is
+    being saved there: a save in progress looks the same as one that was killed.
+    """
+    removed = []
+    root = Path(dirpath)
+    for candidate in sorted(root.iterdir()) if root.is_dir() else ():
+        if candidate.is_symlink() or not candidate.is_dir() or is_committed(candidate):
+            continue
+        if all(_is_litter(entry) for entry in candidate.iterdir()):
+            shutil.rmtree(candidate)
+            removed.append(candidate)
+            log.info("Removed %s, left by a save that was never committed", candidate)
+    return removed
+
+
+def _is_litter(entry: Path) -> bool:
+    name = entry.name
+    return entry.is_file() and (name.endswith(".distcp") or name.startswith((METADATA_NAME, META_FILE)))

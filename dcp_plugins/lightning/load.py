@@ -1,0 +1,172 @@
+"""Bring a checkpoint back: into a module and its optimizers in place, or as plain tensors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+import dcp_plugins as dcp
+from dcp_plugins.contract import Metadata
+from dcp_plugins.errors import PlanError, listing
+from dcp_plugins.lightning import layout
+from dcp_plugins.lightning.layout import Contents
+from dcp_plugins.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+__all__ = ["load_directory", "load_file"]
+
+log = logging.getLogger(__name__)
+
+
+def load_directory(
+    path: Path,
+    *,
+    module: nn.Module | None,
+    optimizers: Sequence[Optimizer],
+    strict: bool,
+    weights_only: bool,
+    no_dist: bool,
+) -> dict[str, Any]:
+    """Load a checkpoint directory; see `DCPCheckpointIO.load_checkpoint`."""
+    reader = _Reader(path)
+    try:
+        metadata = reader.read_metadata()
+    except Exception:
+        if no_dist:
+            raise
+        # Other ranks may have read it: fail with them, inside the engine's first exchange, not alone.
+        dcp.load({}, storage_reader=reader)
+        raise
+    contents = layout.contents_of(metadata, path)
+    if module is None:
+        checkpoint = dcp.load_from_keys(storage_reader=reader)
+        meta = _meta_of(checkpoint.pop(layout.META_KEY, None), path, weights_only)
+        meta["state_dict"] = checkpoint[contents.model_key]
+        if contents.num_optimizers:
+            meta["optimizer_states"] = [
+                checkpoint[layout.optimizer_key(index)] for index in range(contents.num_optimizers)
+            ]
+        return meta
+
+    model_state = get_model_state_dict(module)
+    wanted = _wanted(model_state, contents, strict=strict, path=path)
+    state: dict[str, Any] = {contents.model_key: wanted}
+    chosen = _matching(optimizers, contents, path)
+    for index, optimizer in enumerate(chosen):
+        state[layout.optimizer_key(index)] = get_optimizer_state_dict(module, optimizer)
+    if contents.has_meta:
+        state[layout.META_KEY] = {layout.PICKLE: b""}
+    with layout.expected_warnings():
+        dcp.load(state, storage_reader=reader, no_dist=no_dist)
+    # Tensors are in place by now. This carries over what is not a tensor, and runs the modules' own load hooks.
+    set_model_state_dict(module, state[contents.model_key], options=StateDictOptions(strict=strict))
+    for index, optimizer in enumerate(chosen):
+        set_optimizer_state_dict(module, optimizer, state[layout.optimizer_key(index)])
+    return _meta_of(state.get(layout.META_KEY), path, weights_only)
+
+
+def load_file(
+    path: Path,
+    *,
+    module: nn.Module | None,
+    optimizers: Sequence[Optimizer],
+    strict: bool,
+    weights_only: bool,
+    no_dist: bool,
+) -> dict[str, Any]:
+    """Load an ordinary Lightning checkpoint, one file with full tensors; every rank reads what it needs of it."""
+    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+    if module is None:
+        return checkpoint
+    states = checkpoint.pop("optimizer_states", [])
+    options = StateDictOptions(full_state_dict=True, strict=strict)
+    set_model_state_dict(module, checkpoint.pop("state_dict"), options=options)
+    for optimizer, saved in zip(optimizers, states, strict=False):
+        set_optimizer_state_dict(
+            module, optimizer, _by_name(saved, module, optimizer), options=StateDictOptions(full_state_dict=True)
+        )
+    return checkpoint
+
+
+class _Reader(dcp.FileSystemReader):
+    """Reads the metadata once, although both we and the engine ask for it."""
+
+    _whole: Metadata | None = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if args or kwargs:  # of one rank, from a save without collectives
+            return super().read_metadata(*args, **kwargs)
+        if self._whole is None:
+            self._whole = super().read_metadata()
+        return self._whole
+
+
+def _meta_of(item: Mapping[str, Any] | None, path: Path, weights_only: bool) -> dict[str, Any]:
+    data = (path / layout.META_FILE).read_bytes() if item is None else item[layout.PICKLE]
+    return layout.decode_meta(data, weights_only=weights_only, path=path)
+
+
+def _wanted(model_state: dict[str, Any], contents: Contents, *, strict: bool, path: Path) -> dict[str, Any]:
+    """Choose what to load of the model. ``strict`` compares both ways, as ``Module.load_state_dict`` does."""
+    missing = model_state.keys() - contents.model_names
+    unexpected = contents.model_names - model_state.keys()
+    if strict and (missing or unexpected):
+        problems = [
+            f"{what} key(s): {listing(names)}"
+            for what, names in (("Missing", missing), ("Unexpected", unexpected))
+            if names
+        ]
+        raise PlanError(
+            f"The model and the checkpoint {path} do not have the same keys. In the checkpoint: {'. '.join(problems)}."
+            " Set strict_loading = False in the LightningModule to load what they share."
+        )
+    return {name: value for name, value in model_state.items() if name in contents.model_names}
+
+
+def _matching(optimizers: Sequence[Optimizer], contents: Contents, path: Path) -> Sequence[Optimizer]:
+    if not contents.num_optimizers:
+        return []  # saved with save_weights_only: Lightning itself refuses to resume a fit from it
+    if len(optimizers) > contents.num_optimizers:
+        raise PlanError(
+            f"configure_optimizers returned {len(optimizers)} optimizers, but the checkpoint {path} holds the state of"
+            f" {contents.num_optimizers}. Resume with the optimizers of the run that saved it."
+        )
+    return optimizers
+
+
+def _by_name(saved: dict[str, Any], module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """Rename the numbers by which ``Optimizer.state_dict`` calls parameters to the parameters' names.
+
+    Numbers count the parameters through the groups, in the order in which the optimizer was given them.
+    """
+    if all(isinstance(name, str) for group in saved["param_groups"] for name in group["params"]):
+        return saved
+    model = get_model_state_dict(module)
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    unknown = [name for name in order if name not in model]
+    if unknown or len(order) != len(numbers):
+        raise PlanError(
+            f"The saved optimizer state describes {len(numbers)} parameters, the optimizer has {len(order)}"
+            f" (not in the model's state dict: {listing(unknown) or 'none'}). Resume with the model and optimizers of"
+            " the run that saved it."
+        )
+    to_name = dict(zip(numbers, order, strict=True))
+    return {
+        "state": {to_name[number]: values for number, values in saved["state"].items()},
+        "param_groups": [
+            {**group, "params": [to_name[number] for number in group["params"]]} for group in saved["param_groups"]
+        ],
+    }

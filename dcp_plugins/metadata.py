@@ -1,0 +1,23 @@
+"""``torch.distributed.checkpoint.metadata`` under this package's name: the description of a checkpoint."""
+
+from __future__ import annotations
+
+from dcp_plugins.contract import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+__all__ = [
+    "BytesStorageMetadata",
+    "ChunkStorageMetadata",
+    "Metadata",
+    "MetadataIndex",
+    "StorageMeta",
+    "TensorProperties",
+    "TensorStorageMetadata",
+]

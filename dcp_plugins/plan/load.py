@@ -1,0 +1,272 @@
+"""Planning a load: what this rank wants, and which saved chunks have it."""
+
+from __future__ import annotations
+
+import difflib
+import io
+import math
+import warnings
+from collections.abc import Collection
+from typing import Any, cast
+
+import torch
+
+from dcp_plugins.contract import (
+    BytesStorageMetadata,
+    LoadPlan,
+    LoadPlanner,
+    Metadata,
+    MetadataIndex,
+    ReadItem,
+    TensorStorageMetadata,
+)
+from dcp_plugins.errors import PlanError, listing
+from dcp_plugins.plan.flatten import FlattenMapping, flatten_state_dict, set_element
+from dcp_plugins.plan.reshard import bytes_read_item, create_read_items_for_chunk_list, whole_read_item
+from dcp_plugins.plan.validate import box_of, coverage_problems, overlap_problems
+from dcp_plugins.plan.values import load_value
+from dcp_plugins.tensors import chunks, find_object, flatten_sharded_tensors, is_whole, materialize_meta
+from dcp_plugins.tensors.checkpointable import is_checkpointable
+
+__all__ = [
+    "DefaultLoadPlanner",
+    "EmptyStateDictLoadPlanner",
+    "create_default_global_load_plan",
+    "create_default_local_load_plan",
+]
+
+_MAX_PROBLEMS = 24
+
+
+class DefaultLoadPlanner(LoadPlanner):
+    """Plan a load into a nested state dict, in place; every method is a place where a subclass may intervene.
+
+    Args:
+        flatten_state_dict: Enter nested dicts and lists, as ``DefaultSavePlanner`` does.
+        flatten_sharded_tensors: Flatten a ``ShardedTensor`` of ``ShardedTensor``.
+        allow_partial_load: Leave keys of the state dict that the checkpoint lacks as they are, instead of raising.
+        weights_only: Unpickle non-tensor values with torch's restricted unpickler, which admits containers, numbers,
+            NumPy arrays and the like. False runs whatever code the
+            checkpoint names: only for checkpoints that you trust as you trust a program.
+        cast_dtype: Convert a saved tensor to the dtype of the tensor it is loaded into, with a warning that names
+            the keys. False raises instead.
+    """
+
+    original_state_dict: dict[str, Any]
+    mappings: FlattenMapping
+
+    def __init__(
+        self,
+        flatten_state_dict: bool = True,
+        flatten_sharded_tensors: bool = True,
+        allow_partial_load: bool = False,
+        *,
+        weights_only: bool = True,
+        cast_dtype: bool = True,
+    ) -> None:
+        self.flatten_state_dict = flatten_state_dict
+        self.flatten_sharded_tensors = flatten_sharded_tensors
+        self.allow_partial_load = allow_partial_load
+        self.weights_only = weights_only
+        self.cast_dtype = cast_dtype
+        self.original_state_dict = {}
+        self.mappings = {}
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        materialize_meta(state_dict)
+        self.original_state_dict = state_dict
+        if self.flatten_sharded_tensors:
+            state_dict = flatten_sharded_tensors(state_dict)
+        if self.flatten_state_dict:
+            state_dict, self.mappings = flatten_state_dict(state_dict)
+        self.state_dict = state_dict
+        self.metadata = metadata
+        self.is_coordinator = is_coordinator
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None, "set_up_planner was called without the checkpoint's metadata"
+        if self.flatten_state_dict and not self.state_dict.keys() >= self.metadata.state_dict_metadata.keys():
+            self._use_keys_of_old_checkpoint(self.metadata)
+        return create_default_local_load_plan(
+            self.state_dict, self.metadata, not self.allow_partial_load, cast_dtype=self.cast_dtype
+        )
+
+    def _use_keys_of_old_checkpoint(self, metadata: Metadata) -> None:
+        """Key the state dict as torch did before 2.4, if the checkpoint has keys that only that gives."""
+        old_state_dict, old_mappings = flatten_state_dict(self.original_state_dict, enter_plain_dicts=False)
+        if any(fqn not in self.state_dict and fqn in metadata.state_dict_metadata for fqn in old_state_dict):
+            self.state_dict, self.mappings = old_state_dict, old_mappings
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        return create_default_global_load_plan(global_plan)
+
+    def finish_plan(self, new_plan: LoadPlan) -> LoadPlan:
+        return new_plan
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        fqn = read_item.dest_index.fqn
+        loaded = load_value(fqn, value, weights_only=self.weights_only)
+        if self.flatten_state_dict:
+            set_element(self.original_state_dict, self.mappings[fqn], loaded)
+        else:
+            self.state_dict[fqn] = loaded
+            # Not the same dict where sharded tensors were flattened, which copies.
+            self.original_state_dict[fqn] = loaded
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        return self.transform_tensor(read_item, self.lookup_tensor(read_item.dest_index))
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        """Nothing is left to do: ``resolve_tensor`` returned a view of the state dict's own tensor."""
+
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        """Return the local tensor, or view, for ``index``; to be overridden at will."""
+        return cast("torch.Tensor", find_object(self.state_dict, index))
+
+    def transform_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> torch.Tensor:
+        """Narrow a looked-up tensor to the part that ``read_item`` fills."""
+        if tensor.shape == read_item.lengths:
+            return tensor
+        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            if length != tensor.size(dim):
+                tensor = tensor.narrow(dim, start, length)
+        return tensor
+
+    @property
+    def resolves_views(self) -> bool:
+        """Whether targets are views of the state dict's tensors and nothing follows the read.
+
+        A reader may then resolve all targets first and fill them from several threads.
+        """
+        hooks = ("resolve_tensor", "commit_tensor", "lookup_tensor", "transform_tensor")
+        return all(getattr(type(self), hook) is getattr(DefaultLoadPlanner, hook) for hook in hooks)
+
+
+class EmptyStateDictLoadPlanner(DefaultLoadPlanner):
+    """Plan a load into an empty dict: rebuild the state dict that was saved, on one process, from the metadata.
+
+    Args:
+        keys: Load only these: full fqns, or prefixes that end at a path element. None loads everything.
+    """
+
+    def __init__(self, keys: Collection[str] | None = None, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.keys = None if keys is None else set(keys)
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        if state_dict or metadata is None:
+            raise ValueError(
+                f"{type(self).__name__} fills an empty dict from a checkpoint's metadata, "
+                f"found a dict of {len(state_dict)} keys and metadata {metadata!r}"
+            )
+        paths = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
+        found: set[str] = set()
+        for fqn, entry in metadata.state_dict_metadata.items():
+            path = paths.get(fqn, (fqn,))
+            wanted = self._matches(fqn, path)
+            if self.keys is not None and not wanted:
+                continue
+            found |= wanted
+            value: Any = entry
+            if isinstance(entry, TensorStorageMetadata):
+                value = torch.empty(entry.size, dtype=entry.properties.dtype)
+            set_element(state_dict, path, value)
+        if self.keys is not None and found != self.keys:
+            raise PlanError(f"Missing key in checkpoint: {listing(self.keys - found)}")
+        super().set_up_planner(state_dict, metadata, is_coordinator)
+
+    def _matches(self, fqn: str, path: tuple[str | int, ...]) -> set[str]:
+        if self.keys is None:
+            return set()
+        prefixes = {".".join(map(str, path[: depth + 1])) for depth in range(len(path))}
+        return self.keys & (prefixes | {fqn})
+
+
+def create_default_local_load_plan(
+    state_dict: dict[str, Any], metadata: Metadata, strict: bool = True, *, cast_dtype: bool = True
+) -> LoadPlan:
+    """Return the reads that fill a flat state dict, whatever layout the checkpoint was saved in.
+
+    Args:
+        state_dict: Flat; tensors give their size, dtype and the boxes held here.
+        metadata: The checkpoint's.
+        strict: Whether a key that the checkpoint lacks is an error.
+        cast_dtype: Whether a differing dtype is converted (with a warning) rather than an error.
+
+    Raises:
+        PlanError: Names every key that is missing, or differs in kind, size or dtype, or whose saved chunks overlap
+            or leave elements of a wanted box uncovered.
+    """
+    items: list[ReadItem] = []
+    missing: list[str] = []
+    problems: list[str] = []
+    casts: list[str] = []
+    for fqn, value in state_dict.items():
+        entry = metadata.state_dict_metadata.get(fqn)
+        if entry is None:
+            if strict:
+                missing.append(fqn)
+        elif isinstance(entry, BytesStorageMetadata):
+            items.append(bytes_read_item(fqn))
+        elif not isinstance(value, torch.Tensor) and not hasattr(value, "__create_chunk_list__"):
+            problems.append(
+                f"{fqn}: the checkpoint holds a tensor of size {tuple(entry.size)}, "
+                f"the state dict a {type(value).__name__}"
+            )
+        else:
+            size = value.global_shape if is_checkpointable(value) else getattr(value, "shape", None)
+            if size is not None and entry.size != tuple(size):
+                problems.append(f"Size mismatch between saved {tuple(entry.size)} and current: {tuple(size)} for {fqn}")
+                continue
+            dtype = getattr(value, "dtype", entry.properties.dtype)
+            if dtype != entry.properties.dtype:
+                casts.append(f"{fqn} ({entry.properties.dtype} -> {dtype})")
+            saved = entry.chunks
+            if is_whole(value) and len(saved) == 1 and saved[0].sizes == size and 0 not in size:
+                items.append(whole_read_item(fqn, saved[0]))
+                continue
+            wanted = chunks(value, fqn)
+            problems += _chunk_problems(fqn, entry, wanted)
+            items += create_read_items_for_chunk_list(fqn, entry, wanted)
+    if missing:
+        problems.insert(0, _missing_keys(missing, metadata))
+    if casts and not cast_dtype:
+        problems.append(f"dtypes differ and cast_dtype=False: {listing(casts)}")
+    if problems:
+        shown = problems[:_MAX_PROBLEMS]
+        more = [f"... and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
+        raise PlanError("\n".join(["the checkpoint does not fit the state dict:", *shown, *more]))
+    if casts:
+        warnings.warn(f"tensors are converted while loading, their dtypes differ: {listing(casts)}", stacklevel=2)
+    return LoadPlan(items)
+
+
+def _chunk_problems(fqn: str, entry: TensorStorageMetadata, wanted: list[Any]) -> list[str]:
+    saved = entry.chunks
+    if len(saved) == 1 and saved[0].sizes == entry.size and not any(saved[0].offsets):
+        return []
+    problems = overlap_problems(fqn, saved, entry.size)
+    if not problems and sum(math.prod(chunk.sizes) for chunk in saved) == math.prod(entry.size):
+        # Disjoint chunks inside the tensor, of its volume together, leave no hole.
+        return []
+    for chunk in [] if problems else wanted:
+        problems += coverage_problems(fqn, saved, box_of(chunk))
+    return problems
+
+
+def _missing_keys(missing: list[str], metadata: Metadata) -> str:
+    message = f"Missing key in checkpoint state_dict: {listing(missing)}."
+    known = list(metadata.state_dict_metadata)
+    close = difflib.get_close_matches(sorted(missing)[0], known[:5000], n=1, cutoff=0.8)
+    if close:
+        message += f" Closest key of the checkpoint to the first: {close[0]}."
+    return message + " To load what is there: DefaultLoadPlanner(allow_partial_load=True)"
+
+
+def create_default_global_load_plan(all_plans: list[LoadPlan]) -> list[LoadPlan]:
+    """Return the plans as they are: each rank reads for itself."""
+    return all_plans

@@ -1,0 +1,71 @@
+"""Non-tensor values: how they become bytes, and how bytes become values without running code."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import io
+import pickle
+import re
+from pathlib import PosixPath, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import numpy as np
+import torch
+
+from dcp_plugins.errors import CorruptCheckpointError, UnsafeCheckpointError
+
+__all__ = ["dump_value", "load_value"]
+
+
+@functools.cache
+def _plain_types() -> list[Any]:
+    """Return classes that hold data only, beyond those torch's restricted unpickler knows.
+
+    Training states are full of them: NumPy's random state is a tuple with an array, and a ``BytesIO`` is what somebody
+    serialised himself. Building one runs no code that the pickle could choose.
+    """
+    dtypes = {type(np.dtype(code)) for code in "?bBhHiIlLqQefdgFDGSUVMm"}
+    array_makers = [np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]]
+    paths = [PosixPath, PurePosixPath, PureWindowsPath]
+    times = [datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone]
+    return [io.BytesIO, np.ndarray, np.dtype, *dtypes, *array_makers, *paths, *times]
+
+
+def dump_value(value: Any) -> io.BytesIO:
+    """Return the value as ``torch.save`` writes it."""
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream
+
+
+def load_value(fqn: str, stream: io.BytesIO, *, weights_only: bool) -> Any:
+    """Return the value that ``dump_value``, or torch, wrote.
+
+    Args:
+        fqn: Its key, for error messages.
+        stream: At its beginning.
+        weights_only: False runs whatever code the pickle names.
+
+    Raises:
+        UnsafeCheckpointError: The value needs classes that are not admitted.
+        CorruptCheckpointError: The bytes are no such value.
+    """
+    try:
+        if not weights_only:
+            return torch.load(stream, weights_only=False)
+        with torch.serialization.safe_globals(_plain_types()):
+            return torch.load(stream, weights_only=True)
+    except pickle.UnpicklingError as exc:
+        reason = re.search(r"WeightsUnpickler error:\s*([^\n]+?)(?: Please use|\n|$)", str(exc))
+        raise UnsafeCheckpointError(
+            f"{fqn}: the saved value needs classes that are not admitted: {reason.group(1) if reason else exc} "
+            "If the class is yours, admit it with torch.serialization.add_safe_globals([...]). If you trust this "
+            "checkpoint as you trust a program, load with planner=DefaultLoadPlanner(weights_only=False)"
+        ) from exc
+    # Damaged bytes make torch's unpickler fail in any way its opcodes can.
+    except Exception as exc:
+        if not weights_only and not isinstance(exc, (EOFError, RuntimeError)):
+            # Raised by the code that the user chose to run.
+            raise
+        raise CorruptCheckpointError(f"{fqn}: the saved value cannot be read: {exc}") from exc

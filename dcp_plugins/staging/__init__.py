@@ -1,0 +1,21 @@
+"""Staging: the snapshot that an asynchronous save writes from while training goes on."""
+
+from __future__ import annotations
+
+from dcp_plugins.contract import AsyncStager
+from dcp_plugins.staging.stagers import (
+    BlockingAsyncStager,
+    DefaultStager,
+    StagingOptions,
+    release_staging_memory,
+    shared_stager,
+)
+
+__all__ = [
+    "AsyncStager",
+    "BlockingAsyncStager",
+    "DefaultStager",
+    "StagingOptions",
+    "release_staging_memory",
+    "shared_stager",
+]

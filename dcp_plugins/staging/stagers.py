@@ -1,0 +1,232 @@
+"""The stagers: who takes the snapshot of a state dict for an asynchronous save, in which memory, on which thread."""
+
+from __future__ import annotations
+
+import io
+import logging
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dcp_plugins.contract import AsyncStager
+from dcp_plugins.errors import UnsupportedValueError, listing
+from dcp_plugins.staging.memory import HostMemory
+from dcp_plugins.staging.snapshot import take_snapshot
+from dcp_plugins.staging.streams import Copies
+
+__all__ = ["BlockingAsyncStager", "DefaultStager", "StagingOptions", "release_staging_memory", "shared_stager"]
+
+logger = logging.getLogger(__name__)
+
+StateDict = dict[str, Any]
+
+
+@dataclass
+class StagingOptions:
+    """How ``DefaultStager`` stages. A machine without an accelerator gets what it can have, with one line in the log.
+
+    Attributes:
+        use_pinned_memory: Stage into page-locked memory, which devices copy to at full rate. Needs CUDA.
+        use_shared_memory: Stage into memory that another process can map.
+        use_async_staging: Copy on a thread of the stager: ``stage`` returns a future, and parameters may change once
+            it is done.
+        use_non_blocking_copy: Issue the copies from a device without waiting for each. Needs an accelerator.
+    """
+
+    use_pinned_memory: bool = True
+    use_shared_memory: bool = True
+    use_async_staging: bool = True
+    use_non_blocking_copy: bool = True
+
+
+class DefaultStager(AsyncStager):
+    """Stage into host memory that is kept from save to save, until ``close``.
+
+    What ``stage`` returns is valid until the next ``stage`` of the same stager, which writes into the same memory.
+    Called by ``async_save``, on the thread that calls it; not thread-safe.
+    """
+
+    def __init__(self, config: StagingOptions = StagingOptions()) -> None:  # noqa: B008 - never changed
+        self._config = config
+        pinned = config.use_pinned_memory and torch.cuda.is_available()
+        non_blocking = config.use_non_blocking_copy and torch.accelerator.is_available()
+        _say_what_is_missing(config, pinned=pinned, non_blocking=non_blocking)
+        self._memory = HostMemory(pinned=pinned, shared=config.use_shared_memory)
+        self._copies = Copies(non_blocking=non_blocking)
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="dcp-staging") if config.use_async_staging else None
+        self._last: Future[StateDict] | None = None
+        self._closed = False
+
+    @property
+    def staging_nbytes(self) -> int:
+        """Bytes of host memory kept for the next stage."""
+        return self._memory.nbytes
+
+    def stage(self, state_dict: StateDict, **kwargs: Any) -> StateDict | Future[StateDict]:
+        """Return a snapshot, or with ``use_async_staging`` the future of one.
+
+        Args:
+            state_dict: Nested dict of tensors and other values.
+            **kwargs: Accepted, as by torch's stager, and without effect.
+        """
+        if self._closed:
+            raise RuntimeError("this stager is closed: make a new one")
+        self._copies.mark()
+        if self._executor is None:
+            return self._stage(state_dict)
+        self._last = self._executor.submit(self._stage, state_dict)
+        return self._last
+
+    def _stage(self, state_dict: StateDict) -> StateDict:
+        try:
+            return take_snapshot(state_dict, self._memory, self._copies.start)
+        finally:
+            # After a failure too: nothing may write into the memory, or read the tensors, any longer.
+            self._copies.wait()
+
+    def synchronize_staging(self) -> None:
+        """Wait until the last staging has ended, and raise what it failed with."""
+        if self._last is not None:
+            self._last.result()
+
+    def close(self) -> None:
+        """End the thread and free the memory; what was staged last stays valid as long as it is referenced."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._executor is not None:
+            self._executor.shutdown(wait=True)
+        self._last = None
+        self._copies.close()
+        self._memory.close()
+
+
+class BlockingAsyncStager(AsyncStager):
+    """Stage into host memory on the calling thread.
+
+    Args:
+        cache_staged_state_dict: Keep the memory for the next stage; what was staged is then valid until that. False
+            takes new memory each time, which costs several times more.
+        type_check: Refuse values other than tensors, numbers, strings, bytes and ``BytesIO`` in the usual containers.
+    """
+
+    _synchronize_after_execute: bool = False
+
+    def __init__(self, cache_staged_state_dict: bool = False, type_check: bool = False) -> None:
+        self.cache_staged_state_dict = cache_staged_state_dict
+        self.type_check = type_check
+        self.state_dict_cache: StateDict | None = None
+        self._stager: DefaultStager | None = None
+
+    @property
+    def staging_nbytes(self) -> int:
+        """Bytes of host memory kept for the next stage."""
+        return 0 if self._stager is None else self._stager.staging_nbytes
+
+    def stage(self, state_dict: StateDict) -> StateDict:
+        """Return a snapshot."""
+        if self.type_check:
+            _check_types(state_dict)
+        if not self.cache_staged_state_dict:
+            stager = DefaultStager(_plain_options())
+            try:
+                return _staged(stager, state_dict)
+            finally:
+                stager.close()
+        if self._stager is None:
+            self._stager = DefaultStager(_plain_options())
+        self.state_dict_cache = _staged(self._stager, state_dict)
+        return self.state_dict_cache
+
+    def synchronize_staging(self) -> None:
+        """Return at once: ``stage`` has waited."""
+
+    def close(self) -> None:
+        """Free the memory; the next ``stage`` takes new."""
+        self.state_dict_cache = None
+        if self._stager is not None:
+            self._stager.close()
+            self._stager = None
+
+
+_shared_stager: DefaultStager | None = None
+_lock = threading.Lock()
+
+
+def shared_stager() -> DefaultStager:
+    """Return the stager of this process for asynchronous saves that bring none; its memory is kept between them."""
+    global _shared_stager  # noqa: PLW0603 - one for the process is the point
+    with _lock:
+        if _shared_stager is None:
+            _shared_stager = DefaultStager(_plain_options())
+        return _shared_stager
+
+
+def release_staging_memory() -> None:
+    """Free the memory that asynchronous saves without a stager of their own keep; the next one takes it anew.
+
+    Call it when no save is in flight.
+    """
+    global _shared_stager  # noqa: PLW0603 - see shared_stager
+    with _lock:
+        if _shared_stager is not None:
+            _shared_stager.close()
+            _shared_stager = None
+
+
+def _plain_options() -> StagingOptions:
+    """Return the options for staging on the calling thread, as fast as this machine can."""
+    return StagingOptions(
+        use_pinned_memory=torch.cuda.is_available(),
+        use_shared_memory=False,
+        use_async_staging=False,
+        use_non_blocking_copy=torch.accelerator.is_available(),
+    )
+
+
+def _staged(stager: DefaultStager, state_dict: StateDict) -> StateDict:
+    staged = stager.stage(state_dict)
+    assert not isinstance(staged, Future), "these stagers stage on the calling thread"
+    return staged
+
+
+_missing_said = False
+
+
+def _say_what_is_missing(config: StagingOptions, *, pinned: bool, non_blocking: bool) -> None:
+    global _missing_said  # noqa: PLW0603 - said once in a process, not at every save
+    missing = []
+    if config.use_pinned_memory and not pinned:
+        missing.append("pinned memory (use_pinned_memory)")
+    if config.use_non_blocking_copy and not non_blocking:
+        missing.append("non-blocking copies (use_non_blocking_copy)")
+    if missing and not _missing_said:
+        _missing_said = True
+        logger.warning("no accelerator here: checkpoints are staged without %s", " and ".join(missing))
+
+
+_CHECKED_TYPES = (torch.Tensor, int, float, complex, str, bytes, io.BytesIO, type(None))
+
+
+def _check_types(state_dict: StateDict) -> None:
+    wrong = list(_of_other_types(state_dict, ""))
+    if wrong:
+        raise UnsupportedValueError(
+            f"type_check: expected tensors, numbers, strings, bytes and BytesIO, found {listing(wrong)}. "
+            "Pass type_check=False to stage values of any type"
+        )
+
+
+def _of_other_types(value: Any, name: str) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _of_other_types(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, (list, tuple)):
+        for position, item in enumerate(value):
+            yield from _of_other_types(item, f"{name}.{position}")
+    elif not isinstance(value, _CHECKED_TYPES):
+        yield f"'{name}' ({type(value).__name__})"

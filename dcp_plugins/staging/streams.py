@@ -1,0 +1,91 @@
+"""Copies between devices and host memory, on streams of their own so that they run beside the training's kernels."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["Copies"]
+
+
+class Copies:
+    """The copies of one stager. ``mark`` on the caller's thread, then ``start`` and ``wait`` on the staging thread.
+
+    Without an accelerator all of it is a plain copy.
+
+    Args:
+        non_blocking: Let copies from a device run while the host goes on, until ``wait``.
+    """
+
+    def __init__(self, *, non_blocking: bool) -> None:
+        self._non_blocking = non_blocking
+        self._streams: dict[torch.device, torch.Stream] = {}
+        self._marks: dict[torch.device, torch.Event] = {}
+        # Sources of copies under way: their memory must not be reused before the copies have ended.
+        self._under_way: list[torch.Tensor] = []
+
+    def mark(self) -> None:
+        """Note how far the caller's stream has come: copies take the values that are computed by then."""
+        if _has_streams(torch.accelerator.current_accelerator()):
+            stream = torch.accelerator.current_stream()
+            event = torch.Event(stream.device)
+            event.record(stream)
+            self._marks = {stream.device: event}
+
+    def start(self, targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+        """Copy host sources now, and begin to copy those on devices."""
+        by_device: dict[torch.device, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        for target, source in zip(targets, sources, strict=True):
+            pair = by_device.get(source.device)
+            if pair is None:
+                pair = by_device[source.device] = ([], [])
+            pair[0].append(target)
+            pair[1].append(source)
+        host = by_device.pop(torch.device("cpu"), None)
+        # Devices first: their copies then run during the host's.
+        for device, (device_targets, device_sources) in by_device.items():
+            self._start_from(device, device_targets, device_sources)
+        if host is not None:
+            _copy(*host, non_blocking=False)
+
+    def wait(self) -> None:
+        """Wait until all copies have ended."""
+        for stream in self._streams.values():
+            stream.synchronize()
+        self._under_way = []
+
+    def close(self) -> None:
+        """Let go of the streams."""
+        self.wait()
+        self._streams = {}
+        self._marks = {}
+
+    def _start_from(self, device: torch.device, targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+        accelerator = torch.accelerator.current_accelerator()
+        if accelerator is None or device.type != accelerator.type or not _has_streams(device):
+            _copy(targets, sources, non_blocking=False)
+            return
+        stream = self._streams.get(device)
+        if stream is None:
+            stream = self._streams[device] = torch.Stream(device)
+        mark = self._marks.get(device)
+        if mark is None:
+            # Another device than the caller's current one: which of its streams writes the tensors is not known.
+            torch.accelerator.synchronize(device)
+        else:
+            stream.wait_event(mark)
+        self._under_way.extend(sources)
+        with stream:
+            _copy(targets, sources, non_blocking=self._non_blocking)
+
+
+def _has_streams(device: torch.device | None) -> bool:
+    # MPS has one queue for everything: its copies are ordered after the caller's kernels as it is.
+    return device is not None and device.type != "mps"
+
+
+@torch.no_grad()
+def _copy(targets: list[torch.Tensor], sources: list[torch.Tensor], *, non_blocking: bool) -> None:
+    if targets:
+        # One call for all: with thousands of small tensors the calls would cost more than the bytes.
+        with torch._C.DisableTorchFunctionSubclass():
+            torch._foreach_copy_(targets, sources, non_blocking=non_blocking)

@@ -1,0 +1,164 @@
+"""The six functions: each walks the model once, then gets or sets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from dcp_plugins.errors import PlanError
+from dcp_plugins.state_dict.model import IncompatibleKeys, get_model, load_model, warn_about_submodules
+from dcp_plugins.state_dict.names import names_of
+from dcp_plugins.state_dict.optimizer import as_optimizers, get_optimizers
+from dcp_plugins.state_dict.optimizer_load import load_optimizers
+from dcp_plugins.state_dict.options import StateDictOptions, checked_options
+from dcp_plugins.state_dict.types import OptimizerStateType, ValueType
+
+__all__ = [
+    "get_model_state_dict",
+    "get_optimizer_state_dict",
+    "get_state_dict",
+    "set_model_state_dict",
+    "set_optimizer_state_dict",
+    "set_state_dict",
+]
+
+
+def get_model_state_dict(
+    model: nn.Module, *, submodules: set[nn.Module] | None = None, options: StateDictOptions | None = None
+) -> dict[str, ValueType]:
+    """Return the parameters, persistent buffers and extra state of a model under canonical names.
+
+    Without ``full_state_dict`` and ``cpu_offload`` nothing is copied or communicated: the tensors are the model's own
+    memory, so loading into them loads the model. With ``full_state_dict`` this is a collective call.
+
+    Args:
+        model: Plain, DDP or FSDP2 (``fully_shard``), compiled or with activation checkpointing.
+        submodules: Deprecated. Return only what is in these submodules.
+        options: See ``StateDictOptions``.
+
+    Raises:
+        UnsupportedValueError: The model uses FSDP1.
+    """
+    warn_about_submodules(submodules)
+    options = checked_options(options)
+    return get_model(model, names_of(model, options.dsd_fqn_modifiers), options, submodules)
+
+
+def get_optimizer_state_dict(
+    model: nn.Module,
+    optimizers: Optimizer | Iterable[Optimizer],
+    *,
+    submodules: set[nn.Module] | None = None,
+    options: StateDictOptions | None = None,
+) -> OptimizerStateType:
+    """Return the state of one or several optimizers over a model, keyed by the names of the parameters.
+
+    The result is ``{"state": {fqn: {...}}, "param_groups": [{"params": [fqn, ...], ...}, ...]}``, or flat with
+    ``flatten_optimizer_state_dict``. Its tensors are the optimizers' own memory. For an optimizer that has not stepped
+    yet they are new ones that hold what it would begin with: load into them, then call ``set_optimizer_state_dict``.
+
+    Args:
+        model: The model, which must contain every parameter of the optimizers.
+        optimizers: One optimizer or several.
+        submodules: Deprecated, and without effect on optimizer state.
+        options: See ``StateDictOptions``.
+
+    Raises:
+        PlanError: An optimizer holds a parameter that is not the model's, or there is no optimizer.
+    """
+    warn_about_submodules(submodules)
+    options = checked_options(options)
+    return get_optimizers(_some(optimizers), names_of(model, options.dsd_fqn_modifiers), options)
+
+
+def get_state_dict(
+    model: nn.Module,
+    optimizers: Optimizer | Iterable[Optimizer],
+    *,
+    submodules: set[nn.Module] | None = None,
+    options: StateDictOptions | None = None,
+) -> tuple[dict[str, ValueType], OptimizerStateType]:
+    """Return what ``get_model_state_dict`` and ``get_optimizer_state_dict`` return; ``{}`` without optimizers."""
+    warn_about_submodules(submodules)
+    options = checked_options(options)
+    names = names_of(model, options.dsd_fqn_modifiers)
+    found = as_optimizers(optimizers)
+    model_state = get_model(model, names, options, submodules)
+    return model_state, get_optimizers(found, names, options) if found else {}
+
+
+def set_model_state_dict(
+    model: nn.Module, model_state_dict: Mapping[str, Any], *, options: StateDictOptions | None = None
+) -> IncompatibleKeys:
+    """Load a state dict with canonical names into a model; the dict is not changed.
+
+    Parameters and buffers are copied into. Those on the meta device are replaced by real ones on the device of the
+    state dict's tensors or of the mesh; make the optimizer after that.
+
+    Args:
+        model: The model.
+        model_state_dict: As ``get_model_state_dict`` returns it; whole tensors with ``full_state_dict``; on ranks other
+            than 0 anything with ``broadcast_from_rank0``.
+        options: See ``StateDictOptions``.
+
+    Returns:
+        A named tuple of ``missing_keys`` and ``unexpected_keys``, canonical names.
+
+    Raises:
+        PlanError: (a RuntimeError) Keys are missing or unexpected and ``strict`` is set, or sizes or layouts differ.
+    """
+    options = checked_options(options)
+    return load_model(model, model_state_dict, names_of(model, options.dsd_fqn_modifiers), options)
+
+
+def set_optimizer_state_dict(
+    model: nn.Module,
+    optimizers: Optimizer | Iterable[Optimizer],
+    optim_state_dict: Mapping[str, Any],
+    *,
+    options: StateDictOptions | None = None,
+) -> None:
+    """Load the state of one or several optimizers, each parameter's by its name; the dict is not changed.
+
+    Args:
+        model: The model, which must contain every parameter of the optimizers.
+        optimizers: One optimizer or several. State of parameters that none of them has is ignored.
+        optim_state_dict: As ``get_optimizer_state_dict`` returns it, nested or flat; whole tensors with
+            ``full_state_dict``; on ranks other than 0 anything with ``broadcast_from_rank0``.
+        options: See ``StateDictOptions``.
+
+    Raises:
+        PlanError: (a RuntimeError) The state dict does not fit; nothing has been changed.
+    """
+    options = checked_options(options)
+    load_optimizers(_some(optimizers), optim_state_dict, names_of(model, options.dsd_fqn_modifiers), options)
+
+
+def set_state_dict(
+    model: nn.Module,
+    optimizers: Optimizer | Iterable[Optimizer],
+    *,
+    model_state_dict: Mapping[str, Any],
+    optim_state_dict: Mapping[str, Any],
+    options: StateDictOptions | None = None,
+) -> IncompatibleKeys:
+    """Load a model and its optimizers, as ``set_optimizer_state_dict`` and ``set_model_state_dict`` do.
+
+    An empty ``model_state_dict`` (rank 0's, with ``broadcast_from_rank0``) leaves the model as it is.
+    """
+    options = checked_options(options)
+    names = names_of(model, options.dsd_fqn_modifiers)
+    found = as_optimizers(optimizers)
+    if found:
+        load_optimizers(found, optim_state_dict, names, options)
+    return load_model(model, model_state_dict, names, options, skip_if_empty=True)
+
+
+def _some(optimizers: Optimizer | Iterable[Optimizer]) -> tuple[Optimizer, ...]:
+    found = as_optimizers(optimizers)
+    if not found:
+        raise PlanError("Expected at least one optimizer, found none.")
+    return found

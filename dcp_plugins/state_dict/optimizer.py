@@ -1,0 +1,107 @@
+"""Getting the state of optimizers, keyed by the canonical names of the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+import torch
+from torch.optim import Optimizer
+
+from dcp_plugins.errors import PlanError, UnsupportedValueError, listing
+from dcp_plugins.state_dict.flatten import GROUPS, PARAMS, STATE, flattened
+from dcp_plugins.state_dict.full import collected
+from dcp_plugins.state_dict.initial import has_state, initial_state
+from dcp_plugins.state_dict.names import Names, state_dict_call
+from dcp_plugins.state_dict.options import StateDictOptions
+from dcp_plugins.state_dict.types import OptimizerStateType
+
+__all__ = ["as_optimizers", "check_membership", "get_optimizers"]
+
+
+def as_optimizers(optimizers: Optimizer | Iterable[Optimizer] | None) -> tuple[Optimizer, ...]:
+    """Return one optimizer, several or none as a tuple."""
+    if optimizers is None:
+        return ()
+    found = (optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers)
+    for at, optimizer in enumerate(found):
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"Expected torch.optim.Optimizer objects, found {type(optimizer).__name__} at place {at}.")
+    return found
+
+
+def check_membership(optimizers: tuple[Optimizer, ...], names: Names) -> None:
+    """Raise if an optimizer holds a parameter that the model does not have.
+
+    Raises:
+        PlanError: Says which parameter of which group of which optimizer.
+    """
+    strangers = []
+    for at, optimizer in enumerate(optimizers):
+        owner = type(optimizer).__name__ if len(optimizers) == 1 else f"{type(optimizer).__name__} (optimizer {at})"
+        for group_index, group in enumerate(optimizer.param_groups):
+            for index, parameter in enumerate(group[PARAMS]):
+                if names.fqn(parameter) is None:
+                    strangers.append(
+                        f"parameter {index} of group {group_index} of {owner}, of shape {tuple(parameter.shape)}"
+                    )
+    if strangers:
+        raise PlanError(
+            f"Expected the optimizer's parameters to be the model's, found {len(strangers)} that are not: "
+            f"{listing(strangers)}. An optimizer must be made after the model has been wrapped, sharded (fully_shard "
+            "replaces the parameters) and moved off the meta device; for a part of a model, pass the whole model."
+        )
+
+
+@torch.no_grad()
+def get_optimizers(optimizers: tuple[Optimizer, ...], names: Names, options: StateDictOptions) -> OptimizerStateType:
+    """Return the state of all optimizers as one state dict; its tensors share the optimizers' memory.
+
+    For an optimizer that has not stepped yet, the state that it would begin with, in tensors of their own: they can be
+    loaded into, and the optimizer remains as it is.
+    """
+    check_membership(optimizers, names)
+    state: dict[Any, Any] = {}
+    groups: list[dict[str, Any]] = []
+    for optimizer in optimizers:
+        own_state, own_groups = _one(optimizer, names)
+        twice = [key for key in own_state if key in state]
+        if twice:
+            raise PlanError(f"Two optimizers hold state for the same parameters: {listing(twice)}.")
+        state.update(own_state)
+        groups.extend(own_groups)
+    result: dict[str, Any] = {STATE: state, GROUPS: groups}
+    if options.flatten_optimizer_state_dict:
+        result = flattened(result)
+    return cast("OptimizerStateType", collected(result, options, lambda _: None))
+
+
+def _one(optimizer: Optimizer, names: Names) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
+    native = state_dict_call(optimizer, "state_dict")()
+    if not isinstance(native, Mapping) or STATE not in native or GROUPS not in native:
+        raise UnsupportedValueError(
+            f"Expected {type(optimizer).__name__}.state_dict() to return a dict with '{STATE}' and '{GROUPS}', as "
+            "torch.optim's optimizers do."
+        )
+    fqns: dict[Any, str] = {}
+    initial = {} if has_state(optimizer) else initial_state(optimizer)
+    states: dict[Any, Any] = dict(native[STATE])
+    groups = []
+    for group, native_group in zip(optimizer.param_groups, native[GROUPS], strict=True):
+        params = []
+        for parameter, number in zip(group[PARAMS], native_group[PARAMS], strict=True):
+            fqn = fqns[number] = cast("str", names.fqn(parameter))
+            params.append(fqn)
+            if id(parameter) in initial:
+                states[number] = initial[id(parameter)]
+        groups.append({**native_group, PARAMS: params})
+    return {fqns.get(key, key): _detached_containers(value) for key, value in states.items()}, groups
+
+
+def _detached_containers(value: Any) -> Any:
+    """Copy dicts and lists, not what is in them: a load replaces numbers in the dict it is given."""
+    if type(value) is dict:
+        return {key: _detached_containers(element) for key, element in value.items()}
+    if type(value) is list:
+        return [_detached_containers(element) for element in value]
+    return value

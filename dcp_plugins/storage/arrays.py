@@ -1,0 +1,152 @@
+"""Row-major arrays inside files: boxes of them read into tensors, with positioned reads and writes."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from dcp_plugins.errors import CorruptCheckpointError
+from dcp_plugins.format.memory import as_buffer, is_directly_addressable
+from dcp_plugins.geometry import is_contiguous_range
+from dcp_plugins.storage.host_blocks import BLOCK_BYTES, scratch
+
+__all__ = ["ScratchPool", "direct_range", "read_box", "read_into", "row_reads", "write_at"]
+
+
+class ScratchPool:
+    """One host buffer for each thread; its pages are touched once, not for every tensor."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    def take(self, nbytes: int, device: torch.device) -> torch.Tensor:
+        """Return ``nbytes`` of the calling thread's buffer, valid until its next call."""
+        buffer: torch.Tensor | None = getattr(self._local, "buffer", None)
+        if buffer is None or len(buffer) < nbytes:
+            buffer = self._local.buffer = scratch(max(nbytes, BLOCK_BYTES), device)
+        return buffer[:nbytes]
+
+
+def read_into(fd: int, buffers: list[Any], position: int, nbytes: int, where: str) -> None:
+    """Fill all buffers, ``nbytes`` in total, from ``position`` in the file."""
+    done = os.preadv(fd, buffers, position)
+    while done < nbytes:
+        if done == 0:
+            raise CorruptCheckpointError(f"{where}: the file ends {nbytes} bytes too early: it was truncated")
+        position += done
+        nbytes -= done
+        _drop(buffers, done)
+        done = os.preadv(fd, buffers, position)
+
+
+def write_at(fd: int, buffers: list[Any], position: int, nbytes: int) -> None:
+    """Write all buffers, ``nbytes`` in total, at ``position`` in the file."""
+    done = os.pwritev(fd, buffers, position)
+    while done < nbytes:
+        # A signal or a limit of the file system may cut a write short: go on behind what was taken.
+        position += done
+        nbytes -= done
+        _drop(buffers, done)
+        done = os.pwritev(fd, buffers, position)
+
+
+def _drop(buffers: list[Any], nbytes: int) -> None:
+    """Take the first ``nbytes`` off the buffers."""
+    while nbytes >= len(first := memoryview(buffers[0]).cast("B")):
+        nbytes -= len(first)
+        del buffers[0]
+    buffers[0] = first[nbytes:]
+
+
+def direct_range(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    offsets: Sequence[int],
+    lengths: Sequence[int],
+    target: torch.Tensor,
+) -> tuple[int, int] | None:
+    """Return where the box lies in the array's bytes, as start and length, if it can be read as it is into ``target``.
+
+    None where it is not one run in the file or in host memory, or has to be converted.
+    """
+    if target.dtype != dtype or not is_directly_addressable(target):
+        return None
+    run = is_contiguous_range(shape, offsets, lengths)
+    return None if run is None else (run[0] * dtype.itemsize, run[1] * dtype.itemsize)
+
+
+def read_box(
+    fd: int,
+    position: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    offsets: Sequence[int],
+    lengths: Sequence[int],
+    target: torch.Tensor,
+    *,
+    pool: ScratchPool,
+    where: str,
+) -> None:
+    """Fill ``target`` with a box of an array in a file, converting the dtype if they differ.
+
+    Args:
+        position: Of the array's first byte in the file.
+        shape: Shape of the array.
+        dtype: Dtype of the array.
+        offsets: First corner of the box in the array, in elements.
+        lengths: Extent of the box, and shape of ``target``.
+        pool: Gives a buffer where the box cannot go straight into the target.
+        where: Names the array in messages.
+    """
+    if 0 in lengths:
+        return
+    direct = direct_range(shape, dtype, offsets, lengths, target)
+    if direct is not None:
+        start, nbytes = direct
+        read_into(fd, [as_buffer(target)], position + start, nbytes, where)
+        return
+    if dtype == target.dtype and dtype.itemsize == 1:
+        # Not every one-byte dtype has a copy of its own.
+        dtype, target = torch.uint8, target.view(torch.uint8)
+    for start, block_shape, source, destination in row_reads(shape, offsets, lengths, dtype.itemsize, BLOCK_BYTES):
+        raw = pool.take(math.prod(block_shape) * dtype.itemsize, target.device)
+        read_into(fd, [as_buffer(raw)], position + start * dtype.itemsize, len(raw), where)
+        target[destination].copy_(raw.view(dtype).view(block_shape)[source])
+
+
+def row_reads(
+    shape: Sequence[int], offsets: Sequence[int], lengths: Sequence[int], itemsize: int, block_bytes: int
+) -> Iterator[tuple[int, tuple[int, ...], tuple[slice, ...], tuple[slice | int, ...]]]:
+    """Cut the reading of a box of a row-major array into contiguous blocks of whole rows, in order.
+
+    Args:
+        shape: Shape of the array.
+        offsets: First corner of the box in the array, in elements.
+        lengths: Extent of the box.
+        itemsize: Bytes of an element.
+        block_bytes: Rows are taken together up to this size; a row that is larger is cut along the next dimension.
+
+    Yields:
+        The block's first element in the flattened array, the block's shape, the index of the box's part in the block,
+        and the index where that part goes in an array of shape ``lengths``.
+    """
+    if not shape:
+        yield 0, (), (), ()
+        return
+    row = math.prod(shape[1:])
+    if len(shape) == 1 or row * itemsize <= block_bytes:
+        step = max(1, block_bytes // max(1, row * itemsize))
+        inner = [slice(offset, offset + length) for offset, length in zip(offsets[1:], lengths[1:], strict=True)]
+        for first in range(0, lengths[0], step):
+            count = min(step, lengths[0] - first)
+            source = (slice(None), *inner)
+            yield (offsets[0] + first) * row, (count, *shape[1:]), source, (slice(first, first + count),)
+        return
+    for position in range(lengths[0]):
+        for start, block_shape, source, target in row_reads(shape[1:], offsets[1:], lengths[1:], itemsize, block_bytes):
+            yield (offsets[0] + position) * row + start, block_shape, source, (position, *target)

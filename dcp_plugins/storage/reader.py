@@ -1,0 +1,294 @@
+"""Reading a checkpoint from a local directory in DCP's format, ours or torch's."""
+
+from __future__ import annotations
+
+import io
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.futures import Future
+
+from dcp_plugins.contract import (
+    LoadItemType,
+    LoadPlan,
+    LoadPlanner,
+    Metadata,
+    MetadataIndex,
+    ReadItem,
+    StorageInfo,
+    StorageMeta,
+    StorageReader,
+    TensorStorageMetadata,
+)
+from dcp_plugins.errors import CheckpointNotFoundError, CorruptCheckpointError, listing
+from dcp_plugins.format.container import Layout, record_checksums
+from dcp_plugins.format.metadata import decode
+from dcp_plugins.format.names import metadata_name, new_save_id, safe_join
+from dcp_plugins.storage.reads import DataFileReader, TensorRead, load_container
+from dcp_plugins.storage.threads import default_thread_count, run_all, split_by_bytes
+from dcp_plugins.storage.transforms import ExtensionRegistry, decode_stream
+from dcp_plugins.storage.writer import local_path_is_usable
+
+__all__ = ["FileSystemReader", "resolve_target"]
+
+
+class FileSystemReader(StorageReader):
+    """Read a checkpoint from a directory, treating its files as untrusted data.
+
+    Args:
+        path: The checkpoint's directory.
+        _extension_registry: Decoders for stream transforms; None knows the built-in ones.
+        thread_count: Threads that read. None (the default) takes the processors of this host divided by its ranks.
+        verify_checksums: Check the CRC-32 of every record that is read whole. A part of a record cannot be checked.
+        trust_pickle: Read ``.metadata`` with the unrestricted unpickler, which runs whatever code it names. Only for
+            checkpoints that you trust as you trust a program.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        _extension_registry: ExtensionRegistry | None = None,
+        *,
+        thread_count: int | None = None,
+        verify_checksums: bool = True,
+        trust_pickle: bool = False,
+    ) -> None:
+        super().__init__()
+        if thread_count is not None and thread_count < 1:
+            raise ValueError(f"thread_count must be at least 1, got {thread_count}")
+        self.path = Path(path)
+        self.extension_registry = _extension_registry or ExtensionRegistry()
+        self.thread_count = default_thread_count() if thread_count is None else thread_count
+        self.verify_checksums = verify_checksums
+        self.trust_pickle = trust_pickle
+        self.load_id = new_save_id()
+        self.storage_data: dict[MetadataIndex, Any] = {}
+        self.metadata: Metadata | None = None
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Begin a new load, from another path if one is given."""
+        if checkpoint_id:
+            self.path = Path(checkpoint_id)
+        self.load_id = new_save_id()
+        self.storage_data = {}
+        self.metadata = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Return the checkpoint's metadata; with ``rank=``, that of one rank which saved without collectives.
+
+        Raises:
+            CheckpointNotFoundError: There is none: no checkpoint was committed here.
+            CorruptCheckpointError: It is damaged, or asks for what data must not do.
+        """
+        path = self.path / metadata_name(kwargs.get("rank"))
+        try:
+            content = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError) as exc:
+            raise CheckpointNotFoundError(
+                f"no committed checkpoint in {self.path}: it has no {path.name}. A save that was killed leaves a "
+                "directory without one; load an earlier checkpoint"
+            ) from exc
+        metadata = decode(content, str(path), trust_pickle=self.trust_pickle)
+        if metadata.storage_meta is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        self.metadata = metadata
+        self.storage_data = metadata.storage_data
+        if not isinstance(self.storage_data, dict):
+            raise CorruptCheckpointError(
+                f"{self.path}: the metadata has no storage data, only {type(self.storage_data).__name__}: it does not "
+                "say where tensors lie"
+            )
+
+    def check_sizes(self, metadata: Metadata) -> None:
+        """Hold the sizes of all tensors in the metadata against what the files can hold.
+
+        To be called before memory is allocated by what the metadata says; a load into existing tensors needs it not.
+
+        Raises:
+            CorruptCheckpointError: Some tensor is larger than its bytes on storage; lists all of them.
+        """
+        file_sizes: dict[str, int] = {}
+        problems = []
+        for fqn, entry in metadata.state_dict_metadata.items():
+            if not isinstance(entry, TensorStorageMetadata):
+                continue
+            stored = 0
+            for position, chunk in enumerate(entry.chunks):
+                info = metadata.storage_data.get(MetadataIndex(fqn, chunk.offsets, position))
+                if not isinstance(info, StorageInfo) or getattr(info, "transform_descriptors", None):
+                    # Compressed, or of another kind of storage: there is no telling from the sizes.
+                    stored += chunk.sizes.numel()
+                    continue
+                name = info.relative_path
+                if name not in file_sizes:
+                    path = safe_join(self.path, name)
+                    file_sizes[name] = path.stat().st_size if path.exists() else 0
+                available = max(0, min(info.length, file_sizes[name] - info.offset))
+                stored += min(chunk.sizes.numel(), available // entry.properties.dtype.itemsize)
+            if stored < entry.size.numel():
+                problems.append(f"{fqn} has {entry.size.numel()} elements, its files hold {stored}")
+        if problems:
+            raise CorruptCheckpointError(f"{self.path}: data files do not fit the metadata: {listing(problems)}")
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        with ExitStack() as stack:
+            located = [(item, self._info(item)) for item in plan.items]
+            files = self._open_files(located, stack)
+            layouts: dict[Any, Layout] = {}
+            readers = {
+                name: DataFileReader(fd, verify=self.verify_checksums, layouts=layouts) for name, fd in files.items()
+            }
+            reads: list[TensorRead] = []
+            at_once = getattr(planner, "resolves_views", False)
+            for item, info in located:
+                if item.type is LoadItemType.BYTE_IO:
+                    planner.load_bytes(item, io.BytesIO(self._read_bytes(files[info.relative_path], info, item)))
+                elif 0 in item.lengths:
+                    continue
+                elif getattr(info, "transform_descriptors", None):
+                    self._read_transformed(files[info.relative_path], info, item, planner)
+                elif at_once:
+                    reads.append(self._tensor_read(item, info, planner))
+                else:
+                    # A planner of unknown habits gets what the interface promises: resolve, read, commit, one by one.
+                    read = self._tensor_read(item, info, planner)
+                    readers[info.relative_path].read([read])
+                    planner.commit_tensor(item, read.target)
+            self._read_tensors(reads, readers)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _open_files(self, located: list[tuple[ReadItem, StorageInfo]], stack: ExitStack) -> dict[str, int]:
+        """Open every file the plan needs, and check all ranges against the files before anything is read."""
+        needed: dict[str, int] = {}
+        for _, info in located:
+            end = info.offset + info.length
+            if end > needed.get(info.relative_path, 0) or info.relative_path not in needed:
+                needed[info.relative_path] = end
+        files: dict[str, int] = {}
+        problems = []
+        for name, end in sorted(needed.items()):
+            path = safe_join(self.path, name)
+            try:
+                fd = os.open(path, os.O_RDONLY)
+            except FileNotFoundError:
+                problems.append(f"{name} is missing")
+                continue
+            stack.callback(os.close, fd)
+            files[name] = fd
+            size = os.fstat(fd).st_size
+            if size < end:
+                problems.append(f"{name} has {size} bytes, the metadata names bytes up to {end}")
+        if problems:
+            raise CorruptCheckpointError(f"{self.path}: data files do not fit the metadata: {listing(problems)}")
+        return files
+
+    def _info(self, item: ReadItem) -> StorageInfo:
+        info = self.storage_data.get(item.storage_index)
+        if not isinstance(info, StorageInfo):
+            raise CorruptCheckpointError(
+                f"{self.path}: the metadata does not say where {item.storage_index.fqn} (offset "
+                f"{item.storage_index.offset}) is stored; found {info!r}"
+            )
+        return info
+
+    def _tensor_read(self, item: ReadItem, info: StorageInfo, planner: LoadPlanner) -> TensorRead:
+        sizes, dtype = self._chunk(item)
+        target = resolve_target(item, planner)
+        return TensorRead(item, info, sizes, dtype, target)
+
+    def _chunk(self, item: ReadItem) -> tuple[tuple[int, ...], torch.dtype]:
+        """Return shape and dtype of the stored chunk; the index's hint is tried first and may be wrong."""
+        assert self.metadata is not None, "read_data was called before set_up_storage_reader"
+        index = item.storage_index
+        entry = self.metadata.state_dict_metadata.get(index.fqn)
+        if isinstance(entry, TensorStorageMetadata):
+            chunks = entry.chunks
+            hint = index.index
+            if hint is not None and 0 <= hint < len(chunks) and chunks[hint].offsets == index.offset:
+                return chunks[hint].sizes, entry.properties.dtype
+            for chunk in chunks:
+                if chunk.offsets == index.offset or index.offset is None:
+                    return tuple(chunk.sizes), entry.properties.dtype
+        raise CorruptCheckpointError(f"{self.path}: the metadata has no chunk of {index.fqn} at offset {index.offset}")
+
+    def _read_tensors(self, reads: list[TensorRead], readers: dict[str, DataFileReader]) -> None:
+        reads.sort(key=lambda read: (read.info.relative_path, read.info.offset))
+        parts = split_by_bytes(reads, [read.target.nbytes for read in reads], self.thread_count)
+
+        def read_part(part: list[TensorRead]) -> None:
+            start = 0
+            for end in range(1, len(part) + 1):
+                name = part[start].info.relative_path
+                if end == len(part) or part[end].info.relative_path != name:
+                    readers[name].read(part[start:end])
+                    start = end
+
+        run_all(read_part, parts)
+
+    def _read_transformed(self, fd: int, info: StorageInfo, item: ReadItem, planner: LoadPlanner) -> None:
+        """Decode a whole item, whose stream went through extensions, and copy the wanted part."""
+        content = self._read_bytes(fd, info, item)
+        where = f"{info.relative_path} at {info.offset} ({item.dest_index.fqn})"
+        loaded = load_container(content, self._chunk(item)[0], where)
+        target = resolve_target(item, planner)
+        for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+            loaded = loaded.narrow(dim, start, length)
+        target.copy_(loaded)
+        planner.commit_tensor(item, target)
+
+    def _read_bytes(self, fd: int, info: StorageInfo, item: ReadItem) -> bytes:
+        where = f"{info.relative_path} at {info.offset} ({item.dest_index.fqn})"
+        content = os.pread(fd, info.length, info.offset)
+        while len(content) < info.length:
+            more = os.pread(fd, info.length - len(content), info.offset + len(content))
+            if not more:
+                raise CorruptCheckpointError(f"{where}: the file was truncated while it was read")
+            content += more
+        descriptors = getattr(info, "transform_descriptors", None)
+        if descriptors:
+            content = decode_stream(self.extension_registry.from_descriptor_list(descriptors), content, where)
+        if self.verify_checksums and content[:4] == b"PK\x03\x04":
+            record_checksums(memoryview(content), where)
+        return content
+
+    @property
+    def checkpoint_id(self) -> str | os.PathLike[str]:
+        """The directory that is being read."""
+        return self.path
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        if local_path_is_usable(checkpoint_id):
+            return True
+        # A checkpoint on a read-only file system can be read all the same.
+        return "://" not in os.fspath(checkpoint_id) and Path(checkpoint_id).is_dir()
+
+
+def resolve_target(item: ReadItem, planner: LoadPlanner) -> torch.Tensor:
+    """Return the tensor that the planner wants ``item`` read into.
+
+    Raises:
+        CorruptCheckpointError: Its shape is not the item's.
+    """
+    target = planner.resolve_tensor(item).detach()
+    if target.shape != item.lengths:
+        raise CorruptCheckpointError(
+            f"{item.dest_index.fqn}: the plan reads {tuple(item.lengths)} elements into a tensor of "
+            f"{tuple(target.shape)}"
+        )
+    return target

@@ -1,0 +1,335 @@
+"""Writing a checkpoint into a local directory, in DCP's format."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import logging
+import math
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.futures import Future
+
+from dcp_plugins.contract import (
+    Metadata,
+    SavePlan,
+    SavePlanner,
+    SerializationFormat,
+    StorageInfo,
+    StorageMeta,
+    StoragePrefix,
+    StorageWriter,
+    StreamTransformExtension,
+    WriteItem,
+    WriteItemType,
+    WriteResult,
+)
+from dcp_plugins.errors import CheckpointError, CheckpointExistsError, StorageWriteError, listing
+from dcp_plugins.format.container import crc32, predicted_layout
+from dcp_plugins.format.memory import as_buffer, is_directly_addressable
+from dcp_plugins.format.metadata import decode, encode
+from dcp_plugins.format.names import (
+    METADATA_NAME,
+    data_file_name,
+    metadata_name,
+    metadata_rank,
+    new_save_id,
+    temporary_name,
+)
+from dcp_plugins.storage.datafile import DataFile
+from dcp_plugins.storage.host_blocks import host_blocks
+from dcp_plugins.storage.local import litter, make_directory, publish, remove_files, sync_directory
+from dcp_plugins.storage.threads import default_thread_count, run_all, split_by_bytes
+from dcp_plugins.storage.transforms import encode_stream
+
+__all__ = ["DCP_VERSION", "FileSystemWriter", "check_against_plan", "check_results", "local_path_is_usable"]
+
+logger = logging.getLogger(__name__)
+
+DCP_VERSION = "1.0.0"
+
+
+class FileSystemWriter(StorageWriter):
+    """Write a checkpoint into a directory, so that at every instant one whole checkpoint is there to be loaded.
+
+    Data goes to files that carry this save's id in their names; ``.metadata``, renamed into place last, makes the
+    checkpoint. Only after that is what it replaced deleted. Overwriting is therefore safe against a kill, a full disk
+    and, with ``sync_files``, a loss of power.
+
+    Args:
+        path: The checkpoint's directory; created if need be.
+        single_file_per_rank: One file for each thread of each rank; False gives each item a file of its own.
+        sync_files: Sync data, directory and metadata to the device before the checkpoint counts as committed.
+            Without it a kill is still harmless, a loss of power may not be.
+        thread_count: Threads that write, each into its own file. None (the default) takes what measures best: the
+            processors of this host divided by its ranks. Torch's default is 1.
+        per_thread_copy_ahead: Accepted for compatibility: the copy from a device runs through blocks of a fixed size.
+        cache_staged_state_dict: For asynchronous saves: keep the staged copy's memory from save to save.
+        overwrite: False raises ``CheckpointExistsError`` where a committed checkpoint exists already.
+        _extensions: Stream transforms applied to every item, the last one first.
+        serialization_format: ``TORCH_SAVE``. Safetensors directories have a writer of their own.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        single_file_per_rank: bool = True,
+        sync_files: bool = True,
+        thread_count: int | None = None,
+        per_thread_copy_ahead: int = 10_000_000,
+        cache_staged_state_dict: bool = False,
+        overwrite: bool = True,
+        _extensions: Sequence[StreamTransformExtension] | None = None,
+        serialization_format: SerializationFormat = SerializationFormat.TORCH_SAVE,
+    ) -> None:
+        super().__init__()
+        if thread_count is not None and thread_count < 1:
+            raise ValueError(f"thread_count must be at least 1, got {thread_count}")
+        if serialization_format is not SerializationFormat.TORCH_SAVE:
+            raise ValueError(
+                f"serialization_format must be TORCH_SAVE, got {serialization_format}: DCP's metadata cannot locate a "
+                "tensor inside a safetensors file; write safetensors directories with HuggingFaceStorageWriter"
+            )
+        self.path = Path(path)
+        self.single_file_per_rank = single_file_per_rank
+        self.sync_files = sync_files
+        self.thread_count = default_thread_count() if thread_count is None else thread_count
+        self.per_thread_copy_ahead = per_thread_copy_ahead
+        self.cache_staged_state_dict = cache_staged_state_dict
+        self.overwrite = overwrite
+        self.serialization_format = serialization_format
+        self.extensions = tuple(_extensions or ())
+        self.save_id = new_save_id()
+        self.rank: int | None = None
+        self.use_collectives = True
+        self._written: list[str] = []
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Begin a new save, under another path if one is given."""
+        if checkpoint_id:
+            self.path = Path(checkpoint_id)
+        self.save_id = new_save_id()
+        self._written = []
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        self.is_coordinator = is_coordinator
+        self.rank = kwargs.get("rank")
+        self.use_collectives = kwargs.get("use_collectives", True)
+        if self._written:
+            # Reused without reset: a second save must not write to the first one's names.
+            self.reset()
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        make_directory(self.path, sync=self.sync_files)
+        if (self.path / metadata_name(None if self.use_collectives else 0)).exists():
+            if not self.overwrite:
+                raise CheckpointExistsError(
+                    f"Checkpoint already exists in {self.path} and overwrite=False: choose another checkpoint_id"
+                )
+            warnings.warn(
+                f"Detected an existing checkpoint in {self.path}: it is replaced when this save is complete. "
+                "Pass overwrite=False to the writer to make this an error",
+                stacklevel=2,
+            )
+        if self.rank is not None and not self.use_collectives:
+            return dataclasses.replace(plan, storage_data=StoragePrefix(f"__{self.rank}_"))
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        return [
+            plan
+            if plan.storage_data is not None
+            else dataclasses.replace(plan, storage_data=StoragePrefix(f"__{rank}_"))
+            for rank, plan in enumerate(plans)
+        ]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        prefix = plan.storage_data.prefix
+        if self.single_file_per_rank:
+            parts = split_by_bytes(plan.items, [_nbytes(item) for item in plan.items], self.thread_count)
+        else:
+            parts = [[item] for item in plan.items]
+        names = [data_file_name(prefix, index, self.save_id) for index in range(len(parts))]
+        self._written = names
+        files = list(zip(names, parts, strict=True))
+        lanes = [files[lane :: self.thread_count] for lane in range(min(self.thread_count, len(files)))]
+
+        def write_lane(lane: list[tuple[str, list[WriteItem]]]) -> list[WriteResult]:
+            return [result for name, items in lane for result in self._write_file(name, items, planner)]
+
+        results = [result for lane_results in run_all(write_lane, lanes) for result in lane_results]
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+    def _write_file(self, name: str, items: list[WriteItem], planner: SavePlanner) -> list[WriteResult]:
+        results = []
+        with DataFile(self.path / name, sync=self.sync_files) as file:
+            for item in items:
+                data = planner.resolve_data(item)
+                if isinstance(data, torch.Tensor):
+                    check_against_plan(item, data)
+                    offset, length = self._append_tensor(file, data)
+                else:
+                    if item.type is not WriteItemType.BYTE_IO:
+                        raise StorageWriteError(
+                            f"{item.index.fqn}: the plan says tensor, the planner gave {type(data)}"
+                        )
+                    offset, length = self._append_bytes(file, data)
+                info = StorageInfo(name, offset, length)
+                if self.extensions:
+                    # In the order in which readers, torch's too, undo them. Torch's writer lists them the other way
+                    # round, so that what it wrote through two transforms nobody can read, unless they commute.
+                    info.transform_descriptors = [ext.get_descriptor() for ext in self.extensions]
+                results.append(WriteResult(item.index, length, info))
+        return results
+
+    def _append_tensor(self, file: DataFile, tensor: torch.Tensor) -> tuple[int, int]:
+        if not self.extensions:
+            return file.write_tensor(tensor)
+        return file.write_bytes(io.BytesIO(encode_stream(self.extensions, _container_parts(tensor))))
+
+    def _append_bytes(self, file: DataFile, data: io.BytesIO) -> tuple[int, int]:
+        if not self.extensions:
+            return file.write_bytes(data)
+        return file.write_bytes(io.BytesIO(encode_stream(self.extensions, [data.getbuffer()])))
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Commit: publish the metadata in one step, then reclaim what it replaced and what killed saves left."""
+        metadata.version = DCP_VERSION
+        metadata.storage_data = {result.index: result.storage_data for part in results for result in part}
+        metadata.storage_meta = self.storage_meta()
+        referenced = {info.relative_path for info in metadata.storage_data.values()}
+        name = metadata_name(None if self.use_collectives else self.rank)
+        content = encode(
+            metadata,
+            extras={
+                "save_id": self.save_id,
+                "files": {name: (self.path / name).stat().st_size for name in sorted(referenced)},
+            },
+        )
+        temporary = self.path / temporary_name(name, self.save_id)
+        publish(self.path / name, content, temporary, sync=self.sync_files)
+        try:
+            self._reclaim(referenced)
+        except (OSError, CheckpointError):
+            # The new checkpoint is committed: litter that stays must not make its save look failed.
+            logger.warning(
+                "could not delete what %s no longer needs; the next save tries again", self.path, exc_info=True
+            )
+
+    def _reclaim(self, referenced: set[str]) -> None:
+        """Delete what no committed metadata names. Without collectives the other ranks' files are theirs."""
+        if self.use_collectives:
+            # The metadata of single ranks, from saves without collectives, is outdated by the whole one.
+            outdated = [name for name in os.listdir(self.path) if metadata_rank(name) is not None]
+            remove_files(self.path, outdated)
+            remove_files(self.path, litter(self.path, referenced))
+        else:
+            own = f"__{self.rank}_"
+            kept = referenced | _files_named_by(self.path / METADATA_NAME)
+            remove_files(self.path, [name for name in litter(self.path, kept) if name.startswith(own)])
+
+    def abandon(self) -> None:
+        """Delete the data files of a save that failed; what was committed before is not touched."""
+        remove_files(self.path, self._written)
+        self._written = []
+
+    def retire_whole(self) -> None:
+        """After all ranks of a save without collectives have committed: the whole checkpoint that was here is old.
+
+        A load prefers the whole checkpoint's metadata, so while it stands the new ones are not seen.
+        """
+        whole = self.path / METADATA_NAME
+        if whole.exists():
+            whole.unlink()
+            if self.sync_files:
+                sync_directory(self.path)
+
+    def storage_meta(self) -> StorageMeta | None:
+        return StorageMeta(checkpoint_id=self.checkpoint_id, save_id=self.save_id)
+
+    @property
+    def checkpoint_id(self) -> str | os.PathLike[str]:
+        """The directory that is being written."""
+        return self.path
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return local_path_is_usable(checkpoint_id)
+
+
+def local_path_is_usable(checkpoint_id: str | os.PathLike[str]) -> bool:
+    """Whether an id is a path (a URL is not) under some directory that may be written."""
+    if isinstance(checkpoint_id, Path):
+        return True
+    text = os.fspath(checkpoint_id)
+    return "://" not in text and any(parent.is_dir() and os.access(parent, os.W_OK) for parent in Path(text).parents)
+
+
+def _nbytes(item: WriteItem) -> int:
+    if item.tensor_data is None:
+        return 0
+    return math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
+
+
+def check_against_plan(item: WriteItem, tensor: torch.Tensor) -> None:
+    """Refuse data that the metadata would misdescribe.
+
+    Raises:
+        StorageWriteError: The planner gave another kind, shape or dtype than it planned.
+    """
+    data = item.tensor_data
+    if data is None:
+        raise StorageWriteError(f"{item.index.fqn}: the plan says bytes, the planner gave a tensor")
+    if tensor.shape != data.chunk.sizes or tensor.dtype != data.properties.dtype:
+        raise StorageWriteError(
+            f"{item.index.fqn}: the plan says {tuple(data.chunk.sizes)} {data.properties.dtype}, the planner's "
+            f"resolve_data gave {tuple(tensor.shape)} {tensor.dtype}; change the item in create_local_plan too"
+        )
+
+
+def _container_parts(tensor: torch.Tensor) -> list[Any]:
+    """Return a container's bytes for a stream transform, which takes them in order."""
+    layout = predicted_layout(tensor.dtype, tensor.shape)
+    if not layout.nbytes:
+        return [layout.head, layout.tail(0)]
+    if is_directly_addressable(tensor):
+        blocks = [as_buffer(tensor)]
+    else:
+        blocks = [bytes(as_buffer(block)) for block in host_blocks(tensor.detach())]
+    crc = 0
+    for block in blocks:
+        crc = crc32(block, crc)
+    return [layout.head, *blocks, layout.tail(crc)]
+
+
+def _files_named_by(path: Path) -> set[str]:
+    if not path.exists():
+        return set()
+    named = decode(path.read_bytes(), str(path)).storage_data or {}
+    return {info.relative_path for info in named.values() if isinstance(info, StorageInfo)}
+
+
+def check_results(results: list[WriteResult], plan: SavePlan) -> None:
+    """Compare what was written with what was planned.
+
+    Raises:
+        StorageWriteError: Something planned was not written, or the reverse; lists the keys.
+    """
+    # The writer hands the plan's own index objects on, so comparing identities settles nearly every case.
+    if len(results) == len(plan.items) and {id(item.index) for item in plan.items} == {
+        id(result.index) for result in results
+    }:
+        return
+    planned = {item.index for item in plan.items}
+    written = {result.index for result in results}
+    if planned != written or len(results) != len(plan.items):
+        missing = listing({index.fqn for index in planned - written})
+        surplus = listing({index.fqn for index in written - planned})
+        raise StorageWriteError(f"what was written is not what was planned: missing [{missing}], surplus [{surplus}]")

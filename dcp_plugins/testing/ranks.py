@@ -1,0 +1,142 @@
+"""Run a function on several real ranks of a gloo process group, with a hard deadline.
+
+The ranks are processes forked from a server that has imported torch once, so that a 4-rank test costs tens of
+milliseconds to start instead of seconds, and no thread pool of the test process is forked along.
+"""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import os
+import pickle
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+__all__ = ["RankError", "run_ranks"]
+
+_PRELOAD = ["torch", "torch.distributed.tensor", "torch.distributed.fsdp", "dcp_plugins"]
+
+
+class RankError(AssertionError):
+    """Some rank raised, died or missed the deadline; the message holds every rank's traceback."""
+
+
+def run_ranks(
+    world_size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout_seconds: float = 60.0,
+    collective_timeout_seconds: float = 30.0,
+    expect_deaths: bool = False,
+) -> list[Any]:
+    """Call ``function(*args)`` on ``world_size`` ranks of a gloo group and return the results, indexed by rank.
+
+    Args:
+        world_size: Number of processes.
+        function: A module-level (picklable) function; its arguments and its result must be picklable too. Inside,
+            ``torch.distributed`` is initialised and ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``LOCAL_WORLD_SIZE``
+            are set.
+        timeout_seconds: All ranks are killed when this has passed.
+        collective_timeout_seconds: The process group's own timeout.
+        expect_deaths: Return ``None`` for a rank that died without an answer instead of failing.
+
+    Raises:
+        RankError: A rank raised (its traceback is in the message), died, or missed the deadline.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    with tempfile.TemporaryDirectory(prefix="dcp_ranks_") as folder:
+        store_path = os.path.join(folder, "store")
+        processes: list[BaseProcess] = []
+        pipes: dict[Connection, int] = {}
+        for rank in range(world_size):
+            receiver, sender = context.Pipe(duplex=False)
+            process: BaseProcess = context.Process(
+                target=_rank_main,
+                args=(rank, world_size, store_path, collective_timeout_seconds, sender, function, args),
+                daemon=False,
+            )
+            process.start()
+            sender.close()
+            processes.append(process)
+            pipes[receiver] = rank
+        try:
+            return _collect(processes, pipes, timeout_seconds, expect_deaths)
+        finally:
+            for process in processes:
+                if process.is_alive():
+                    process.kill()
+                process.join()
+
+
+def _collect(
+    processes: list[BaseProcess], pipes: dict[Connection, int], timeout_seconds: float, expect_deaths: bool
+) -> list[Any]:
+    deadline = time.monotonic() + timeout_seconds
+    results: list[Any] = [None] * len(processes)
+    problems: dict[int, str] = {}
+    pending = dict(pipes)
+    while pending:
+        ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            for rank in pending.values():
+                problems[rank] = f"no answer within {timeout_seconds} s"
+            break
+        for receiver in ready:
+            assert isinstance(receiver, Connection)
+            rank = pending.pop(receiver)
+            try:
+                ok, value = receiver.recv()
+            except EOFError:
+                processes[rank].join(timeout=5)
+                if not expect_deaths:
+                    problems[rank] = f"died with exit code {processes[rank].exitcode}"
+                continue
+            if ok:
+                results[rank] = value
+            else:
+                problems[rank] = value
+    if problems:
+        raise RankError("\n".join(f"[rank {rank}] {problems[rank]}" for rank in sorted(problems)))
+    return results
+
+
+def _rank_main(
+    rank: int,
+    world_size: int,
+    store_path: str,
+    collective_timeout_seconds: float,
+    sender: Connection,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
+    import torch
+    import torch.distributed as dist
+    from torch._C._distributed_c10d import FileStore
+
+    torch.set_num_threads(1)
+    names = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world_size}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    try:
+        dist.init_process_group(
+            "gloo",
+            store=FileStore(store_path, world_size),
+            rank=rank,
+            world_size=world_size,
+            timeout=datetime.timedelta(seconds=collective_timeout_seconds),
+        )
+        answer = (True, function(*args))
+        payload = pickle.dumps(answer)
+    # Whatever ends a rank is the answer its caller gets.
+    except BaseException:
+        payload = pickle.dumps((False, traceback.format_exc()))
+    sender.send_bytes(payload)
+    sender.close()
+    # Skips interpreter teardown: a process group whose peers are gone may block in its destructor.
+    os._exit(0)

@@ -1,0 +1,44 @@
+"""The command line itself."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from click.testing import CliRunner
+
+from dcp_plugins.cli import main
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_version_names_the_package_and_torch():
+    result = CliRunner().invoke(main, ["--version"])
+    assert result.exit_code == 0
+    assert result.stdout.startswith("dcp-plugins ")
+    assert f"torch {torch.__version__}" in result.stdout
+
+
+def test_help_lists_the_subcommands():
+    result = CliRunner().invoke(main, ["--help"])
+    assert result.exit_code == 0
+    assert "bench" in result.stdout
+
+
+def test_the_module_runs_as_the_console_script_does(tmp_path):
+    arguments = ["bench", "small", "--scale", "0.0005", "--repeat", "1", "--path", str(tmp_path)]
+    result = subprocess.run(
+        [sys.executable, "-m", "dcp_plugins.cli", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("small: 10 tensors")
+    assert "warm-up" in result.stderr
+    assert "warm-up" not in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_subcommand_is_a_usage_error():
+    result = CliRunner().invoke(main, ["nonsense"])
+    assert result.exit_code == 2

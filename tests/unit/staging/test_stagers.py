@@ -1,0 +1,207 @@
+"""The stagers have torch's calls, keep their memory, and give a machine without an accelerator what it can have."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import inspect
+import logging
+import threading
+import warnings
+from collections import OrderedDict
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint.staging as torch_staging
+
+from dcp_plugins import staging
+from dcp_plugins.errors import UnsupportedValueError
+from dcp_plugins.staging import AsyncStager, BlockingAsyncStager, DefaultStager, StagingOptions, stagers
+
+
+def plain() -> StagingOptions:
+    return StagingOptions(False, False, False, False)
+
+
+def state(value: float = 1.0) -> dict[str, Any]:
+    return {"model": {"weight": torch.full((300, 300), value), "bias": torch.full((3,), value)}, "step": int(value)}
+
+
+def assert_state(staged: dict[str, Any], value: float) -> None:
+    assert torch.equal(staged["model"]["weight"], torch.full((300, 300), value))
+    assert torch.equal(staged["model"]["bias"], torch.full((3,), value))
+    assert staged["step"] == int(value)
+
+
+def change(state_dict: dict[str, Any]) -> None:
+    state_dict["model"]["weight"].fill_(-1)
+    state_dict["model"]["bias"].fill_(-1)
+
+
+@pytest.mark.parametrize("name", ["DefaultStager", "BlockingAsyncStager", "StagingOptions"])
+def test_constructors_and_methods_take_what_torchs_take(name: str) -> None:
+    theirs, ours = getattr(torch_staging, name), getattr(staging, name)
+    expected = [(p.name, p.kind) for p in inspect.signature(theirs).parameters.values()]
+    assert [(p.name, p.kind) for p in inspect.signature(ours).parameters.values()] == expected
+    if name != "StagingOptions":
+        for method in ("stage", "synchronize_staging", "close"):
+            assert list(inspect.signature(getattr(ours, method)).parameters) == list(
+                inspect.signature(getattr(theirs, method)).parameters
+            )
+
+
+def test_the_options_have_torchs_defaults() -> None:
+    assert dataclasses.asdict(StagingOptions()) == dataclasses.asdict(torch_staging.StagingOptions())
+
+
+def test_the_protocol_is_torchs_own() -> None:
+    assert AsyncStager is torch_staging.AsyncStager
+    stager = DefaultStager(plain())
+    assert isinstance(stager, AsyncStager)
+    assert stager.should_synchronize_after_execute
+    assert not BlockingAsyncStager().should_synchronize_after_execute
+    stager.close()
+
+
+def test_staging_blocks_and_keeps_its_memory() -> None:
+    stager = DefaultStager(plain())
+    places = set()
+    for value in (1.0, 2.0, 3.0):
+        original = state(value)
+        staged = stager.stage(original)
+        assert isinstance(staged, dict)
+        change(original)
+        assert_state(staged, value)
+        places.add(staged["model"]["weight"].data_ptr())
+    assert len(places) == 1
+    assert stager.staging_nbytes == 300 * 300 * 4 + 12
+    stager.close()
+    assert stager.staging_nbytes == 0
+
+
+def test_a_closed_stager_says_so_and_may_be_closed_twice() -> None:
+    stager = DefaultStager(plain())
+    stager.close()
+    stager.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        stager.stage(state())
+
+
+def test_asynchronous_staging_works_without_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    stager = DefaultStager(StagingOptions(False, False, True, False))
+    held = threading.Event()
+    real = stagers.take_snapshot
+
+    def slow(*args: Any) -> Any:
+        assert held.wait(10)
+        assert threading.current_thread() is not threading.main_thread()
+        return real(*args)
+
+    monkeypatch.setattr(stagers, "take_snapshot", slow)
+    original = state()
+    future = stager.stage(original)
+    assert isinstance(future, concurrent.futures.Future)
+    assert not future.done()
+    held.set()
+    stager.synchronize_staging()
+    change(original)
+    assert_state(future.result(), 1.0)
+    stager.close()
+
+
+def test_a_failure_of_asynchronous_staging_is_raised_where_it_is_awaited() -> None:
+    stager = DefaultStager(StagingOptions(False, False, True, False))
+    future = stager.stage({"lock": threading.Lock()})
+    assert isinstance(future, concurrent.futures.Future)
+    with pytest.raises(UnsupportedValueError, match="lock"):
+        stager.synchronize_staging()
+    with pytest.raises(UnsupportedValueError):
+        future.result()
+    stager.close()
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="a machine without an accelerator")
+def test_without_an_accelerator_the_options_degrade_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(stagers, "_missing_said", False)
+    with warnings.catch_warnings(), caplog.at_level(logging.INFO):
+        warnings.simplefilter("error")
+        for _ in range(3):
+            stager = DefaultStager(StagingOptions())
+            staged = stager.stage(state())
+            assert isinstance(staged, concurrent.futures.Future)
+            assert_state(staged.result(), 1.0)
+            assert staged.result()["model"]["weight"].is_shared()
+            stager.close()
+    assert len(caplog.records) == 1
+    assert "use_pinned_memory" in caplog.text
+    assert "use_non_blocking_copy" in caplog.text
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_blocking_stager_stages(cached: bool) -> None:
+    stager = BlockingAsyncStager(cache_staged_state_dict=cached)
+    first, second = state(1.0), state(2.0)
+    staged_first = stager.stage(first)
+    place = staged_first["model"]["weight"].data_ptr()
+    change(first)
+    assert_state(staged_first, 1.0)
+    staged_second = stager.stage(second)
+    assert_state(staged_second, 2.0)
+    assert (staged_second["model"]["weight"].data_ptr() == place) is cached
+    assert (stager.staging_nbytes > 0) is cached
+    assert (stager.state_dict_cache is not None) is cached
+    if not cached:
+        assert_state(staged_first, 1.0)
+    stager.close()
+    assert stager.staging_nbytes == 0
+    assert_state(stager.stage(state(4.0)), 4.0)
+    stager.close()
+
+
+def test_the_type_check_names_what_it_refuses() -> None:
+    stager = BlockingAsyncStager(type_check=True)
+    stager.stage({"a": [1, "x", None, b"", torch.ones(1)], "b": OrderedDict(c=1.0)})
+    with pytest.raises(UnsupportedValueError, match=r"'a\.0' \(object\)"):
+        stager.stage({"a": [object()]})
+
+
+def test_the_stager_of_the_process_keeps_its_memory_until_it_is_released() -> None:
+    stager = staging.shared_stager()
+    stager.stage(state())
+    assert staging.shared_stager() is stager
+    assert stager.staging_nbytes > 0
+    staging.release_staging_memory()
+    assert stager.staging_nbytes == 0
+    assert staging.shared_stager() is not stager
+    staging.release_staging_memory()
+
+
+def test_staging_again_and_again_grows_nothing() -> None:
+    stager = DefaultStager(plain())
+    original = state()
+    stager.stage(original)
+    kept = stager.staging_nbytes
+    threads = threading.active_count()
+    for _ in range(50):
+        stager.stage(original)
+    assert stager.staging_nbytes == kept
+    assert threading.active_count() == threads
+    stager.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_device_is_staged_through_pinned_memory(asynchronous: bool) -> None:
+    stager = DefaultStager(StagingOptions(True, False, asynchronous, True))
+    original = torch.arange(10_000_000.0, device="cuda")
+    expected = original.cpu() * 2
+    original.mul_(2)  # still under way when staging begins
+    staged = stager.stage({"t": original})
+    result = staged.result() if isinstance(staged, concurrent.futures.Future) else staged
+    original.zero_()
+    assert result["t"].is_pinned()
+    assert torch.equal(result["t"], expected)
+    stager.close()
