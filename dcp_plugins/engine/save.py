@@ -118,6 +118,8 @@ class _Save:
         self._ranks = ranks
         self._use_collectives = use_collectives
         self._description: object | None = None
+        self._cache_key: Hashable = None
+        self._earlier: CachedPlan | None = None
         self._proposed: SavePlan | None = None
         self.metadata: Metadata | None = None
         """Of the whole checkpoint; on the coordinator only, once the plan is agreed."""
@@ -126,9 +128,8 @@ class _Save:
         """Return what this rank writes, agreed among all; plans are only exchanged if some rank's has changed."""
         cached = self._ranks.reduce_scatter("plan", self._propose, self._answer)
         if isinstance(cached, _Reuse):
-            entry = lookup(self._cache_key(), self._description)
-            assert entry is not None, "a plan was dropped while it was agreed"
-            return entry.final_plan
+            assert self._earlier is not None, "only what every rank has offered is reused"
+            return self._earlier.final_plan
         if isinstance(cached, _Resend):
             # Some ranks' plans are unchanged, the coordinator has lost them: all send theirs.
             cached = self._ranks.reduce_scatter("plan", self._packed_plan, self._plan_globally)
@@ -137,7 +138,7 @@ class _Save:
         final_plan = chosen(self._proposed, cached.plan)
         if self._description is not None:
             store(
-                self._cache_key(),
+                self._cache_key,
                 CachedPlan(
                     cached.generation,
                     self._description,
@@ -157,9 +158,12 @@ class _Save:
             return commit_alone(self._writer, metadata, self.write(plan))
 
         metadata = self._ranks.settle("save", local)
+        self._ranks.settle("commit", self._retire_whole)
+        return metadata
+
+    def _retire_whole(self) -> None:
         if isinstance(self._writer, FileSystemWriter) and self._ranks.is_coordinator:
             self._writer.retire_whole()
-        return metadata
 
     def write(self, plan: SavePlan) -> Any:
         """Write this rank's part and return storage's results, opaque but for our own writer's."""
@@ -201,15 +205,16 @@ class _Save:
             writer.set_up_storage_writer(ranks.is_coordinator)
         if isinstance(planner, DefaultSavePlanner) and _plans_are_reusable(writer):
             self._description = planner.describe_state_dict()
+            if self._description is not None:
+                self._cache_key = self._key_for(planner)
+                self._earlier = lookup(self._cache_key, self._description)
 
     def _propose(self) -> PackedPlan | SavePlan | _Reuse:
         """Return the name of the plan this rank has for just this state dict, or a new local plan."""
         self._describe()
-        if self._description is not None:
-            entry = lookup(self._cache_key(), self._description)
-            if entry is not None:
-                self._writer.prepare_local_plan(entry.final_plan)
-                return _Reuse(entry.generation)
+        if self._earlier is not None:
+            self._writer.prepare_local_plan(self._earlier.final_plan)
+            return _Reuse(self._earlier.generation)
         return self._packed_plan()
 
     def _packed_plan(self) -> PackedPlan | SavePlan:
@@ -225,7 +230,7 @@ class _Save:
     def _answer(self, proposals: list[PackedPlan | SavePlan | _Reuse]) -> list[_Reuse | _Resend | _NewPlan]:
         """Coordinator: see whether all ranks can reuse one agreement; plan anew if not."""
         generations = {proposal.generation for proposal in proposals if isinstance(proposal, _Reuse)}
-        entry = lookup(self._cache_key(), self._description) if self._description is not None else None
+        entry = self._earlier
         plans = [proposal for proposal in proposals if not isinstance(proposal, _Reuse)]
         if not plans and entry is not None and generations == {entry.generation}:
             assert entry.metadata is not None
@@ -246,10 +251,12 @@ class _Save:
             for proposed, final in zip(plans, global_plans, strict=True)
         ]
 
-    def _cache_key(self) -> Hashable:
+    def _key_for(self, planner: DefaultSavePlanner) -> Hashable:
+        """Return what tells apart the states that a program saves in turn, each of which keeps its plan."""
         ranks = self._ranks
         return (
-            type(self._planner),
+            hash(tuple(planner.state_dict)),
+            type(planner),
             type(self._writer),
             id(ranks.group),
             ranks.world_size,
