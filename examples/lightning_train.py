@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -244,6 +245,12 @@ def main() -> None:
         Sources(int(os.environ.get("LOCAL_RANK", "0")), options.devices, options.length),
         ckpt_path=None if resume is None else str(resume),
     )
+    if options.record:
+        # Somebody watches the exit code: leave without the interpreter's shutdown, in which a gloo thread of torch 2.13
+        # now and then aborts the process after all work is done.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":

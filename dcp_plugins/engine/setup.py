@@ -10,11 +10,10 @@ import os
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from typing import Any, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from typing_extensions import ParamSpec
 
 from dcp_plugins.contract import Stateful, StorageReader, StorageWriter
 from dcp_plugins.coord import Ranks

@@ -19,8 +19,8 @@ from dcp_plugins.storage.host_blocks import BLOCK_BYTES
 
 __all__ = ["DataFileReader", "TensorRead", "load_container"]
 
-# Half a second-level cache: a piece is checksummed while it is still there.
-_PIECE_BYTES = 512 * 1024
+# A piece is checksummed while a cache still holds it; of 0.25 to 8 MB this measured fastest.
+_PIECE_BYTES = 2 * 1024 * 1024
 _MAX_BATCH_BYTES = 4 * 1024 * 1024
 # Two buffers a container (IOV_MAX is 1024 on Linux).
 _MAX_BATCH_READS = 480

@@ -153,7 +153,6 @@ def _run_state_case(name: str, place: Place, options: Options, directory: Path) 
             num_rounds=options.num_rounds,
             collect_garbage=options.collect_garbage,
             flush=options.sync and not place.in_memory,
-            num_page_bytes=sum(tensor.nbytes for tensor in tensors) if place.in_memory else 0,
             together=Alone(),
             progress=lambda line: _progress(f"  {line}"),
         )

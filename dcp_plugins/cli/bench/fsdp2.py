@@ -82,7 +82,6 @@ def _measure_rank(options: Options, rank: int, directory: Path, *, in_memory: bo
         num_rounds=options.num_rounds,
         collect_garbage=options.collect_garbage,
         flush=options.sync and not in_memory,
-        num_page_bytes=sum(shard.nbytes for shard in shards) if in_memory else 0,
         together=_Ranks(),
         progress=_progress,
     )

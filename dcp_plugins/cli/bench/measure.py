@@ -71,7 +71,6 @@ def measure(
     flush: bool,
     collect_garbage: bool,
     together: Together,
-    num_page_bytes: int = 0,
     progress: Callable[[str], None],
 ) -> Samples:
     """Return the seconds of first saves, repeated saves and loads of every runner and of the limit.
@@ -89,7 +88,6 @@ def measure(
         num_rounds: Timed rounds.
         flush: Flush the machine's dirty pages before each timed save. For storage where a sync costs something: what
             one side left behind must not be paid by the next.
-        num_page_bytes: Touch so many bytes of the storage's memory before each timed save; 0 for storage on a disk.
         collect_garbage: Leave the garbage collector on in the timed parts.
         together: The processes that take part; a sample is the time of the slowest.
         progress: Called on the first process with a line for each round.
@@ -99,7 +97,6 @@ def measure(
         target,
         directory,
         flush=flush,
-        num_page_bytes=num_page_bytes,
         collect_garbage=collect_garbage,
         together=together,
     )
@@ -152,7 +149,6 @@ class _Turns:
         directory: Path,
         *,
         flush: bool,
-        num_page_bytes: int,
         collect_garbage: bool,
         together: Together,
     ) -> None:
@@ -160,7 +156,6 @@ class _Turns:
         self._target = target
         self._directory = directory
         self._flush = flush
-        self._num_page_bytes = num_page_bytes
         self._collect_garbage = collect_garbage
         self._together = together
 
@@ -197,20 +192,7 @@ class _Turns:
     def _timed_save(self, call: Callable[[], None]) -> float:
         if self._flush and self._together.is_first:
             os.sync()
-        if self._num_page_bytes:
-            self._touch_pages(self._num_page_bytes)
         return self._timed(call)
-
-    def _touch_pages(self, num_bytes: int) -> None:
-        """Have the kernel back as much memory as a save will fill, and give it straight back.
-
-        A virtual machine's host takes free memory away after some seconds, and faults it in again at a tenth of the
-        speed: without this, a save's time says how long ago the side before it deleted its files.
-        """
-        path = self._directory / f"pages-{os.getpid()}"
-        with path.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, num_bytes)
-        path.unlink()
 
     def _timed(self, call: Callable[[], None]) -> float:
         gc.collect()
