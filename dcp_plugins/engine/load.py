@@ -10,11 +10,11 @@ from typing import Any
 
 import torch.distributed as dist
 
+from dcp_plugins.collector import collector_paused
 from dcp_plugins.contract import LoadPlan, LoadPlanner, Metadata, StorageReader
 from dcp_plugins.coord import Ranks
 from dcp_plugins.engine.setup import (
     accepts,
-    collector_paused,
     open_reader,
     put_back,
     ranks_of,

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch.distributed as dist
 
+from dcp_plugins.collector import collector_paused
 from dcp_plugins.contract import Metadata, SavePlan, SavePlanner, StorageWriter
 from dcp_plugins.coord import Ranks
 from dcp_plugins.engine.commit import commit, commit_alone
-from dcp_plugins.engine.setup import accepts, collector_paused, open_writer, ranks_of, storage_second, to_plain
+from dcp_plugins.engine.setup import accepts, open_writer, ranks_of, storage_second, to_plain
 from dcp_plugins.engine.thread_runner import thread_runner
 from dcp_plugins.events import record
 from dcp_plugins.plan import DefaultSavePlanner
@@ -153,7 +154,9 @@ class _Save:
         """Save without agreement: this rank's plan is the whole plan, and its metadata a file of its own."""
 
         def local() -> Metadata:
-            plans, metadata = self._planner.create_global_plan([self._local_plan()])
+            self._describe()
+            local_plan = self._writer.prepare_local_plan(self._planner.create_local_plan())
+            plans, metadata = self._planner.create_global_plan([local_plan])
             plan = self._writer.prepare_global_plan(plans)[0]
             return commit_alone(self._writer, metadata, self.write(plan))
 
@@ -203,7 +206,10 @@ class _Save:
             writer.set_up_storage_writer(ranks.is_coordinator, rank=ranks.rank, use_collectives=self._use_collectives)
         else:
             writer.set_up_storage_writer(ranks.is_coordinator)
-        if isinstance(planner, DefaultSavePlanner) and _plans_are_reusable(writer):
+
+    def _find_earlier_plan(self) -> None:
+        planner = self._planner
+        if isinstance(planner, DefaultSavePlanner) and _plans_are_reusable(self._writer):
             self._description = planner.describe_state_dict()
             if self._description is not None:
                 self._cache_key = self._key_for(planner)
@@ -212,6 +218,7 @@ class _Save:
     def _propose(self) -> PackedPlan | SavePlan | _Reuse:
         """Return the name of the plan this rank has for just this state dict, or a new local plan."""
         self._describe()
+        self._find_earlier_plan()
         if self._earlier is not None:
             self._writer.prepare_local_plan(self._earlier.final_plan)
             return _Reuse(self._earlier.generation)
@@ -221,11 +228,6 @@ class _Save:
         """Plan, keep the plan, and return it as it travels; alone, it does not travel."""
         self._proposed = self._writer.prepare_local_plan(self._planner.create_local_plan())
         return pack(self._proposed) if self._ranks.world_size > 1 else self._proposed
-
-    def _local_plan(self) -> SavePlan:
-        if not self._use_collectives:
-            self._describe()
-        return self._writer.prepare_local_plan(self._planner.create_local_plan())
 
     def _answer(self, proposals: list[PackedPlan | SavePlan | _Reuse]) -> list[_Reuse | _Resend | _NewPlan]:
         """Coordinator: see whether all ranks can reuse one agreement; plan anew if not."""

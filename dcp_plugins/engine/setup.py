@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import gc
 import inspect
 import os
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
@@ -21,7 +19,6 @@ from dcp_plugins.storage import find_reader, find_writer
 
 __all__ = [
     "accepts",
-    "collector_paused",
     "holds_stateful",
     "is_stateful",
     "open_reader",
@@ -35,23 +32,6 @@ __all__ = [
 P = ParamSpec("P")
 R = TypeVar("R")
 StorageT = TypeVar("StorageT", StorageReader, StorageWriter)
-
-
-@contextlib.contextmanager
-def collector_paused() -> Iterator[None]:
-    """Hold off Python's cyclic garbage collector while very many small objects are made that live on.
-
-    A plan of 20,000 tensors sets off full collections that find nothing and cost as much as the planning itself. Used
-    as a decorator, so that what the function has made is gone before the collector wakes up and walks it.
-    """
-    if not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def ranks_of(process_group: dist.ProcessGroup | None, *, no_dist: bool, verb: str, coordinator_rank: int = 0) -> Ranks:

@@ -6,11 +6,10 @@ vocabulary and nothing else, and ``metadata_verifier`` checks what came out befo
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from dcp_plugins.collector import collector_paused
 from dcp_plugins.contract import Metadata
 from dcp_plugins.format.metadata_reader import read_pickle, read_trusted_pickle
 from dcp_plugins.format.metadata_trailer import JSON, add_trailer, split_trailer
@@ -73,7 +72,7 @@ def decode(data: bytes | bytearray | memoryview, source: str, *, trust_pickle: b
 def decode_with_extras(data: bytes | bytearray | memoryview, source: str, *, trust_pickle: bool = False) -> Decoded:
     """Do as ``decode``, and return the extras too."""
     pickled, extras = split_trailer(bytes(data), source)
-    with _collector_paused():
+    with collector_paused():
         if trust_pickle:
             metadata = read_trusted_pickle(pickled, source)
         else:
@@ -88,18 +87,3 @@ def decode_extras(data: bytes | bytearray | memoryview, source: str) -> dict[str
         CorruptCheckpointError: The trailer is there and does not fit the bytes before it.
     """
     return split_trailer(bytes(data), source)[1] or {}
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Keep the garbage collector from walking the process for every few thousand objects that are made.
-
-    It takes three quarters of the time otherwise, and there is nothing to collect. Pausing is for all threads.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

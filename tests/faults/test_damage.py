@@ -206,10 +206,7 @@ BAD_CHUNKS: dict[str, tuple[Callable[[Any], None], str]] = {
 def test_chunks_that_do_not_make_up_their_tensor_are_refused(tmp_path, kind, as_torch):
     dcp.save({"w": torch.ones(8, 6), "good": torch.ones(2)}, checkpoint_id=tmp_path / "c")
     change, message = BAD_CHUNKS[kind]
-    try:
-        _rewrite(tmp_path / "c", change, as_torch=as_torch)
-    except CorruptCheckpointError:
-        pytest.skip("our encoder refuses to write this")
+    _rewrite(tmp_path / "c", change, as_torch=as_torch)
     for target in ({"w": torch.zeros(8, 6), "good": torch.zeros(2)}, {"w": torch.zeros(8, 6)}):
         with pytest.raises(dcp.CheckpointException, match=f"(?s){message}"):
             dcp.load(target, checkpoint_id=tmp_path / "c")
