@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Box", "RunStarts", "contiguous_runs", "covers", "is_contiguous_range", "overlaps"]
+__all__ = ["Box", "RunStarts", "boxes_of_range", "contiguous_runs", "covers", "is_contiguous_range", "overlaps"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,3 +250,40 @@ def is_contiguous_range(shape: Sequence[int], offsets: Sequence[int], sizes: Seq
     if length == 0:
         return 0, 0
     return None if starts.counts else (starts.base, length)
+
+
+def boxes_of_range(shape: Sequence[int], start: int, length: int) -> list[Box]:
+    """Cut a range of the flattened elements of a row-major array into boxes, the fewest that keep their order.
+
+    Args:
+        shape: Shape of the array; at least one dimension.
+        start: First element of the range, in the flattened array.
+        length: Number of elements; zero gives no box.
+
+    Returns:
+        Disjoint boxes, each a contiguous part of the range, in ascending order: at most two per dimension, less one.
+    """
+    if length <= 0:
+        return []
+    if len(shape) == 1:
+        return [Box((start,), (length,))]
+    row_size = math.prod(shape[1:])
+    end = start + length
+    first, last = start // row_size, (end - 1) // row_size
+
+    def within_row(row: int, row_start: int, row_end: int) -> list[Box]:
+        inner = boxes_of_range(shape[1:], row_start, row_end - row_start)
+        return [Box((row, *box.offsets), (1, *box.sizes)) for box in inner]
+
+    if first == last and length < row_size:
+        return within_row(first, start - first * row_size, end - first * row_size)
+    boxes = []
+    if start > first * row_size:
+        boxes += within_row(first, start - first * row_size, row_size)
+        first += 1
+    whole_end = end // row_size
+    if whole_end > first:
+        boxes.append(Box((first, *([0] * (len(shape) - 1))), (whole_end - first, *shape[1:])))
+    if end > whole_end * row_size:
+        boxes += within_row(whole_end, 0, end - whole_end * row_size)
+    return boxes

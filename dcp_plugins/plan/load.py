@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import io
 import math
+import re
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, cast
 
 import torch
@@ -27,6 +28,7 @@ from dcp_plugins.plan.validate import box_of, coverage_problems, overlap_problem
 from dcp_plugins.plan.values import load_value
 from dcp_plugins.tensors import chunks, find_object, flatten_sharded_tensors, is_whole, materialize_meta
 from dcp_plugins.tensors.checkpointable import is_checkpointable
+from dcp_plugins.tensors.sharded import ShardedTensor
 
 __all__ = [
     "DefaultLoadPlanner",
@@ -35,6 +37,8 @@ __all__ = [
     "create_default_local_load_plan",
 ]
 
+# An option of an optimizer's group: `param_groups.<number>.<option>`, or flat, `param_groups.<fqn>.<option>`.
+_GROUP_KEY = re.compile(r"(?P<prefix>(?:.*\.)?)param_groups\.(?:(?P<number>\d+)\.[^.]+$)?")
 _MAX_PROBLEMS = 24
 
 
@@ -95,7 +99,11 @@ class DefaultLoadPlanner(LoadPlanner):
 
     def _use_keys_of_old_checkpoint(self, metadata: Metadata) -> None:
         """Key the state dict as torch did before 2.4, if the checkpoint has keys that only that gives."""
-        old_state_dict, old_mappings = flatten_state_dict(self.original_state_dict, enter_plain_dicts=False)
+        state_dict = self.original_state_dict
+        if self.flatten_sharded_tensors:
+            # As for the keys it is compared with: a ShardedTensor without a shard on this rank has none.
+            state_dict = flatten_sharded_tensors(state_dict)
+        old_state_dict, old_mappings = flatten_state_dict(state_dict, enter_plain_dicts=False)
         if any(fqn not in self.state_dict and fqn in metadata.state_dict_metadata for fqn in old_state_dict):
             self.state_dict, self.mappings = old_state_dict, old_mappings
 
@@ -218,12 +226,11 @@ def create_default_local_load_plan(
                 f"the state dict a {type(value).__name__}"
             )
         else:
-            size = value.global_shape if is_checkpointable(value) else getattr(value, "shape", None)
+            size, dtype = _size_and_dtype(value)
             if size is not None and entry.size != tuple(size):
                 problems.append(f"Size mismatch between saved {tuple(entry.size)} and current: {tuple(size)} for {fqn}")
                 continue
-            dtype = getattr(value, "dtype", entry.properties.dtype)
-            if dtype != entry.properties.dtype:
+            if dtype is not None and dtype != entry.properties.dtype:
                 casts.append(f"{fqn} ({entry.properties.dtype} -> {dtype})")
             saved = entry.chunks
             if is_whole(value) and len(saved) == 1 and saved[0].sizes == size and 0 not in size:
@@ -245,6 +252,15 @@ def create_default_local_load_plan(
     return LoadPlan(items)
 
 
+def _size_and_dtype(value: Any) -> tuple[Sequence[int] | None, torch.dtype | None]:
+    """Return what a target is in global terms; None where an object with hooks does not say."""
+    if isinstance(value, ShardedTensor):  # Its own attributes warn that the class is deprecated.
+        metadata = value.metadata()
+        return metadata.size, metadata.tensor_properties.dtype
+    size = value.global_shape if is_checkpointable(value) else getattr(value, "shape", None)
+    return size, getattr(value, "dtype", None)
+
+
 def _chunk_problems(fqn: str, entry: TensorStorageMetadata, wanted: list[Any]) -> list[str]:
     saved = entry.chunks
     if len(saved) == 1 and saved[0].sizes == entry.size and not any(saved[0].offsets):
@@ -264,7 +280,39 @@ def _missing_keys(missing: list[str], metadata: Metadata) -> str:
     close = difflib.get_close_matches(sorted(missing)[0], known[:5000], n=1, cutoff=0.8)
     if close:
         message += f" Closest key of the checkpoint to the first: {close[0]}."
-    return message + " To load what is there: DefaultLoadPlanner(allow_partial_load=True)"
+    message += " To load what is there: DefaultLoadPlanner(allow_partial_load=True)"
+    return message + _about_groups(missing, known)
+
+
+def _about_groups(missing: list[str], known: list[str]) -> str:
+    """Explain missing options of an optimizer's parameter groups: what was saved has another form, or fewer groups."""
+    wanted = next((found for found in map(_GROUP_KEY.match, missing) if found), None)
+    if wanted is None:
+        return ""
+    groups = f"{wanted['prefix']}param_groups"
+    saved = [found for found in map(_GROUP_KEY.match, known) if found and found["prefix"] == wanted["prefix"]]
+    numbers = {found["number"] for found in saved} - {None}
+    flat = "StateDictOptions(flatten_optimizer_state_dict=True)"
+    if not saved:
+        return ""
+    if numbers and not wanted["number"]:
+        return (
+            f"\nThe checkpoint holds '{groups}' as a list of groups, the state dict asks for it by parameter: it was "
+            f"made with {flat}, what was saved was not. Make the state dict without. Pipeline stages need that option, "
+            "as their ranks hold different parameters: load the checkpoint once in a run without stages, save it again "
+            "with the option, and load what that saved."
+        )
+    if numbers:
+        return (
+            f"\nThe checkpoint holds {len(numbers)} group(s) in '{groups}', the state dict asks for more. Group the "
+            f"parameters as they were when it was saved; or save and load with {flat}, which does not depend on groups."
+        )
+    if wanted["number"]:
+        return (
+            f"\nThe checkpoint holds '{groups}' by parameter, the state dict asks for a list of groups: make it with "
+            f"{flat}, as what was saved was."
+        )
+    return ""
 
 
 def create_default_global_load_plan(all_plans: list[LoadPlan]) -> list[LoadPlan]:

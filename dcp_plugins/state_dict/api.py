@@ -8,9 +8,10 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from dcp_plugins.collector import collector_paused
 from dcp_plugins.errors import PlanError
 from dcp_plugins.state_dict.model import IncompatibleKeys, get_model, load_model, warn_about_submodules
-from dcp_plugins.state_dict.names import names_of
+from dcp_plugins.state_dict.names import Model, names_of
 from dcp_plugins.state_dict.optimizer import as_optimizers, get_optimizers
 from dcp_plugins.state_dict.optimizer_load import load_optimizers
 from dcp_plugins.state_dict.options import StateDictOptions, checked_options
@@ -26,8 +27,9 @@ __all__ = [
 ]
 
 
+@collector_paused()
 def get_model_state_dict(
-    model: nn.Module, *, submodules: set[nn.Module] | None = None, options: StateDictOptions | None = None
+    model: Model, *, submodules: set[nn.Module] | None = None, options: StateDictOptions | None = None
 ) -> dict[str, ValueType]:
     """Return the parameters, persistent buffers and extra state of a model under canonical names.
 
@@ -35,20 +37,22 @@ def get_model_state_dict(
     memory, so loading into them loads the model. With ``full_state_dict`` this is a collective call.
 
     Args:
-        model: Plain, DDP or FSDP2 (``fully_shard``), compiled or with activation checkpointing.
+        model: Plain, DDP, FSDP1, FSDP2 (``fully_shard``) or tensor parallel, compiled or with activation checkpointing;
+            or a list of the parts of one model that this rank holds (pipeline stages).
         submodules: Deprecated. Return only what is in these submodules.
         options: See ``StateDictOptions``.
 
     Raises:
-        UnsupportedValueError: The model uses FSDP1.
+        UnsupportedValueError: The model uses FSDP1 over tensor parallelism.
     """
     warn_about_submodules(submodules)
     options = checked_options(options)
-    return get_model(model, names_of(model, options.dsd_fqn_modifiers), options, submodules)
+    return get_model(names_of(model, options.dsd_fqn_modifiers), options, submodules)
 
 
+@collector_paused()
 def get_optimizer_state_dict(
-    model: nn.Module,
+    model: Model,
     optimizers: Optimizer | Iterable[Optimizer],
     *,
     submodules: set[nn.Module] | None = None,
@@ -74,8 +78,9 @@ def get_optimizer_state_dict(
     return get_optimizers(_some(optimizers), names_of(model, options.dsd_fqn_modifiers), options)
 
 
+@collector_paused()
 def get_state_dict(
-    model: nn.Module,
+    model: Model,
     optimizers: Optimizer | Iterable[Optimizer],
     *,
     submodules: set[nn.Module] | None = None,
@@ -86,12 +91,13 @@ def get_state_dict(
     options = checked_options(options)
     names = names_of(model, options.dsd_fqn_modifiers)
     found = as_optimizers(optimizers)
-    model_state = get_model(model, names, options, submodules)
+    model_state = get_model(names, options, submodules)
     return model_state, get_optimizers(found, names, options) if found else {}
 
 
+@collector_paused()
 def set_model_state_dict(
-    model: nn.Module, model_state_dict: Mapping[str, Any], *, options: StateDictOptions | None = None
+    model: Model, model_state_dict: Mapping[str, Any], *, options: StateDictOptions | None = None
 ) -> IncompatibleKeys:
     """Load a state dict with canonical names into a model; the dict is not changed.
 
@@ -111,11 +117,12 @@ def set_model_state_dict(
         PlanError: (a RuntimeError) Keys are missing or unexpected and ``strict`` is set, or sizes or layouts differ.
     """
     options = checked_options(options)
-    return load_model(model, model_state_dict, names_of(model, options.dsd_fqn_modifiers), options)
+    return load_model(model_state_dict, names_of(model, options.dsd_fqn_modifiers), options)
 
 
+@collector_paused()
 def set_optimizer_state_dict(
-    model: nn.Module,
+    model: Model,
     optimizers: Optimizer | Iterable[Optimizer],
     optim_state_dict: Mapping[str, Any],
     *,
@@ -137,8 +144,9 @@ def set_optimizer_state_dict(
     load_optimizers(_some(optimizers), optim_state_dict, names_of(model, options.dsd_fqn_modifiers), options)
 
 
+@collector_paused()
 def set_state_dict(
-    model: nn.Module,
+    model: Model,
     optimizers: Optimizer | Iterable[Optimizer],
     *,
     model_state_dict: Mapping[str, Any],
@@ -154,7 +162,7 @@ def set_state_dict(
     found = as_optimizers(optimizers)
     if found:
         load_optimizers(found, optim_state_dict, names, options)
-    return load_model(model, model_state_dict, names, options, skip_if_empty=True)
+    return load_model(model_state_dict, names, options, skip_if_empty=True)
 
 
 def _some(optimizers: Optimizer | Iterable[Optimizer]) -> tuple[Optimizer, ...]:

@@ -2,7 +2,8 @@
 
 A load needs tensors to load into before the first step has made them. Torch takes a step with zero gradients, which
 counts as a step, fires hooks and moves whatever zero gradients move. Here a *replica* of the optimizer steps a
-*stand-in* of each parameter, one at a time; neither the optimizer nor its parameters take part.
+*stand-in* of each parameter, one at a time; neither the optimizer nor its parameters take part. For torch's own
+optimizers that keep a tensor like the parameter for each element's history, all parameters of a group go at once.
 """
 
 from __future__ import annotations
@@ -18,12 +19,19 @@ from weakref import ReferenceType, ref
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
+from torch.distributed.tensor import DTensor
+from torch.optim import ASGD, Adadelta, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop, Rprop
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dcp_plugins.errors import PlanError
+from dcp_plugins.events import record
+from dcp_plugins.tensors.dtensor import local_tensor
 
 __all__ = ["has_state", "initial_state", "is_fresh", "underlying"]
+
+# Their `_init_group` makes scalars and tensors like the parameter, from nothing but its shape, dtype and device: they
+# are asked for all parameters at once, and for the local tensors of DTensors. Exact types: a subclass may do anything.
+_ELEMENTWISE = (ASGD, Adadelta, Adam, AdamW, Adamax, NAdam, RAdam, RMSprop, Rprop)
 
 # Tensors that `initial_state` made, and for whom: nobody else holds them, so a load may adopt instead of copy them.
 _FRESH: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -53,35 +61,49 @@ def is_fresh(value: torch.Tensor, optimizer: Optimizer) -> bool:
 def initial_state(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
     """Return the state that the optimizer would begin with, by id of parameter, for those that require a gradient.
 
-    Held beyond the result: a copy of one parameter and its gradient. The optimizer, its parameters, their gradients,
-    hooks, schedulers and random states are as before, also if this raises.
+    Held beyond the result: at most a copy of one parameter and its gradient. The optimizer, its parameters, their
+    gradients, hooks, schedulers and random states are as before, also if this raises.
 
     Raises:
         PlanError: The optimizer cannot step with zero gradients and no closure.
     """
     optimizer = underlying(optimizer)
     parameters = [
-        (group, parameter)
+        (group, [parameter for parameter in group["params"] if parameter.requires_grad])
         for group in optimizer.param_groups
-        for parameter in group["params"]
-        if parameter.requires_grad
     ]
     result: dict[int, dict[str, Any]] = {}
     owner = ref(optimizer)
-    with _unmoved_randomness({parameter.device for _, parameter in parameters}):
+    devices = {parameter.device for _, own in parameters for parameter in own}
+    with record("state_dict.initial"), _unmoved_randomness(devices):
         replica = _Replica(optimizer)
-        for group, parameter in parameters:
+        for group, own in parameters:
+            together = [parameter for parameter in own if _is_simple(parameter)] if replica.is_elementwise else []
+            alone = [parameter for parameter in own if not _is_simple(parameter)] if replica.is_elementwise else own
             try:
-                state = replica.begin(group, parameter)
+                begun = list(zip(together, replica.begin_together(group, together), strict=True)) if together else []
+                begun += [(parameter, replica.begin(group, parameter)) for parameter in alone]
             except Exception as exc:
                 raise PlanError(
                     f"Cannot find the initial state of {type(optimizer).__name__}: its step() raised "
                     f"{type(exc).__name__}: {exc}. Take one real step before getting its state."
                 ) from exc
-            if state:
-                _mark_fresh(state, owner)
-                result[id(parameter)] = state
+            for parameter, state in begun:
+                if state:
+                    _mark_fresh(state, owner)
+                    result[id(parameter)] = state
     return result
+
+
+def _is_simple(parameter: torch.Tensor) -> bool:
+    """Tell whether the state of a parameter is known from that of its local tensor."""
+    # State like a scalar parameter cannot be told from a step count.
+    if parameter.dim() == 0:
+        return False
+    if isinstance(parameter, DTensor):
+        plain = type(parameter._local_tensor) is torch.Tensor
+        return plain and not any(placement.is_partial() for placement in parameter._spec.placements)
+    return type(parameter) in (torch.Tensor, nn.Parameter)
 
 
 class _Begun(BaseException):
@@ -94,28 +116,13 @@ class _Replica:
     def __init__(self, optimizer: Optimizer) -> None:
         self._pairs: list[tuple[Optimizer, Optimizer]] = []
         self._top = self._copy(optimizer)
+        self.is_elementwise = type(optimizer) in _ELEMENTWISE and hasattr(optimizer, "_init_group")
 
     def begin(self, group: dict[str, Any], parameter: torch.Tensor) -> dict[str, Any]:
         """Return the state that a first step would create for the parameter."""
         stand_in = nn.Parameter(parameter.detach().clone())
         stand_in.grad = torch.zeros_like(stand_in)
-        lists: dict[int, list[dict[str, Any]]] = {}
-        for original, replica in self._pairs:
-            mine = [group] if original is self._pairs[0][0] else _holding(original, parameter)
-            # Optimizers built round another often share its list of groups.
-            shared = lists.setdefault(
-                id(original.param_groups), [self._options(own, stand_in, type(replica)) for own in mine]
-            )
-            replica.__dict__["param_groups"] = shared
-            replica.__dict__["state"] = defaultdict(dict)
-            self._stop_once_begun(replica, stand_in)
-        step = type(self._top).step
-        if getattr(step, "hooked", False):
-            # Without the wrapper that fires the hooks registered for all optimizers.
-            step = getattr(step, "__wrapped__", step)
-        try:
-            step(self._top)
-        except _Begun:
+        if self._step(group, parameter, [stand_in]):
             return dict(self._top.state[stand_in])
         state = dict(self._top.state.get(stand_in, {}))
         # One step was counted that never was.
@@ -126,7 +133,55 @@ class _Replica:
             state["step"] = type(count)(0)
         return state
 
-    def _stop_once_begun(self, replica: Optimizer, stand_in: torch.Tensor) -> None:
+    def begin_together(self, group: dict[str, Any], parameters: list[torch.Tensor]) -> list[dict[str, Any]]:
+        """Return the same for several parameters of a group, of an optimizer that is elementwise."""
+        locals_ = [local_tensor(p) if isinstance(p, DTensor) else p for p in parameters]
+        # Not even copies: these optimizers stop before anything is computed, and write to nothing.
+        stand_ins = [nn.Parameter(local.detach()) for local in locals_]
+        for stand_in in stand_ins:
+            stand_in.grad = stand_in.detach()
+        self._step(group, parameters[0], stand_ins, may_compute=False)
+        sharded: Any = DTensor
+        return [
+            {
+                name: sharded(value, parameter._spec, requires_grad=False)
+                if isinstance(parameter, DTensor) and isinstance(value, torch.Tensor) and value.dim()
+                else value
+                for name, value in self._top.state[stand_in].items()
+            }
+            for parameter, stand_in in zip(parameters, stand_ins, strict=True)
+        ]
+
+    def _step(
+        self,
+        group: dict[str, Any],
+        parameter: torch.Tensor,
+        stand_ins: list[nn.Parameter],
+        *,
+        may_compute: bool = True,
+    ) -> bool:
+        """Step the replica over stand-ins; True if it stopped when their state was there, before it computed."""
+        lists: dict[int, list[dict[str, Any]]] = {}
+        for original, replica in self._pairs:
+            mine = [group] if original is self._pairs[0][0] else _holding(original, parameter)
+            # Optimizers built round another often share its list of groups.
+            shared = lists.setdefault(
+                id(original.param_groups), [self._options(own, stand_ins, type(replica)) for own in mine]
+            )
+            replica.__dict__["param_groups"] = shared
+            replica.__dict__["state"] = defaultdict(dict)
+            self._stop_once_begun(replica, stand_ins, may_compute=may_compute)
+        step = type(self._top).step
+        if getattr(step, "hooked", False):
+            # Without the wrapper that fires the hooks registered for all optimizers.
+            step = getattr(step, "__wrapped__", step)
+        try:
+            step(self._top)
+        except _Begun:
+            return True
+        return False
+
+    def _stop_once_begun(self, replica: Optimizer, stand_ins: list[nn.Parameter], *, may_compute: bool) -> None:
         # Torch's optimizers create state in this method, before they compute; private, and merely not used if it goes.
         begin = getattr(type(replica), "_init_group", None)
         if begin is None:
@@ -134,15 +189,16 @@ class _Replica:
 
         def stopping(*args: Any, **kwargs: Any) -> Any:
             result = begin(replica, *args, **kwargs)
-            if replica is self._top and replica.state.get(stand_in):
+            # State that is not there yet may come of the computation, as SGD's momentum does.
+            if replica is self._top and not (may_compute and not replica.state.get(stand_ins[0])):
                 raise _Begun
             return result
 
         replica.__dict__["_init_group"] = stopping
 
-    def _options(self, group: dict[str, Any], stand_in: torch.Tensor, kind: type[Optimizer]) -> dict[str, Any]:
+    def _options(self, group: dict[str, Any], stand_ins: list[nn.Parameter], kind: type[Optimizer]) -> dict[str, Any]:
         options = {name: self._isolated(value) for name, value in group.items() if name != "params"}
-        options["params"] = [stand_in]
+        options["params"] = list(stand_ins)
         if "weight_decay" in options:
             # SGD's first momentum would be the decay's share of the gradient.
             options["weight_decay"] = 0.0

@@ -10,14 +10,30 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _IncompatibleKeys  # What nn.Module.load_state_dict returns; it has no public name.
 
 from dcp_plugins.errors import PlanError, listing
-from dcp_plugins.state_dict.full import Copy, agree, announce, collected, fill, is_tensor_source, materialised, receive
+from dcp_plugins.events import record
+from dcp_plugins.state_dict.fit import check_fit, is_extra_state, landed
+from dcp_plugins.state_dict.fsdp1 import flat_memory, own_hooks_only
+from dcp_plugins.state_dict.full import (
+    Copy,
+    agree,
+    announce,
+    collected,
+    fill_all,
+    is_tensor_source,
+    materialised,
+    receive,
+)
+from dcp_plugins.state_dict.module_load import load_module
 from dcp_plugins.state_dict.names import Names, memory_key, state_dict_call
 from dcp_plugins.state_dict.options import StateDictOptions
 from dcp_plugins.state_dict.types import ValueType
+from dcp_plugins.tensors import chunks
+from dcp_plugins.tensors.sharded import size_of
 
 __all__ = ["IncompatibleKeys", "get_model", "load_model", "suggestion", "warn_about_submodules"]
 
@@ -31,25 +47,20 @@ def warn_about_submodules(submodules: set[nn.Module] | None) -> None:
             "`submodules` is deprecated: get the state dict of the whole model and keep the keys you want, or call "
             "the getter on the submodule.",
             FutureWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
 @torch.no_grad()
 def get_model(
-    model: nn.Module, names: Names, options: StateDictOptions, submodules: Iterable[nn.Module] | None = None
+    names: Names, options: StateDictOptions, submodules: Iterable[nn.Module] | None = None
 ) -> dict[str, ValueType]:
     """Return the model's state dict under canonical names; its tensors share the model's memory.
 
     The values are those of ``model.state_dict()``, so that every hook and override of the model's own has its say.
+    FSDP1's hooks, which gather, are not among them: its parameters are views of what this rank holds.
     """
-    stored: Mapping[str, Any] = state_dict_call(model, "state_dict")()
-    result: OrderedDict[str, Any] = OrderedDict()
-    for key, value in stored.items():
-        fqn = names.canonical(key)
-        if fqn in result:
-            raise PlanError(f"Two keys of the model's state_dict() have the same canonical name '{fqn}'.")
-        result[fqn] = value
+    result, versions = _own_state(names)
     if submodules:
         result = _of_submodules(result, names, submodules, keep_prefixes=options.keep_submodule_prefixes)
     if options.ignore_frozen_params:
@@ -61,15 +72,56 @@ def get_model(
         return None if value is None else id(value)
 
     plain = collected(result, options, identity)
-    # Module versions travel in this attribute; load_state_dict looks for it.
-    versions = getattr(stored, "_metadata", None)
     if versions is None or not plain:
         return plain
     result = plain if isinstance(plain, OrderedDict) else OrderedDict(plain)
-    result._metadata = OrderedDict(  # type: ignore[attr-defined]
-        (names.canonical_paths.get(path, path), version) for path, version in versions.items()
-    )
+    result._metadata = versions  # type: ignore[attr-defined]
     return result
+
+
+def _own_state(names: Names) -> tuple[OrderedDict[str, Any], OrderedDict[str, Any] | None]:
+    """Return the model's ``state_dict()`` under canonical names, and its modules' versions by canonical path.
+
+    Versions travel in an attribute of the dict, for which ``load_state_dict`` looks.
+    """
+    result: OrderedDict[str, Any] = OrderedDict()
+    versions: OrderedDict[str, Any] | None = None
+    shaped: dict[int, torch.Tensor] = {}  # Tied parameters have one piece, and are one tensor here too.
+
+    def put(fqn: str, value: Any) -> None:
+        if fqn in result:
+            where = "Two keys of the model's state_dict()"
+            if len(names.parts) > 1:
+                where = "Keys in the state_dict() of two of the model's parts"
+            raise PlanError(f"{where} have the same canonical name '{fqn}'.")
+        piece = names.pieces.get(fqn)
+        if piece is not None:
+            if id(piece) not in shaped:
+                shaped[id(piece)] = piece.shaped(piece.local())
+            value = shaped[id(piece)]
+        elif fqn in names.buffer_dtypes and isinstance(value, torch.Tensor):
+            value = value.to(names.buffer_dtypes[fqn])
+        result[fqn] = value
+
+    with own_hooks_only(names.units):
+        for path, part in names.parts.items():
+            with record("state_dict.call"):
+                stored = state_dict_call(part, "state_dict")()
+            prefix = f"{path}." if path else ""
+            for key, value in stored.items():
+                flat = names.flat_keys.get(f"{prefix}{key}")
+                if flat is None:
+                    put(names.canonical(f"{prefix}{key}"), value)
+                    continue
+                for fqn in (name for first in names.flats[flat] for name in names.aliases(first)):
+                    put(fqn, None)
+            found = getattr(stored, "_metadata", None)
+            if found is not None:
+                versions = OrderedDict() if versions is None else versions
+                for at, version in found.items():
+                    full_path = f"{prefix}{at}" if at else path
+                    versions[names.canonical_paths.get(full_path, full_path)] = version
+    return result, versions
 
 
 def _of_submodules(
@@ -86,7 +138,6 @@ def _of_submodules(
 
 @torch.no_grad()
 def load_model(
-    model: nn.Module,
     state_dict: Mapping[Any, Any],
     names: Names,
     options: StateDictOptions,
@@ -96,7 +147,6 @@ def load_model(
     """Load a state dict with canonical names into the model; the dict is left as it is.
 
     Args:
-        model: The model, however wrapped.
         state_dict: Values by canonical name, or (deprecated) state dicts by submodule.
         names: The model's names.
         options: ``full_state_dict``, ``broadcast_from_rank0``, ``strict`` and ``ignore_frozen_params`` apply.
@@ -113,29 +163,60 @@ def load_model(
         tree, tensors = announce(lambda: _by_name(state_dict, names))
         if skip_if_empty and not tree:
             return _IncompatibleKeys([], [])
-        values, copies, assign = agree(lambda: _plan_fill(model, tree, names, options))
+        values, copies, assign = agree(lambda: _plan_fill(tree, names, options))
         receive(tree, tensors, copies)
-        _fill_now(copies)
+        fill_all(copies)
     else:
         tree = _by_name(state_dict, names)
         if skip_if_empty and not tree:
             return _IncompatibleKeys([], [])
-        if options.full_state_dict or any(value.is_meta for value in names.tensors.values()):
-            values, copies, assign = _plan_fill(model, tree, names, options)
-            _fill_now(copies)
+        if options.full_state_dict or names.pieces or any(value.is_meta for value in names.tensors.values()):
+            values, copies, assign = _plan_fill(tree, names, options)
+            fill_all(copies)
         else:
             _check_kinds(tree, names)
+            check_fit(tree, names, _title(names))
             values, assign = tree, False
-    stored = OrderedDict((names.stored(fqn), value) for fqn, value in values.items())
-    versions = getattr(state_dict, "_metadata", None)
-    if versions is not None and names.is_wrapped:
-        versions = OrderedDict((names.stored_paths.get(path, path), version) for path, version in versions.items())
-    if versions is not None:
-        stored._metadata = versions  # type: ignore[attr-defined]
-    # Never strict here: the keys are judged below, under their canonical names.
-    extra = {"assign": True} if assign else {}
-    found = state_dict_call(model, "load_state_dict")(stored, strict=False, **extra)
-    return _judged(model, found, tree, names, options)
+    missing, unexpected = _load_stored(values, getattr(state_dict, "_metadata", None), names, assign=assign)
+    return _judged(missing, unexpected, tree, names, options)
+
+
+def _load_stored(
+    values: Mapping[str, Any], versions: Mapping[str, Any] | None, names: Names, *, assign: bool
+) -> tuple[list[str], list[str]]:
+    """Give the values to the ``load_state_dict()`` of each part; return missing and unexpected canonical names.
+
+    Never strict: the keys are judged by the caller, under their canonical names.
+    """
+    prefixes = {path: f"{path}." if path else "" for path in names.parts}
+    stored: dict[str, OrderedDict[str, Any]] = {path: OrderedDict() for path in names.parts}
+    several = len(stored) > 1
+    in_flats = {fqn for first in names.flats.values() for name in first for fqn in names.aliases(name)}
+    for fqn, value in values.items():
+        if fqn in in_flats:
+            continue
+        key = names.stored(fqn)
+        path = key.partition(".")[0] if several else ""
+        stored[path][key[len(prefixes[path]) :]] = value
+    missing = [fqn for fqn in in_flats if fqn not in values]
+    unexpected: list[str] = []
+    with own_hooks_only(names.units):
+        for path, part in names.parts.items():
+            prefix = prefixes[path]
+            own_versions = None
+            if versions is not None:
+                at = {names.stored_paths.get(where, where): version for where, version in versions.items()}
+                own_versions = OrderedDict(
+                    (where[len(prefix) :], version)
+                    for where, version in at.items()
+                    if where == path or where.startswith(prefix)
+                )
+            with record("state_dict.call"):
+                absent, strangers = load_module(part, stored[path], own_versions, assign=assign)
+            absent = [f"{prefix}{key}" for key in absent]
+            missing += [names.canonical(key) for key in absent if key not in names.flat_keys]
+            unexpected += [names.canonical(f"{prefix}{key}") for key in strangers]
+    return missing, unexpected
 
 
 def _by_name(state_dict: Mapping[Any, Any], names: Names) -> dict[str, Any]:
@@ -144,7 +225,7 @@ def _by_name(state_dict: Mapping[Any, Any], names: Names) -> dict[str, Any]:
     if not any(isinstance(key, nn.Module) for key in state_dict):
         return dict(state_dict)
     warnings.warn(
-        "A model state dict keyed by submodules is deprecated: key it by canonical names.", FutureWarning, stacklevel=4
+        "A model state dict keyed by submodules is deprecated: key it by canonical names.", FutureWarning, stacklevel=6
     )
     result: dict[str, Any] = {}
     for module, part in state_dict.items():
@@ -159,67 +240,89 @@ def _by_name(state_dict: Mapping[Any, Any], names: Names) -> dict[str, Any]:
 def _check_kinds(tree: Mapping[str, Any], names: Names) -> None:
     plain = []
     sharded = []
+    otherwise = []
     for fqn, value in tree.items():
         target = names.tensors.get(fqn)
+        piece = names.pieces.get(fqn)
         if target is None or not isinstance(value, torch.Tensor):
+            continue
+        if piece is not None and not piece.is_whole:
+            if not isinstance(value, DTensor | ShardedTensor):
+                plain.append(fqn)
+            elif (memory := flat_memory(value)) is not None:
+                local = piece.local()
+                if memory.data_ptr() != local.data_ptr() and chunks(value) != chunks(piece.shaped(local)):
+                    otherwise.append(fqn)
             continue
         if isinstance(target, DTensor) and not isinstance(value, DTensor):
             plain.append(fqn)
-        elif isinstance(value, DTensor) and not isinstance(target, DTensor):
+        elif isinstance(value, DTensor | ShardedTensor) and not isinstance(target, DTensor):
             sharded.append(fqn)
     if plain:
         raise PlanError(
-            f"Expected DTensors, found plain tensors for {len(plain)} sharded parameter(s): {listing(plain)}. If they "
-            "are whole tensors, pass StateDictOptions(full_state_dict=True)."
+            f"Expected sharded tensors, found plain tensors for {len(plain)} sharded parameter(s): {listing(plain)}. "
+            "If they are whole tensors, pass StateDictOptions(full_state_dict=True)."
         )
     if sharded:
         raise PlanError(
-            f"Expected plain tensors, found DTensors for {len(sharded)} parameter(s) that this model does not shard: "
-            f"{listing(sharded)}. Get the state dict with StateDictOptions(full_state_dict=True), or save it and load "
-            "the checkpoint into this model's own state dict."
+            f"Expected plain tensors, found sharded ones for {len(sharded)} parameter(s) that this model does not "
+            f"shard: {listing(sharded)}. Get the state dict with StateDictOptions(full_state_dict=True), or save it "
+            "and load the checkpoint into this model's own state dict."
+        )
+    if otherwise:
+        raise PlanError(
+            f"Found parameters that FSDP1 has sharded otherwise than this model for {len(otherwise)} key(s): "
+            f"{listing(otherwise)}. Get the state dict with StateDictOptions(full_state_dict=True), or save it "
+            "and load the checkpoint into this model's own state dict."
         )
 
 
 def _plan_fill(
-    model: nn.Module, tree: Mapping[str, Any], names: Names, options: StateDictOptions
+    tree: Mapping[str, Any], names: Names, options: StateDictOptions
 ) -> tuple[dict[str, Any], list[Copy], bool]:
     """Return what to give to ``load_state_dict``, the copies that fill it, and whether to assign instead of copy.
 
     What is filled is the model's own memory, reached through ``state_dict()``; giving it to ``load_state_dict``
     afterwards lets hooks run and keys be compared, and copies nothing twice.
     """
-    own = {names.canonical(key): value for key, value in state_dict_call(model, "state_dict")().items()}
-    assign = any(isinstance(value, torch.Tensor) and value.is_meta for value in own.values())
+    own, _ = _own_state(names)
+    assign = any(_is_on_meta(value) for value in own.values())
     device = _one_device(own.values())
     values: dict[str, Any] = {}
     copies: list[Copy] = []
     made: dict[int, torch.Tensor] = {}
     sizes = []
     for fqn, value in tree.items():
+        if is_extra_state(fqn):
+            values[fqn] = landed(fqn, value, copies)
+            continue
         target = own.get(fqn)
         if not is_tensor_source(value) or not isinstance(target, torch.Tensor):
             # Nothing to fill. What was only announced cannot be given on; the key alone tells that it is unexpected.
             values[fqn] = value if not is_tensor_source(value) or isinstance(value, torch.Tensor) else torch.empty(0)
             continue
-        if value.shape != target.shape and not (target.dim() == 0 and value.shape == (1,)):
-            sizes.append(f"size mismatch for {fqn}: found {tuple(value.shape)}, the model has {tuple(target.shape)}")
+        size, expected = size_of(value), size_of(target)
+        if size != expected and not (len(expected) == 0 and size == (1,)):
+            sizes.append(f"size mismatch for {fqn}: found {tuple(size)}, the model has {tuple(expected)}")
             continue
         tensor = names.tensors.get(fqn)
-        if target.is_meta:
+        if _is_on_meta(target):
             # Tied parameters are one object and must be again.
             key = id(tensor) if tensor is not None else id(target)
             if key not in made:
                 made[key] = _materialised_like(target, tensor, value, device, options)
             target = made[key]
             values[fqn] = target
-        elif tensor is not None and memory_key(tensor) == memory_key(target):
+        elif tensor is not None and (fqn in names.pieces or memory_key(tensor) == memory_key(target)):
             # The parameter itself: copying it to itself is free, and assigning it keeps the optimizer's reference.
             values[fqn] = tensor
         else:
             values[fqn] = target
-        copies.append(Copy(fqn, target.detach(), value))
+        mine = flat_memory(target)
+        if mine is None or (theirs := flat_memory(value)) is None or theirs.data_ptr() != mine.data_ptr():
+            copies.append(Copy(fqn, target if isinstance(target, ShardedTensor) else target.detach(), value))
     if sizes:
-        raise PlanError(f"Error(s) in loading state_dict for {type(model).__name__}: {'; '.join(sizes[:12])}.")
+        raise PlanError(f"Error(s) in loading state_dict for {_title(names)}: {'; '.join(sizes[:12])}.")
     if not options.full_state_dict:
         _check_kinds(tree, names)
     return values, copies, assign
@@ -243,29 +346,30 @@ def _materialised_like(
 
 
 def _one_device(values: Iterable[Any]) -> torch.device | None:
-    devices = {value.device for value in values if isinstance(value, torch.Tensor) and not value.is_meta}
+    # A ShardedTensor answers neither question unless it has exactly one shard here.
+    tensors = [value for value in values if isinstance(value, torch.Tensor) and not isinstance(value, ShardedTensor)]
+    devices = {value.device for value in tensors if not value.is_meta}
     return devices.pop() if len(devices) == 1 else None
 
 
-def _fill_now(copies: list[Copy]) -> None:
-    for copy in copies:
-        if isinstance(copy.source, torch.Tensor):
-            fill(copy.fqn, copy.target, copy.source)
+def _is_on_meta(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not isinstance(value, ShardedTensor) and value.is_meta
+
+
+def _title(names: Names) -> str:
+    return " and ".join(dict.fromkeys(type(part).__name__ for part in names.parts.values()))
 
 
 def _judged(
-    model: nn.Module, found: Any, tree: Mapping[str, Any], names: Names, options: StateDictOptions
+    missing: list[str], unexpected: list[str], tree: Mapping[str, Any], names: Names, options: StateDictOptions
 ) -> _IncompatibleKeys:
-    # A model's own load_state_dict may return nothing.
-    missing = [names.canonical(key) for key in getattr(found, "missing_keys", ())]
-    unexpected = [names.canonical(key) for key in getattr(found, "unexpected_keys", ())]
     if options.ignore_frozen_params:
         missing = [fqn for fqn in missing if not names.is_frozen(fqn)]
     if missing:
         tied = names.tied(missing)
         missing = [fqn for fqn in missing if not any(name in tree for name in tied[fqn])]
     if options.strict and (missing or unexpected):
-        lines = [f"Error(s) in loading state_dict for {type(model).__name__}:"]
+        lines = [f"Error(s) in loading state_dict for {_title(names)}:"]
         if missing:
             lines.append(f"Missing key(s) in state_dict: {_described(missing, unexpected)}.")
         if unexpected:

@@ -10,16 +10,20 @@ One walk over the module tree gives every map that the getters and setters need.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from dcp_plugins.errors import UnsupportedValueError
+from dcp_plugins.events import record
+from dcp_plugins.state_dict.fsdp1 import FlatPiece, is_flat, pieces_of
 
-__all__ = ["Names", "memory_key", "names_of", "state_dict_call"]
+__all__ = ["Model", "Names", "memory_key", "names_of", "state_dict_call"]
+
+# A model, or the parts of one that a rank holds (pipeline stages), each named as in the whole.
+Model = nn.Module | Sequence[nn.Module]
 
 _CHECKPOINT_CHILD = "_checkpoint_wrapped_module"
 
@@ -29,6 +33,7 @@ _WRAPPERS = (
     ("torch.nn.parallel", "DistributedDataParallel", "module"),
     ("torch.nn.parallel", "DataParallel", "module"),
     ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
+    ("torch.distributed.fsdp", "FullyShardedDataParallel", "_fsdp_wrapped_module"),
 )
 
 
@@ -38,11 +43,18 @@ class Names:
 
     canonical_paths: dict[str, str]  # Attribute or stored path of a module -> its canonical path.
     stored_paths: dict[str, str]  # Canonical path -> stored path of the innermost module there.
+    stored_names: dict[str, str]  # Canonical name of a tensor -> its key in ``state_dict()``, if no hook renames it.
     module_paths: dict[int, list[str]]  # id(module) -> its canonical paths, several if it is shared.
     tensors: dict[str, torch.Tensor]  # Canonical name, aliases included -> parameter or buffer.
     parameter_names: dict[int, list[str]]  # id(parameter) -> its names, first the one of ``named_parameters()``.
     is_wrapped: bool  # Some path differs from its canonical one.
+    parts: dict[str, nn.Module]  # What was walked, by the path before its keys: one model under "", or several.
     hidden_names: dict[str, list[str]] = field(default_factory=dict)  # Canonical name -> names by fqn modifiers.
+    units: list[nn.Module] = field(default_factory=list)  # Modules wrapped by FSDP1.
+    pieces: dict[str, FlatPiece] = field(default_factory=dict)  # Canonical name -> what FSDP1 leaves here of it.
+    flats: dict[int, list[str]] = field(default_factory=dict)  # id(flat parameter) -> its parameters' names.
+    flat_keys: dict[str, int] = field(default_factory=dict)  # Stored name of a flat parameter -> its id.
+    buffer_dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # Buffers that FSDP1 may have cast.
 
     def canonical(self, key: str) -> str:
         """Return the canonical form of a ``state_dict()`` key; keys made up by hooks keep what is unknown in them."""
@@ -50,27 +62,36 @@ class Names:
 
     def stored(self, fqn: str) -> str:
         """Return the key that ``load_state_dict()`` expects for a canonical name."""
-        return _translate(fqn, self.stored_paths) if self.is_wrapped else fqn
+        if not self.is_wrapped:
+            return fqn
+        return self.stored_names.get(fqn) or _translate(fqn, self.stored_paths)
 
-    def fqn(self, parameter: torch.Tensor) -> str | None:
-        """Return the canonical name of a parameter, or None if the model does not have it."""
-        found = self.parameter_names.get(id(parameter))
-        return found[0] if found else None
+    def fqns(self, parameter: torch.Tensor) -> list[str]:
+        """Return the canonical name of a parameter, those in an FSDP1 flat parameter; none if it is not the model's."""
+        return self.flats.get(id(parameter)) or self.parameter_names.get(id(parameter), [])[:1]
 
     def spellings(self, parameter: torch.Tensor) -> list[str]:
         """Return every name under which a state dict may know the parameter, the canonical one first."""
         found = self.parameter_names.get(id(parameter), [])
         return [*found, *(hidden for name in found for hidden in self.hidden_names.get(name, ()))]
 
+    def aliases(self, fqn: str) -> list[str]:
+        """Return every canonical name of the parameter that has this one."""
+        return self.parameter_names[id(self.tensors[fqn])]
+
     def is_frozen(self, fqn: str) -> bool:
         """Tell whether the name is a parameter's that takes no gradient."""
-        value = self.tensors.get(fqn)
+        piece = self.pieces.get(fqn)
+        value = piece.parameter if piece is not None else self.tensors.get(fqn)
         return isinstance(value, nn.Parameter) and not value.requires_grad
 
     def tied(self, fqns: Iterable[str]) -> dict[str, list[str]]:
-        """Return, for each name, all names of the same tensor: one object, or several over the same memory."""
+        """Return, for each name, all names of the same tensor: one object, or several over the same memory.
+
+        A view in another shape, or transposed, is the same memory; a part of it is not.
+        """
         by_tensor: dict[object, list[str]] = {}
-        keys = {name: memory_key(value) or id(value) for name, value in self.tensors.items()}
+        keys = {name: _span(value) or memory_key(value) or id(value) for name, value in self.tensors.items()}
         for name, key in keys.items():
             by_tensor.setdefault(key, []).append(name)
         return {fqn: by_tensor[keys[fqn]] if fqn in keys else [fqn] for fqn in fqns}
@@ -88,29 +109,70 @@ def memory_key(value: torch.Tensor) -> tuple[Any, ...] | None:
         return None
 
 
-def names_of(model: nn.Module, fqn_modifiers: str = "_fqn_modifiers") -> Names:
+def _span(value: torch.Tensor) -> tuple[int, int, torch.dtype] | None:
+    """Return the memory that a tensor fills without gaps, in whichever order; None if it has gaps or no memory."""
+    if hasattr(value, "_local_tensor") or memory_key(value) is None:
+        return None
+    filled = 1
+    for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
+        if size != 1 and stride != filled:
+            return None
+        filled *= size
+    return (value.data_ptr(), filled, value.dtype)
+
+
+def names_of(model: Model, fqn_modifiers: str = "_fqn_modifiers") -> Names:
     """Walk the model once and return its canonical names.
 
-    Modules of FSDP2 that still hold gathered parameters (the root does after a forward without backward) are resharded
-    first, as ``state_dict()`` does: the sharded parameters are the ones that an optimizer knows. This frees memory and
-    communicates nothing.
+    Modules of FSDP1 and FSDP2 that still hold gathered parameters (the root does after a forward without backward) are
+    resharded first: the sharded parameters are the ones that an optimizer knows. This frees memory and communicates
+    nothing.
+
+    Args:
+        model: A model, or its parts on this rank, as pipeline stages are.
+        fqn_modifiers: See ``StateDictOptions.dsd_fqn_modifiers``.
 
     Raises:
-        UnsupportedValueError: The model contains FullyShardedDataParallel (FSDP1).
+        UnsupportedValueError: The model uses FSDP1 over tensor parallelism.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"Expected an nn.Module, found {type(model).__name__}.")
+    parts = [model] if isinstance(model, nn.Module) else list(model) if isinstance(model, Sequence) else [model]
+    for part in parts:
+        if not isinstance(part, nn.Module):
+            raise TypeError(f"Expected an nn.Module, or a list of the parts of one, found {type(part).__name__}.")
     walk = _Walk(fqn_modifiers)
-    walk.visit(model, "", "", "", None)
-    return Names(
+    paths = [""] if len(parts) == 1 else [str(at) for at in range(len(parts))]
+    with record("state_dict.names"):
+        for path, part in zip(paths, parts, strict=True):
+            walk.visit(part, path, path, "", None)
+    names = Names(
         canonical_paths=walk.canonical_paths,
         stored_paths=walk.stored_paths,
+        stored_names=walk.stored_names,
         module_paths=walk.module_paths,
         tensors=walk.tensors,
         parameter_names=walk.parameter_names,
         is_wrapped=any(path != canonical for path, canonical in walk.canonical_paths.items()),
+        parts=dict(zip(paths, parts, strict=True)),
         hidden_names=walk.hidden_names,
+        units=walk.units,
+        flat_keys=walk.flat_keys,
+        buffer_dtypes=walk.buffer_dtypes,
     )
+    for piece in walk.pieces:
+        _name_piece(piece, names)
+    return names
+
+
+def _name_piece(piece: FlatPiece, names: Names) -> None:
+    local = piece.local()
+    places = ((piece.owner, piece.name), *piece.aliases)
+    for at, fqn in enumerate(_join(path, name) for module, name in places for path in names.module_paths[id(module)]):
+        names.pieces[fqn] = piece
+        if not piece.is_original:
+            names.tensors[fqn] = local
+            if at == 0:
+                names.flats.setdefault(id(piece.flat), []).append(fqn)
+            names.parameter_names.setdefault(id(local), []).append(fqn)
 
 
 def state_dict_call(owner: nn.Module | torch.optim.Optimizer, method: str) -> Callable[..., Any]:
@@ -130,6 +192,11 @@ class _Walk:
         self.tensors: dict[str, torch.Tensor] = {}
         self.parameter_names: dict[int, list[str]] = {}
         self.hidden_names: dict[str, list[str]] = {}
+        self.stored_names: dict[str, str] = {}
+        self.units: list[nn.Module] = []
+        self.pieces: list[FlatPiece] = []
+        self.flat_keys: dict[str, int] = {}
+        self.buffer_dtypes: dict[str, torch.dtype] = {}
         self._fqn_modifiers = fqn_modifiers
         self._wrappers = [
             (found, child) for module, name, child in _WRAPPERS if (found := _imported(module, name)) is not None
@@ -142,12 +209,8 @@ class _Walk:
 
         ``hidden`` is the canonical path less the children that modifiers hide; None while nothing is hidden.
         """
-        if self._fsdp1 is not None and isinstance(module, self._fsdp1):
-            raise UnsupportedValueError(
-                f"Module '{path or '(root)'}' is wrapped in FullyShardedDataParallel (FSDP1), whose state dicts this "
-                "package does not normalise yet. Expected a plain, DDP or FSDP2 model: shard it with "
-                "torch.distributed.fsdp.fully_shard instead."
-            )
+        if self._fsdp1 is not None and isinstance(module, self._fsdp1) and module not in self.units:
+            self._visit_unit(module, path, canonical)
         if self._fsdp2 is not None and isinstance(module, self._fsdp2):
             module.reshard()
         self.canonical_paths[path] = canonical
@@ -157,9 +220,11 @@ class _Walk:
         paths = self.module_paths.setdefault(id(module), [])
         if canonical not in paths:
             paths.append(canonical)
-        self._record_tensors(module, canonical, hidden)
+        self._record_tensors(module, stored, canonical, hidden)
         wrapped_child = next((child for kind, child in self._wrappers if isinstance(module, kind)), None)
-        modifiers = getattr(module, self._fqn_modifiers, None)
+        # nn.Module looks long for an attribute that is missing, and this one nearly always is.
+        known = self._fqn_modifiers in module.__dict__ or hasattr(type(module), self._fqn_modifiers)
+        modifiers = getattr(module, self._fqn_modifiers) if known else None
         hidden_children: Iterable[str] = modifiers().values() if callable(modifiers) else ()
         for name, child in module._modules.items():
             if child is None:
@@ -181,12 +246,23 @@ class _Walk:
                     None if below == child_canonical else below,
                 )
 
-    def _record_tensors(self, module: nn.Module, canonical: str, hidden: str | None) -> None:
+    def _visit_unit(self, unit: Any, path: str, canonical: str) -> None:
+        self.units.append(unit)
+        self.pieces.extend(pieces_of(unit, path))
+        if unit._mixed_precision_enabled_for_buffers():
+            for name, dtype in unit._buffer_name_to_orig_dtype.items():
+                self.buffer_dtypes[_join(canonical, name)] = dtype
+
+    def _record_tensors(self, module: nn.Module, stored: str, canonical: str, hidden: str | None) -> None:
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
+            if is_flat(parameter):
+                self.flat_keys[_join(stored, name)] = id(parameter)
+                continue
             fqn = _join(canonical, name)
             self.tensors[fqn] = parameter
+            self.stored_names[fqn] = _join(stored, name)
             known = self.parameter_names.setdefault(id(parameter), [])
             if fqn not in known:
                 known.append(fqn)
@@ -194,7 +270,9 @@ class _Walk:
                 self.hidden_names.setdefault(fqn, []).append(_join(hidden, name))
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
-                self.tensors[_join(canonical, name)] = buffer
+                fqn = _join(canonical, name)
+                self.tensors[fqn] = buffer
+                self.stored_names[fqn] = _join(stored, name)
 
 
 def _join(path: str, name: str) -> str:

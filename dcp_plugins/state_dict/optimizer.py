@@ -9,7 +9,9 @@ import torch
 from torch.optim import Optimizer
 
 from dcp_plugins.errors import PlanError, UnsupportedValueError, listing
+from dcp_plugins.events import record
 from dcp_plugins.state_dict.flatten import GROUPS, PARAMS, STATE, flattened
+from dcp_plugins.state_dict.fsdp1 import FlatPiece
 from dcp_plugins.state_dict.full import collected
 from dcp_plugins.state_dict.initial import has_state, initial_state
 from dcp_plugins.state_dict.names import Names, state_dict_call
@@ -41,7 +43,7 @@ def check_membership(optimizers: tuple[Optimizer, ...], names: Names) -> None:
         owner = type(optimizer).__name__ if len(optimizers) == 1 else f"{type(optimizer).__name__} (optimizer {at})"
         for group_index, group in enumerate(optimizer.param_groups):
             for index, parameter in enumerate(group[PARAMS]):
-                if names.fqn(parameter) is None:
+                if not names.fqns(parameter):
                     strangers.append(
                         f"parameter {index} of group {group_index} of {owner}, of shape {tuple(parameter.shape)}"
                     )
@@ -77,25 +79,49 @@ def get_optimizers(optimizers: tuple[Optimizer, ...], names: Names, options: Sta
 
 
 def _one(optimizer: Optimizer, names: Names) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
-    native = state_dict_call(optimizer, "state_dict")()
+    with record("state_dict.call"):
+        native = state_dict_call(optimizer, "state_dict")()
     if not isinstance(native, Mapping) or STATE not in native or GROUPS not in native:
         raise UnsupportedValueError(
             f"Expected {type(optimizer).__name__}.state_dict() to return a dict with '{STATE}' and '{GROUPS}', as "
             "torch.optim's optimizers do."
         )
-    fqns: dict[Any, str] = {}
     initial = {} if has_state(optimizer) else initial_state(optimizer)
     states: dict[Any, Any] = dict(native[STATE])
+    by_name: dict[Any, Any] = {}
     groups = []
     for group, native_group in zip(optimizer.param_groups, native[GROUPS], strict=True):
-        params = []
+        params: list[str] = []
         for parameter, number in zip(group[PARAMS], native_group[PARAMS], strict=True):
-            fqn = fqns[number] = cast("str", names.fqn(parameter))
-            params.append(fqn)
-            if id(parameter) in initial:
-                states[number] = initial[id(parameter)]
+            fqns = names.fqns(parameter)
+            params.extend(fqns)
+            state = initial.get(id(parameter), states.pop(number, None))
+            if state is None:
+                continue
+            for fqn in fqns:
+                piece = names.pieces.get(fqn)
+                if piece is None:
+                    by_name[fqn] = _detached_containers(state)
+                elif piece.is_whole or piece.local().numel():
+                    # Elsewhere a step count would stand for elements that this rank has never stepped.
+                    by_name[fqn] = _piece_state(piece, state)
         groups.append({**native_group, PARAMS: params})
-    return {fqns.get(key, key): _detached_containers(value) for key, value in states.items()}, groups
+    by_name.update((key, _detached_containers(value)) for key, value in states.items())
+    return by_name, groups
+
+
+def _piece_state(piece: FlatPiece, value: Any) -> Any:
+    """Return one parameter's part of the state that FSDP1 keeps for it, or for the flat parameter it is in."""
+    if isinstance(value, torch.Tensor):
+        if piece.holds(value):
+            return piece.shaped_state(value)
+        # Several parameters share it, and each must be able to load its own.
+        return value if piece.is_original else value.clone()
+    if isinstance(value, Mapping):
+        return {key: _piece_state(piece, element) for key, element in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_piece_state(piece, element) for element in value)
+    return value
 
 
 def _detached_containers(value: Any) -> Any:

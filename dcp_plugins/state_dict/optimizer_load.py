@@ -8,6 +8,7 @@ except tensors that ``get_optimizer_state_dict`` made for this very optimizer to
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,13 +16,20 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from dcp_plugins.errors import PlanError, listing
+from dcp_plugins.events import record
+from dcp_plugins.state_dict.fit import landed
 from dcp_plugins.state_dict.flatten import GROUPS, PARAMS, STATE, SavedGroup, SavedState, parsed
-from dcp_plugins.state_dict.full import Announced, Copy, agree, announce, fill, is_tensor_source, receive
+from dcp_plugins.state_dict.fsdp1 import FlatPiece, flat_memory
+from dcp_plugins.state_dict.full import Announced, Copy, agree, announce, fill_all, is_tensor_source, receive
 from dcp_plugins.state_dict.initial import initial_state, is_fresh, underlying
-from dcp_plugins.state_dict.model import suggestion
-from dcp_plugins.state_dict.names import Names, state_dict_call
+from dcp_plugins.state_dict.names import Names
 from dcp_plugins.state_dict.optimizer import check_membership
+from dcp_plugins.state_dict.optimizer_fsdp1 import is_memory_of, merge, piece_copy
+from dcp_plugins.state_dict.optimizer_install import install
 from dcp_plugins.state_dict.options import StateDictOptions
+from dcp_plugins.state_dict.problems import EmptyGroups, Problems, spellings
+from dcp_plugins.state_dict.values import copied, equal, renamed
+from dcp_plugins.tensors.sharded import size_of
 
 __all__ = ["load_optimizers"]
 
@@ -50,39 +58,43 @@ def load_optimizers(
         )
 
     def read() -> SavedState:
-        return parsed(_by_fqn(state_dict, optimizers, names), _spellings(names))
+        return parsed(_by_fqn(state_dict, optimizers, names), spellings(names))
 
     tensors: list[torch.Tensor] = []
     if options.broadcast_from_rank0:
         tree, tensors = announce(lambda: _as_tree(read()))
-        saved = SavedState(tree[0], [SavedGroup(params, own) for params, own in tree[1]], tree[2], tree[3])
+        saved = SavedState(tree[0], [SavedGroup(params, own.options) for params, own in tree[1]], tree[2], tree[3])
         plans = agree(lambda: _planned(optimizers, saved, names, options))
         receive(tree, tensors, [copy for plan in plans for copy in plan.copies])
     else:
-        plans = _planned(optimizers, read(), names, options)
+        with record("state_dict.plan"):
+            plans = _planned(optimizers, read(), names, options)
     for plan in plans:
-        for copy in plan.copies:
-            if isinstance(copy.source, torch.Tensor):
-                fill(copy.fqn, copy.target, copy.source)
-        plan.install()
+        fill_all(plan.copies)
+        with record("state_dict.call"):
+            plan.install()
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """A group's options, sent as they are: they are compared before tensors arrive, and small."""
+
+    options: dict[str, Any]
 
 
 def _as_tree(saved: SavedState) -> list[Any]:
-    return [saved.state, [[group.params, group.options] for group in saved.groups], saved.is_flat, saved.unknown]
+    groups = [[group.params, _Options(copied(group.options, torch.device("cpu")))] for group in saved.groups]
+    return [saved.state, groups, saved.is_flat, saved.unknown]
 
 
 def _all_fqns(optimizers: Iterable[Optimizer], names: Names) -> list[str]:
     return [
-        names.parameter_names[id(parameter)][0]
+        fqn
         for optimizer in optimizers
         for group in optimizer.param_groups
         for parameter in group[PARAMS]
+        for fqn in names.fqns(parameter)
     ]
-
-
-def _spellings(names: Names) -> dict[str, None]:
-    hidden = {name: None for spellings in names.hidden_names.values() for name in spellings}
-    return {**dict.fromkeys(names.tensors), **hidden}
 
 
 def _by_fqn(state_dict: Mapping[str, Any], optimizers: tuple[Optimizer, ...], names: Names) -> Mapping[str, Any]:
@@ -108,58 +120,11 @@ def _by_fqn(state_dict: Mapping[str, Any], optimizers: tuple[Optimizer, ...], na
 def _planned(
     optimizers: tuple[Optimizer, ...], saved: SavedState, names: Names, options: StateDictOptions
 ) -> list[_Plan]:
-    problems = _Problems(saved)
-    empty_groups = _EmptyGroups(optimizers, saved)
+    problems = Problems(saved, names)
+    empty_groups = EmptyGroups(optimizers, saved)
     plans = [_Plan(optimizer, saved, names, options, problems, empty_groups) for optimizer in optimizers]
     problems.raise_any()
     return plans
-
-
-class _Problems:
-    """Everything that is wrong, to be told at once."""
-
-    def __init__(self, saved: SavedState) -> None:
-        self.missing: list[str] = []
-        self.losing: list[str] = []
-        self.others: list[str] = []
-        self._known = [*(key for key in saved.state if isinstance(key, str)), *saved.unknown]
-
-    def raise_any(self) -> None:
-        """Raise if there is anything to tell."""
-        lines = []
-        if self.missing:
-            shown = [f'"{fqn}"{suggestion(fqn, self._known)}' for fqn in sorted(self.missing)[:12]]
-            rest = len(self.missing) - len(shown)
-            lines.append(
-                f"Missing optimizer state for parameter(s) {', '.join(shown)}{f', ... ({rest} more)' if rest else ''}: "
-                "in no parameter group of the state dict."
-            )
-        if self.losing:
-            lines.append(
-                f"Missing optimizer state for parameter(s) {listing(self.losing)}: the state dict has none, and the "
-                "optimizer's own would be lost."
-            )
-        lines.extend(self.others[:12])
-        if len(self.others) > 12:
-            lines.append(f"... ({len(self.others) - 12} more)")
-        if lines:
-            if self.missing or self.losing:
-                lines.append("To load what is there and keep the rest, pass StateDictOptions(strict=False).")
-            raise PlanError("\n    ".join(["The optimizer state dict does not fit:", *lines]))
-
-
-class _EmptyGroups:
-    """Pairs groups without parameters by order, as they have no names to pair them by."""
-
-    def __init__(self, optimizers: tuple[Optimizer, ...], saved: SavedState) -> None:
-        theirs = [group.options for group in saved.groups if not group.params]
-        count = sum(not group[PARAMS] for optimizer in optimizers for group in optimizer.param_groups)
-        # Another number of them: which is which cannot be told, and each keeps its own options.
-        self._theirs = iter(theirs if len(theirs) == count else ())
-
-    def next_options(self) -> dict[str, Any]:
-        """Return the saved options of the next group without parameters."""
-        return next(self._theirs, {})
 
 
 class _Plan:
@@ -171,16 +136,16 @@ class _Plan:
         saved: SavedState,
         names: Names,
         options: StateDictOptions,
-        problems: _Problems,
-        empty_groups: _EmptyGroups,
+        problems: Problems,
+        empty_groups: EmptyGroups,
     ) -> None:
         self.copies: list[Copy] = []
         self._optimizer = optimizer
         self._full = options.full_state_dict
         self._strict = options.strict
+        self._names = names
         self._problems = problems
         self._initial: dict[int, dict[str, Any]] | None = None
-        self._strings: list[tuple[torch.Tensor, str, Any]] = []
         groups_of: dict[str, int] = {fqn: at for at, group in enumerate(saved.groups) for fqn in group.params}
         self._state: dict[Any, Any] = {}
         self._groups: list[dict[str, Any]] = []
@@ -189,13 +154,16 @@ class _Plan:
             sources: dict[int, str] = {}
             numbers = []
             for parameter in group[PARAMS]:
-                fqn = next(
-                    (name for name in names.spellings(parameter) if name in groups_of or name in saved.state),
-                    names.parameter_names[id(parameter)][0],
-                )
-                if fqn in groups_of:
-                    sources.setdefault(groups_of[fqn], fqn)
-                state = self._state_for(parameter, fqn, saved, fqn in groups_of)
+                spelled = [self._spelled(fqn, saved, groups_of) for fqn in names.fqns(parameter)]
+                if self._strict and groups_of:
+                    problems.ungrouped.extend(fqn for fqn in spelled if fqn in saved.state and fqn not in groups_of)
+                for fqn in spelled:
+                    if fqn in groups_of:
+                        sources.setdefault(groups_of[fqn], fqn)
+                if id(parameter) in names.flats:
+                    state = self._flat_state_for(parameter, spelled, saved, groups_of)
+                else:
+                    state = self._state_for(parameter, spelled[0], saved, spelled[0] in groups_of)
                 if state is not None:
                     self._state[number] = state
                 numbers.append(number)
@@ -204,18 +172,19 @@ class _Plan:
             if not group[PARAMS]:
                 merged = empty_groups.next_options()
             own = {option: value for option, value in group.items() if option != PARAMS}
-            new = {option: _copied(value) for option, value in merged.items() if option not in _OWN_OPTIONS}
+            new = {
+                option: copied(value, getattr(own.get(option), "device", None))
+                for option, value in merged.items()
+                if option not in _OWN_OPTIONS
+            }
             self._groups.append({**own, **new, PARAMS: numbers})
         for key, value in saved.state.items():
             if key in optimizer.state and key not in groups_of:
-                self._state[key] = _copied(value)
+                self._state[key] = landed(str(key), copied(value), self.copies)
 
     def install(self) -> None:
-        """Give the optimizer its state, through its own ``load_state_dict``."""
-        state_dict_call(self._optimizer, "load_state_dict")({STATE: self._state, GROUPS: self._groups})
-        for parameter, name, value in self._strings:
-            # torch.optim takes a str for an iterable of values to convert, and spoils it.
-            self._optimizer.state[parameter][name] = value
+        """Give the optimizer its state."""
+        install(self._optimizer, self._state, self._groups)
 
     def _merged_options(self, groups: list[SavedGroup], at: int) -> dict[str, Any]:
         merged: dict[str, Any] = {}
@@ -226,7 +195,7 @@ class _Plan:
                     continue
                 if option not in merged:
                     merged[option] = value
-                elif not _equal(merged[option], value):
+                elif not equal(merged[option], value):
                     conflicts.append(f"'{option}' ({merged[option]} for some, {value} for others)")
         if conflicts and self._strict:
             self._problems.others.append(
@@ -236,6 +205,39 @@ class _Plan:
             )
         return merged
 
+    def _spelled(self, fqn: str, saved: SavedState, groups_of: Mapping[str, int]) -> str:
+        """Return the name under which the state dict knows a parameter, or its own if it does not."""
+        spellings = self._names.spellings(self._names.tensors[fqn])
+        return next((name for name in spellings if name in groups_of or name in saved.state), fqn)
+
+    def _flat_state_for(
+        self, parameter: torch.Tensor, spelled: list[str], saved: SavedState, groups_of: Mapping[str, int]
+    ) -> dict[Any, Any] | None:
+        own = underlying(self._optimizer).state.get(parameter) or {}
+        states = {fqn: saved.state[fqn] for fqn in spelled if isinstance(saved.state.get(fqn), Mapping)}
+        unknown = [fqn for fqn in spelled if fqn not in groups_of and fqn not in saved.state]
+        if unknown and self._strict and parameter.requires_grad:
+            self._problems.missing.extend(unknown)
+        if not states:
+            return dict(own) if own and (unknown or not self._strict) else None
+        fqns = self._names.flats[id(parameter)]
+        pieces = [(name, self._names.pieces[fqn]) for name, fqn in zip(spelled, fqns, strict=True)]
+        if saved.is_flat:
+            states = {fqn: self._as_own(parameter, each, own) for fqn, each in states.items()}
+        merged = merge(pieces, states, own, self._optimizer, full=self._full)
+        self.copies.extend(merged.copies)
+        self._problems.others.extend(merged.problems)
+        result: dict[Any, Any] = dict(merged.tensors)
+        for key, value in merged.shared.items():
+            result[key] = self._value_for(parameter, f"{spelled[0]}.{key}", key, value, own.get(key))
+        return result
+
+    def _as_own(self, parameter: torch.Tensor, flat: Mapping[str, Any], own: Mapping[Any, Any]) -> dict[Any, Any]:
+        """Return what a flat state dict has of a parameter under the optimizer's own keys."""
+        if not own and any(isinstance(value, Mapping) for value in flat.values()):
+            own = self._initial_state(parameter)
+        return dict(renamed(flat, own))
+
     def _state_for(
         self, parameter: torch.Tensor, fqn: str, saved: SavedState, is_listed: bool
     ) -> dict[Any, Any] | None:
@@ -243,39 +245,32 @@ class _Plan:
         if fqn not in saved.state:
             if not is_listed and self._strict and parameter.requires_grad:
                 self._problems.missing.append(fqn)
-            elif is_listed and self._strict and own and parameter.requires_grad:
+            elif is_listed and self._strict and own and parameter.requires_grad and parameter.numel():
                 self._problems.losing.append(fqn)
             # Saved without state, a parameter had not been stepped; unknown, it keeps what it has.
             return dict(own) if own and (not is_listed or not self._strict) else None
         theirs = saved.state[fqn]
         if not isinstance(theirs, Mapping):
             return dict(own) if own else None
-        result = {}
-        for name, value in theirs.items():
-            key = _own_key(name, own) if saved.is_flat else name
-            result[key] = self._value_for(parameter, f"{fqn}.{name}", key, value, own.get(key), saved.is_flat)
-            if isinstance(value, str | bytes):
-                self._strings.append((parameter, key, value))
-        return result
+        if saved.is_flat:
+            theirs = self._as_own(parameter, theirs, own)
+        return {
+            key: self._value_for(parameter, f"{fqn}.{key}", key, value, own.get(key)) for key, value in theirs.items()
+        }
 
-    def _value_for(
-        self, parameter: torch.Tensor, path: str, key: Any, value: Any, own: Any, is_flat: bool, top: bool = True
-    ) -> Any:
+    def _value_for(self, parameter: torch.Tensor, path: str, key: Any, value: Any, own: Any, top: bool = True) -> Any:
         if is_tensor_source(value):
             return self._target_for(parameter, path, key, value, own, top)
         if isinstance(value, Mapping):
             own = own if isinstance(own, dict) else {}
-            result = {}
-            for name, element in value.items():
-                inner = _own_key(name, own) if is_flat else name
-                result[inner] = self._value_for(
-                    parameter, f"{path}.{name}", key, element, own.get(inner), is_flat, top=False
-                )
-            return result
+            return {
+                name: self._value_for(parameter, f"{path}.{name}", key, element, own.get(name), top=False)
+                for name, element in value.items()
+            }
         if type(value) in (list, tuple):
             owns = own if isinstance(own, list | tuple) and len(own) == len(value) else [None] * len(value)
             return type(value)(
-                self._value_for(parameter, f"{path}.{at}", key, element, owns[at], is_flat, top=False)
+                self._value_for(parameter, f"{path}.{at}", key, element, owns[at], top=False)
                 for at, element in enumerate(value)
             )
         if isinstance(own, torch.Tensor) and own.dim() == 0 and isinstance(value, int | float):
@@ -288,13 +283,21 @@ class _Plan:
         if not isinstance(own, torch.Tensor) and isinstance(own, int | float) and not value.shape:
             number: int | float = value.item()
             return number
+        if type(own) is type(value) and value is not own and not self._names.pieces and own.shape == value.shape:
+            # The usual case, and there are thousands: its own memory, and nothing to find out.
+            self.copies.append(Copy(path, own, value))
+            kept: torch.Tensor = own
+            return kept
         if value is own or (isinstance(value, torch.Tensor) and is_fresh(value, self._optimizer)):
             tensor: torch.Tensor = value
             return tensor
+        piece = self._names.pieces.get(self._names.fqns(parameter)[0])
+        if piece is not None and piece.is_original and (size_of(value) == piece.shape or piece.holds(own)):
+            return self._piece_target(piece, path, value, own)
         expected = own if isinstance(own, torch.Tensor) else None
         if expected is not None and expected.shape not in (value.shape, parameter.shape):
             expected = None  # State that changes its size as the optimizer goes: replaced.
-        elif expected is None and top and _has_own_layout(value, parameter):
+        elif expected is None and top and (value.dtype != parameter.dtype or _has_own_layout(value, parameter)):
             expected = self._initial_value(parameter, key)
         if expected is not None and expected.shape != value.shape:
             self._problems.others.append(
@@ -319,6 +322,23 @@ class _Plan:
         self.copies.append(Copy(path, target, value))
         return target
 
+    def _piece_target(self, piece: FlatPiece, path: str, value: torch.Tensor | Announced, own: Any) -> torch.Tensor:
+        if size_of(value) != piece.shape:
+            self._problems.others.append(
+                f"size mismatch for the state {path}: found {tuple(size_of(value))}, expected {tuple(piece.shape)}."
+            )
+            return piece.parameter
+        memory = flat_memory(value)
+        if memory is not None and (is_fresh(memory, self._optimizer) or is_memory_of(memory, own)):
+            return memory
+        local = own if piece.holds(own) else self._memory_like(piece.parameter, value.dtype)
+        copy = piece_copy(piece, path, local, value, full=self._full)
+        if isinstance(copy, Copy):
+            self.copies.append(copy)
+        else:
+            self._problems.others.append(copy)
+        return local
+
     def _memory_for(
         self, parameter: torch.Tensor, value: torch.Tensor | Announced, expected: torch.Tensor | None
     ) -> torch.Tensor:
@@ -326,22 +346,29 @@ class _Plan:
             # Its own memory: no more is needed, and captured graphs keep their addresses.
             return expected
         if value.shape == parameter.shape and len(value.shape):
-            fits = value.dtype.is_floating_point == parameter.dtype.is_floating_point
-            # What load_state_dict would convert it to.
-            return torch.empty_like(parameter.detach(), dtype=parameter.dtype if fits else value.dtype)
+            return self._memory_like(parameter, value.dtype)
         if isinstance(value, torch.Tensor):
             return torch.empty_like(value.detach())
         return torch.empty(value.shape, dtype=value.dtype, device=parameter.device)
 
+    @staticmethod
+    def _memory_like(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        fits = dtype.is_floating_point == parameter.dtype.is_floating_point
+        # What load_state_dict would convert it to.
+        return torch.empty_like(parameter.detach(), dtype=parameter.dtype if fits else dtype)
+
     def _initial_value(self, parameter: torch.Tensor, key: Any) -> torch.Tensor | None:
         """Return what the optimizer would begin with; asked for only where the parameter does not tell the layout."""
+        found = self._initial_state(parameter).get(key)
+        return found if isinstance(found, torch.Tensor) else None
+
+    def _initial_state(self, parameter: torch.Tensor) -> dict[Any, Any]:
         if self._initial is None:
             try:
                 self._initial = initial_state(self._optimizer)
             except PlanError:
                 self._initial = {}
-        found = self._initial.get(id(parameter), {}).get(key)
-        return found if isinstance(found, torch.Tensor) else None
+        return self._initial.get(id(parameter), {})
 
 
 def _has_own_layout(value: torch.Tensor | Announced, parameter: torch.Tensor) -> bool:
@@ -349,28 +376,3 @@ def _has_own_layout(value: torch.Tensor | Announced, parameter: torch.Tensor) ->
     if len(value.shape) == 0:
         return isinstance(parameter, DTensor) and parameter.dim() == 0
     return value.shape != parameter.shape
-
-
-def _own_key(name: Any, own: Mapping[Any, Any]) -> Any:
-    """Return the optimizer's own key for a name that flattening turned into a string."""
-    if name in own:
-        return name
-    return next((key for key in own if str(key) == name), name)
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.detach().clone()
-    if isinstance(value, dict):
-        return {key: _copied(element) for key, element in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_copied(element) for element in value)
-    return value
-
-
-def _equal(first: Any, second: Any) -> bool:
-    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
-        return first is second or (first.shape == second.shape and bool(torch.equal(first, second)))
-    if isinstance(first, torch.Tensor) or isinstance(second, torch.Tensor):
-        return False
-    return bool(first == second)

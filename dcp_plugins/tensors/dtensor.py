@@ -30,7 +30,17 @@ from dcp_plugins.geometry import Box
 from dcp_plugins.tensors.items import check_savable, properties_of, shard_item
 from dcp_plugins.tensors.runs import Run, Split, split_runs, total_length
 
-__all__ = ["Layout", "Piece", "dtensor_chunks", "dtensor_items", "dtensor_shard", "layout_of", "local_tensor"]
+__all__ = [
+    "Layout",
+    "Piece",
+    "Shards",
+    "dtensor_chunks",
+    "dtensor_items",
+    "dtensor_shard",
+    "layout_of",
+    "local_tensor",
+    "shards_of",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +60,15 @@ class Layout:
 
 
 _NOTHING = Layout((), {})
+
+
+@dataclass(frozen=True, slots=True)
+class Shards:
+    """Who holds what of a tensor that several ranks hold together."""
+
+    dims: tuple[int, ...]  # The mesh dimensions that shard it; along the others are replicas.
+    # For each coordinate on `dims`, in row-major order, the boxes held there: global, in the order of the local tensor.
+    parts: tuple[tuple[Box, ...], ...]
 
 
 def local_tensor(value: DTensor) -> torch.Tensor:
@@ -92,6 +111,21 @@ def layout_of(value: DTensor, fqn: str | None = None) -> Layout:
             f"shape {tuple(local_shape)}. Pass shape= and stride= to DTensor.from_local if it is sharded unevenly."
         )
     return layout
+
+
+def shards_of(value: DTensor) -> Shards | None:
+    """Return the boxes that each rank of the mesh holds, computed without asking them; the same on every rank.
+
+    None where that cannot be known from here: a ``Partial`` or unknown placement, or ``_StridedShard`` on sizes for
+    which its two readings differ, so that only each rank's own local tensor tells.
+    """
+    spec = value._spec
+    for placement in spec.placements:
+        kind = type(placement)
+        if kind is not Shard and kind is not Replicate and kind is not _StridedShard:
+            return None
+    order = None if spec.use_strided_shard_as_shard_order else spec.shard_order
+    return _shards(value.shape, spec.mesh.shape, spec.placements, order)
 
 
 def dtensor_items(fqn: str, value: DTensor) -> list[WriteItem]:
@@ -192,6 +226,35 @@ def _layout(
     if 0 in local_shape or not fits:
         return None
     return _grid(runs_per_dim)
+
+
+@lru_cache(maxsize=4096)
+def _shards(
+    shape: torch.Size,
+    mesh_shape: tuple[int, ...],
+    placements: tuple[Placement, ...],
+    shard_order: _ShardOrder | None,
+) -> Shards | None:
+    """As ``_layout``, for every coordinate at once, and without a local shape to decide between readings."""
+    dims = tuple([at for at, p in enumerate(placements) if isinstance(p, Shard | _StridedShard) and mesh_shape[at] > 1])
+    parts = []
+    coordinate = [0] * len(mesh_shape)
+    for place in itertools.product(*[range(mesh_shape[at]) for at in dims]):
+        for at, index in zip(dims, place, strict=True):
+            coordinate[at] = index
+        runs_per_dim: list[list[Run]] = []
+        for dim, size in enumerate(shape):
+            mesh_dims = [at for at, p in enumerate(placements) if isinstance(p, Shard | _StridedShard) and p.dim == dim]
+            first, *others = [
+                _apply(size, splits)
+                for splits in _readings(dim, mesh_dims, mesh_shape, tuple(coordinate), placements, shard_order)
+            ]
+            if any(other != first for other in others):
+                return None
+            runs_per_dim.append(first)
+        held = () if 0 in shape else tuple([piece.box for piece in _grid(runs_per_dim).pieces])
+        parts.append(held)
+    return Shards(dims, tuple(parts))
 
 
 def _apply(size: int, splits: Sequence[Split]) -> list[Run]:

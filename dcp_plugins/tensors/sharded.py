@@ -23,7 +23,14 @@ __all__ = [
     "sharded_items",
     "sharded_shard",
     "sharded_signature",
+    "size_of",
 ]
+
+
+def size_of(value: Any) -> torch.Size:
+    """Return the global size of a tensor of any kind: a ShardedTensor's own ``shape`` warns that its class is old."""
+    size: torch.Size = value.metadata().size if isinstance(value, ShardedTensor) else value.shape
+    return size
 
 
 def sharded_items(fqn: str, value: ShardedTensor) -> list[WriteItem]:

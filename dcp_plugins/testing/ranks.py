@@ -20,7 +20,8 @@ from typing import Any
 
 __all__ = ["RankError", "run_ranks"]
 
-_PRELOAD = ["torch", "torch.distributed.tensor", "torch.distributed.fsdp", "dcp_plugins"]
+# The first optimizer that a process makes imports `torch._dynamo`: half a second for each rank.
+_PRELOAD = ["torch", "torch.distributed.tensor", "torch.distributed.fsdp", "torch._dynamo", "dcp_plugins"]
 
 
 class RankError(AssertionError):

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcp_plugins.geometry import Box, contiguous_runs, covers, overlaps
+from dcp_plugins.geometry import Box, boxes_of_range, contiguous_runs, covers, overlaps
 from dcp_plugins.tensors.runs import Split, split_runs, total_length
 
 EXTENT = 6
@@ -95,3 +97,15 @@ def test_splitting_runs_chunks_the_indices_as_torch_chunks_a_tensor(size, steps)
         assert all(a[0] + a[1] < b[0] for a, b in itertools.pairwise(runs)), "adjacent runs are merged"
         seen += indices
     assert sorted(seen) == list(range(size))
+
+
+@given(st.data(), st.lists(st.integers(1, 4), min_size=1, max_size=4))
+def test_a_range_of_flattened_elements_is_cut_into_boxes_in_its_order(data, shape):
+    numel = math.prod(shape)
+    start = data.draw(st.integers(0, numel))
+    length = data.draw(st.integers(0, numel - start))
+    boxes = boxes_of_range(shape, start, length)
+    numbers = np.arange(numel).reshape(shape)
+    found = [number for box in boxes for number in numbers[box.slices()].flatten().tolist()]
+    assert found == list(range(start, start + length))
+    assert len(boxes) <= max(1, 2 * len(shape) - 1)

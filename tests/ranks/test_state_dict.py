@@ -337,7 +337,7 @@ def _errors() -> None:
         set_model_state_dict(model, state)
     with pytest.raises(PlanError, match=r"Expected a DTensor for the state .*full_state_dict=True"):
         set_optimizer_state_dict(model, optimizer, optimizer_state)
-    with pytest.raises(PlanError, match=r"found DTensors.*up.weight"):
+    with pytest.raises(PlanError, match=r"found sharded ones.*up.weight"):
         set_model_state_dict(Small(), get_model_state_dict(model))
     plain = Small()
     with pytest.raises(PlanError, match=r"found a DTensor.*full_state_dict=True"):

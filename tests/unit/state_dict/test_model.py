@@ -11,7 +11,7 @@ import torch.distributed.checkpoint.state_dict as stock
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from dcp_plugins.errors import PlanError, UnsupportedValueError
+from dcp_plugins.errors import PlanError
 from dcp_plugins.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_model_state_dict
 from tests.unit.state_dict.samples import Net, TiedNet, assert_equal, snapshot, train, with_frozen_first_layer
 
@@ -266,22 +266,6 @@ def test_broadcasting_needs_full_tensors_and_the_error_says_so() -> None:
     options = StateDictOptions(broadcast_from_rank0=True)
     with pytest.raises(ValueError, match="full_state_dict must be True when broadcast_from_rank0"):
         set_model_state_dict(Net(), {}, options=options)
-
-
-def test_fsdp1_is_refused_with_what_to_do() -> None:
-    class FullyShardedDataParallel(nn.Module):
-        pass
-
-    import torch.distributed.fsdp as fsdp
-
-    model = nn.Sequential(FullyShardedDataParallel())
-    original = fsdp.FullyShardedDataParallel
-    fsdp.FullyShardedDataParallel = FullyShardedDataParallel  # type: ignore[misc]
-    try:
-        with pytest.raises(UnsupportedValueError, match=r"'0'.*fully_shard"):
-            get_model_state_dict(model)
-    finally:
-        fsdp.FullyShardedDataParallel = original  # type: ignore[misc]
 
 
 def test_a_model_without_state_has_an_empty_state_dict() -> None:

@@ -1,0 +1,79 @@
+"""What is wrong with an optimizer state dict, collected to be told at once; and groups that no name pairs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.optim import Optimizer
+
+from dcp_plugins.errors import PlanError, listing
+from dcp_plugins.state_dict.flatten import PARAMS, SavedState
+from dcp_plugins.state_dict.model import suggestion
+from dcp_plugins.state_dict.names import Names
+
+__all__ = ["EmptyGroups", "Problems", "spellings"]
+
+
+def spellings(names: Names) -> dict[str, None]:
+    """Return every name under which a state dict may know something of the model."""
+    hidden = {name: None for each in names.hidden_names.values() for name in each}
+    return {**dict.fromkeys(names.tensors), **hidden}
+
+
+class Problems:
+    """Everything that is wrong, to be told at once."""
+
+    def __init__(self, saved: SavedState, names: Names) -> None:
+        self.missing: list[str] = []
+        self.losing: list[str] = []
+        self.ungrouped: list[str] = []
+        self.others: list[str] = []
+        listed = {fqn for group in saved.groups for fqn in group.params}
+        # A flat key names the state's value too.
+        foreign = {key.rpartition(".")[0] or key for key in saved.unknown}
+        found = listed | foreign | {key for key in saved.state if isinstance(key, str)}
+        # What the model knows is another parameter's.
+        self._candidates = sorted(found - set(spellings(names)))
+
+    def raise_any(self) -> None:
+        """Raise if there is anything to tell."""
+        lines = []
+        if self.missing:
+            shown = [f'"{fqn}"{suggestion(fqn, self._candidates)}' for fqn in sorted(self.missing)[:12]]
+            rest = len(self.missing) - len(shown)
+            lines.append(
+                f"Missing optimizer state for parameter(s) {', '.join(shown)}{f', ... ({rest} more)' if rest else ''}: "
+                "in no parameter group of the state dict."
+            )
+        if self.losing:
+            lines.append(
+                f"Missing optimizer state for parameter(s) {listing(self.losing)}: the state dict has none, and the "
+                "optimizer's own would be lost."
+            )
+        if self.ungrouped:
+            lines.append(
+                f"Parameter(s) {listing(self.ungrouped)} have state and are in no parameter group of the state dict. "
+                "Where ranks hold different parameters (pipeline stages), the groups of one rank alone are saved: save "
+                "with StateDictOptions(flatten_optimizer_state_dict=True)."
+            )
+        lines.extend(self.others[:12])
+        if len(self.others) > 12:
+            lines.append(f"... ({len(self.others) - 12} more)")
+        if lines:
+            if self.missing or self.losing or self.ungrouped:
+                lines.append("To load what is there and keep the rest, pass StateDictOptions(strict=False).")
+            raise PlanError("\n    ".join(["The optimizer state dict does not fit:", *lines]))
+
+
+class EmptyGroups:
+    """Pairs groups without parameters by order, as they have no names to pair them by."""
+
+    def __init__(self, optimizers: tuple[Optimizer, ...], saved: SavedState) -> None:
+        theirs = [group.options for group in saved.groups if not group.params]
+        count = sum(not group[PARAMS] for optimizer in optimizers for group in optimizer.param_groups)
+        # Another number of them: which is which cannot be told, and each keeps its own options.
+        self._theirs = iter(theirs if len(theirs) == count else ())
+
+    def next_options(self) -> dict[str, Any]:
+        """Return the saved options of the next group without parameters."""
+        return next(self._theirs, {})
