@@ -1,8 +1,9 @@
 # Everything runs in .venv, which is made on demand with the versions of constraints.txt.
 #
-#   make demo    a Lightning run on FSDP2 that is killed and resumed, on 2, 1 and 4 ranks
+#   make demo    a Lightning run on FSDP2 that is killed and resumed, on 2, 1 and 4 ranks; STRATEGY=dcp_fsdp: on FSDP1
 #   make test    what CI runs: lint, types, the whole suite
 #   make lint    ruff and mypy
+#   make parallelism-table   run the matrix of parallelisms, and write what it finds into docs/parallelism.md
 #   make bench   this package against stock torch, on this machine's storage
 #   make clean   remove .venv and every cache
 
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format types bench clean
+.PHONY: help venv demo test lint format types parallelism-table bench clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -36,7 +37,7 @@ $(VENV)/.dev: $(VENV)/.runtime
 venv: $(VENV)/.dev
 
 demo: $(VENV)/.runtime
-	$(BIN)/python examples/lightning_demo.py
+	$(BIN)/python examples/lightning_demo.py $(if $(STRATEGY),--strategy $(STRATEGY))
 
 test: lint
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
@@ -52,6 +53,9 @@ format: $(VENV)/.dev
 
 types: $(VENV)/.dev
 	$(BIN)/mypy
+
+parallelism-table: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.matrix.table
 
 bench: $(VENV)/.runtime
 	$(BIN)/dcp-plugins bench $(BENCH_ARGS)

@@ -1,8 +1,8 @@
 """The demo: a run that is killed goes on as if it had not been, on as many ranks as you like. ``make demo`` runs it.
 
-It trains ``lightning_train.py`` (a small GPT, FSDP2 on 2 ranks of the CPU) without interruption; once more, killing all
-of its processes in the middle of a save; and then from the last committed checkpoint on 2, on 1 and on 4 ranks. Every
-loss is compared with the uninterrupted run's, and the state after each load, bit by bit, with the one that was saved.
+It trains ``lightning_train.py`` (a small GPT on 2 ranks of the CPU) without interruption; once more, killing all of its
+processes in the middle of a save; and then from the last committed checkpoint on 2, on 1 and on 4 ranks. Losses are
+compared with the uninterrupted run's, and the state after each load, bit by bit, with the one that was saved.
 """
 
 from __future__ import annotations
@@ -50,8 +50,9 @@ class Run:
 class Demo:
     """The runs of one demonstration, and where they keep what."""
 
-    def __init__(self, out: Path, steps: int, every: int, model: list[str]) -> None:
+    def __init__(self, out: Path, strategy: str, steps: int, every: int, model: list[str]) -> None:
         self.out = out
+        self.strategy = strategy
         self.steps = steps
         self.every = every
         self.model = model
@@ -63,6 +64,7 @@ class Demo:
     ) -> Run:
         """Train, showing progress; with ``kill_at``, kill every process in the middle of that step's save."""
         command = [sys.executable, str(TRAIN), "--dir", str(directory), "--devices", str(ranks)]
+        command += ["--strategy", self.strategy]
         command += ["--steps", str(self.steps), "--every", str(self.every), *self.model]
         command += [] if resume is None else ["--resume", str(resume)]
         run = Run(name, ranks)
@@ -131,6 +133,7 @@ class Demo:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=30, help="steps of the whole run (default 30)")
+    parser.add_argument("--strategy", default="dcp_fsdp2", help="dcp_fsdp2, dcp_fsdp or dcp_ddp")
     parser.add_argument("--out", type=Path, help="where checkpoints and logs go; a new temporary directory by default")
     parser.add_argument("--quick", action="store_true", help="a tiny model and 8 steps, as the tests run it")
     options = parser.parse_args()
@@ -143,10 +146,11 @@ def main() -> None:
     interrupted = out / "interrupted"
     if interrupted.exists():
         parser.error(f"{interrupted} exists already: choose another --out")
-    demo = Demo(out, steps, every, ["--width", "64", "--depth", "2", "--length", "32"] if options.quick else [])
+    model = ["--width", "64", "--depth", "2", "--length", "32"] if options.quick else []
+    demo = Demo(out, options.strategy, steps, every, model)
 
     demo.say(f"Checkpoints and logs are in {out}")
-    demo.say(f"1. Train for {steps} steps on 2 ranks, uninterrupted")
+    demo.say(f"1. Train for {steps} steps on 2 ranks with strategy='{demo.strategy}', uninterrupted")
     reference = demo.run("uninterrupted", 2, out / "uninterrupted")
 
     kill_at = every * max(2, round(0.6 * steps / every))
@@ -225,9 +229,9 @@ def finish(demo: Demo, checkpoint: Path) -> None:
         f"\nAll comparisons hold, after {time.monotonic() - demo.started:.0f} s."
         f"\n\nThe checkpoints are in {checkpoint.parent}. What to try next:"
         f"\n  train on, on 4 ranks:    {shlex.join([*again, '--resume', '--devices', '4'])}"
-        f"\n  train on under DDP:      {shlex.join([*again, '--resume', '--strategy', 'dcp_ddp'])}"
+        f"\n  train on under FSDP1:    {shlex.join([*again, '--resume', '--strategy', 'dcp_fsdp'])}"
         f"\n  measure your storage:    {shlex.join(bench)}"
-        f"\n  in your own trainer:     import dcp_plugins.lightning; Trainer(strategy='dcp_fsdp2', ...)"
+        f"\n  in your own trainer:     import dcp_plugins.lightning; Trainer(strategy='{demo.strategy}', ...)"
     )
 
 

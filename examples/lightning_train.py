@@ -5,7 +5,8 @@
     python examples/lightning_train.py --dir checkpoints --resume --devices 4
     python examples/lightning_train.py --dir checkpoints --resume --devices 1 --strategy dcp
 
-What makes it a user of dcp_plugins is one import and one flag: ``Trainer(strategy="dcp_fsdp2")``.
+What makes it a user of dcp_plugins is one import and one flag: ``Trainer(strategy="dcp_fsdp2")``. A run may go on under
+another one: ``--strategy dcp_fsdp`` shards with FSDP1, ``dcp_ddp`` replicates.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 # Importing dcp_plugins.lightning registers the strategy flags.
 from dcp_plugins.lightning import last_checkpoint, remove_uncommitted
+from dcp_plugins.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 
 GLOBAL_BATCH = 8  # sequences of one step, over all ranks together: any number of ranks sees the same data
 
@@ -165,22 +166,23 @@ class Recorder(Callback):
 
 def live_state(trainer: pl.Trainer) -> dict[str, str]:
     """Digest the model and optimizers of a running trainer; every rank must call it."""
-    strategy = trainer.strategy
+    model = trainer.strategy.model  # with FSDP1's wrapper, if that is the strategy
+    assert model is not None
+    whole = StateDictOptions(full_state_dict=True)
     return digest(
-        strategy.lightning_module_state_dict(),
-        [strategy.optimizer_state(optimizer) for optimizer in trainer.optimizers],
+        get_model_state_dict(model, options=whole),
+        [get_optimizer_state_dict(model, optimizer, options=whole) for optimizer in trainer.optimizers],
     )
 
 
-def digest(model: dict[str, Any], optimizers: list[dict[str, Any]]) -> dict[str, str]:
-    """Map every tensor, whole, to its dtype, shape and SHA-256, and every other value to its text."""
+def digest(model: dict[str, Any], optimizers: list[Any]) -> dict[str, str]:
+    """Map every tensor to its dtype, shape and SHA-256, and every other value to its text."""
     found: dict[str, str] = {}
 
     def visit(value: Any, path: str) -> None:
         if isinstance(value, Tensor):
-            whole = value.full_tensor() if isinstance(value, DTensor) else value
-            data = whole.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
-            found[path] = f"{whole.dtype} {tuple(whole.shape)} {hashlib.sha256(data).hexdigest()}"
+            data = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            found[path] = f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(data).hexdigest()}"
         elif isinstance(value, dict):
             for key in sorted(value):
                 visit(value[key], f"{path}.{key}")
@@ -198,7 +200,7 @@ def digest(model: dict[str, Any], optimizers: list[dict[str, Any]]) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, required=True, help="where checkpoints are kept")
-    parser.add_argument("--strategy", default="dcp_fsdp2", help="dcp, dcp_ddp or dcp_fsdp2")
+    parser.add_argument("--strategy", default="dcp_fsdp2", help="dcp, dcp_ddp, dcp_fsdp or dcp_fsdp2")
     parser.add_argument("--devices", type=int, default=2, help="number of ranks")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--every", type=int, default=5, help="steps between checkpoints")

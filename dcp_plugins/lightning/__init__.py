@@ -1,4 +1,4 @@
-"""PyTorch Lightning: importing this package registers the strategy flags ``dcp``, ``dcp_ddp`` and ``dcp_fsdp2``.
+"""PyTorch Lightning: importing this package registers the flags ``dcp``, ``dcp_ddp``, ``dcp_fsdp`` and ``dcp_fsdp2``.
 
     import dcp_plugins.lightning
     trainer = Trainer(strategy="dcp_fsdp2", devices=8)
@@ -21,6 +21,7 @@ except ImportError as exc:
     ) from exc
 
 from dcp_plugins.lightning.checkpoint_io import DCPCheckpointIO
+from dcp_plugins.lightning.fsdp1 import DCPFSDPStrategy
 from dcp_plugins.lightning.layout import is_committed, last_checkpoint, remove_uncommitted
 from dcp_plugins.lightning.strategies import (
     DCPDDPStrategy,
@@ -33,6 +34,7 @@ __all__ = [
     "DCPCheckpointIO",
     "DCPDDPStrategy",
     "DCPFSDP2Strategy",
+    "DCPFSDPStrategy",
     "DCPSingleDeviceStrategy",
     "is_committed",
     "last_checkpoint",

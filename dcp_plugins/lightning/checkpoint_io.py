@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ import dcp_plugins as dcp
 from dcp_plugins.contract import Metadata, WriteResult
 from dcp_plugins.format.names import METADATA_NAME
 from dcp_plugins.lightning import layout
+from dcp_plugins.lightning.layout import ModelKey
 from dcp_plugins.lightning.load import load_directory, load_file
 from dcp_plugins.storage.local import sync_directory
 
@@ -38,8 +39,9 @@ class DCPCheckpointIO(CheckpointIO):
     """Reads and writes Lightning checkpoints as committed DCP directories.
 
     Args:
-        model_key: What the model's part is called: "state_dict" as in stock ``ModelParallelStrategy``, or "model" for
-            checkpoints that stock ``FSDPStrategy`` is to load. Reading understands both.
+        model_key: What the model's part is called: "state_dict" as in stock ``ModelParallelStrategy``, or "model" as in
+            stock ``FSDPStrategy``, each of which loads only its own. By default as in the stock counterpart of the
+            strategy in use, which is "model" under `DCPFSDPStrategy` alone. Reading understands both.
         weights_only: Read the non-tensor part as plain data. ``False`` unpickles it, which can run code: only for
             checkpoints that you trust. A call's own ``weights_only`` goes before it.
         sync_files: Sync data and directory before the commit. ``False`` is faster and survives a killed process, but
@@ -50,19 +52,21 @@ class DCPCheckpointIO(CheckpointIO):
     def __init__(
         self,
         *,
-        model_key: Literal["state_dict", "model"] = "state_dict",
+        model_key: ModelKey | None = None,
         weights_only: bool = True,
         sync_files: bool = True,
         thread_count: int | None = None,
     ) -> None:
-        if model_key not in layout.MODEL_KEYS:
-            raise ValueError(f"model_key must be one of {layout.MODEL_KEYS}, got {model_key!r}")
+        if model_key is not None and model_key not in layout.MODEL_KEYS:
+            raise ValueError(f"model_key must be one of {layout.MODEL_KEYS} or None, got {model_key!r}")
         self.model_key = model_key
         self.weights_only = weights_only
         self.sync_files = sync_files
         self.thread_count = thread_count
         self.single_process = False
         """Set by a strategy whose trainer is one process, whatever process group may exist around it."""
+        self.stock_model_key: ModelKey = "state_dict"
+        """Set by the strategy: the ``model_key`` of its stock counterpart."""
 
     @property
     def no_dist(self) -> bool:
@@ -81,7 +85,7 @@ class DCPCheckpointIO(CheckpointIO):
                 " are arguments of its constructor."
             )
         meta = dict(checkpoint)
-        state: dict[str, Any] = {self.model_key: meta.pop("state_dict")}
+        state: dict[str, Any] = {self.model_key or self.stock_model_key: meta.pop("state_dict")}
         for index, optimizer_state in enumerate(meta.pop("optimizer_states", ())):
             state[layout.optimizer_key(index)] = optimizer_state
         # Rank 0's callbacks and loops are the ones that stock Lightning saves.

@@ -25,9 +25,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
 import dcp_plugins as dcp
@@ -41,6 +42,7 @@ __all__ = [
     "MODEL_KEYS",
     "PICKLE",
     "Contents",
+    "ModelKey",
     "contents_of",
     "decode_meta",
     "encode_meta",
@@ -55,7 +57,8 @@ __all__ = [
 
 META_FILE = "meta.pt"
 META_KEY = "lightning_meta"
-MODEL_KEYS = ("state_dict", "model")
+ModelKey = Literal["state_dict", "model"]
+MODEL_KEYS: tuple[ModelKey, ...] = get_args(ModelKey)
 
 PICKLE = "pickle"
 _STEP = "global_step"
@@ -111,29 +114,31 @@ def encode_meta(meta: dict[str, Any]) -> bytes:
     """Serialise what is neither model nor optimizer, as ``meta.pt`` holds it.
 
     Raises:
-        UnsupportedValueError: A DTensor is in it. Pickled, it would be this rank's shard only.
+        UnsupportedValueError: A sharded tensor is in it. Pickled, it would be this rank's shard only.
     """
-    sharded = list(_paths_of_dtensors(meta, "checkpoint"))
+    sharded = list(_paths_of_sharded(meta, "checkpoint"))
     if sharded:
         raise UnsupportedValueError(
-            "Expected sharded tensors only in the checkpoint's 'state_dict' and 'optimizer_states', but found DTensors"
-            f" at: {listing(sharded)}. A callback or an on_save_checkpoint hook put them there; let it add full tensors"
-            " (DTensor.full_tensor()), or register them as buffers of the module."
+            "Expected sharded tensors only in the checkpoint's 'state_dict' and 'optimizer_states', but found some at:"
+            f" {listing(sharded)}. A callback or an on_save_checkpoint hook put them there; let it add full tensors"
+            " (DTensor.full_tensor(), or dcp_plugins.state_dict with StateDictOptions(full_state_dict=True)), or"
+            " register them as buffers of the module."
         )
     buffer = io.BytesIO()
     torch.save(meta, buffer)
     return buffer.getvalue()
 
 
-def _paths_of_dtensors(value: object, path: str) -> Iterator[str]:
-    if isinstance(value, DTensor):
+def _paths_of_sharded(value: object, path: str) -> Iterator[str]:
+    # A parameter inside a unit of FSDP1 is an ordinary tensor by its class; FSDP1 marks it.
+    if isinstance(value, (DTensor, ShardedTensor)) or (torch.is_tensor(value) and hasattr(value, "_fsdp_flattened")):
         yield path
     elif isinstance(value, Mapping):
         for key, member in value.items():
-            yield from _paths_of_dtensors(member, f"{path}[{key!r}]")
+            yield from _paths_of_sharded(member, f"{path}[{key!r}]")
     elif isinstance(value, (list, tuple)):
         for index, member in enumerate(value):
-            yield from _paths_of_dtensors(member, f"{path}[{index}]")
+            yield from _paths_of_sharded(member, f"{path}[{index}]")
 
 
 def decode_meta(data: bytes, *, weights_only: bool, path: Path) -> dict[str, Any]:

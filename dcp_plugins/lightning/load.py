@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FlatParameter
 from torch.optim import Optimizer
 
 import dcp_plugins as dcp
@@ -152,16 +153,12 @@ def _by_name(saved: dict[str, Any], module: nn.Module, optimizer: Optimizer) -> 
     """
     if all(isinstance(name, str) for group in saved["param_groups"] for name in group["params"]):
         return saved
-    model = get_model_state_dict(module)
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
-    order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    order = _names_in_order(module, optimizer)
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
-    unknown = [name for name in order if name not in model]
-    if unknown or len(order) != len(numbers):
+    if len(order) != len(numbers):
         raise PlanError(
-            f"The saved optimizer state describes {len(numbers)} parameters, the optimizer has {len(order)}"
-            f" (not in the model's state dict: {listing(unknown) or 'none'}). Resume with the model and optimizers of"
-            " the run that saved it."
+            f"The saved optimizer state describes {len(numbers)} parameters, the optimizer has {len(order)}. Resume"
+            " with the model and optimizers of the run that saved it."
         )
     to_name = dict(zip(numbers, order, strict=True))
     return {
@@ -170,3 +167,16 @@ def _by_name(saved: dict[str, Any], module: nn.Module, optimizer: Optimizer) -> 
             {**group, "params": [to_name[number] for number in group["params"]]} for group in saved["param_groups"]
         ],
     }
+
+
+def _names_in_order(module: nn.Module, optimizer: Optimizer) -> list[str]:
+    """Name an optimizer's parameters in the order of its groups, as it would have them unsharded."""
+    groups: list[dict[str, Any]] = get_optimizer_state_dict(module, optimizer)["param_groups"]  # type: ignore[assignment]
+    is_flat = any(
+        isinstance(parameter, FlatParameter) for group in optimizer.param_groups for parameter in group["params"]
+    )
+    if not is_flat:
+        return [name for group in groups for name in group["params"]]
+    # Of FSDP1's flat parameters the outermost unit's come first; what is unsharded is listed in the model's order.
+    places = {name: place for place, name in enumerate(get_model_state_dict(module))}
+    return [name for group in groups for name in sorted(group["params"], key=places.__getitem__)]

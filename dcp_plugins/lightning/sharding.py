@@ -4,15 +4,19 @@ FSDP2 gathers and frees parameters per *unit* (a module given to ``fully_shard``
 Each child of the LightningModule that has a ``forward`` is a *root* unit, because Lightning calls ``training_step`` on
 the LightningModule and the author's code calls the children; inside a root, the blocks that repeat are units of their
 own, so that one block at a time is unsharded.
+
+`wrapping.py` takes the same blocks as units of FSDP1, where the LightningModule itself is the only root.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -20,7 +24,19 @@ from torch.distributed.tensor import DTensor
 
 from dcp_plugins.errors import listing
 
-__all__ = ["AutoWrapPolicy", "is_sharded", "repeated_blocks", "shard_module"]
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+__all__ = [
+    "AutoWrapPolicy",
+    "broadcast_from_first",
+    "is_sharded",
+    "refuse_weight_averaging",
+    "repeated_blocks",
+    "roots_of",
+    "shard_module",
+    "take_values_of_rank_zero",
+]
 
 AutoWrapPolicy = Callable[[nn.Module], bool] | Collection[type[nn.Module]]
 
@@ -47,7 +63,7 @@ def shard_module(
         ValueError: A parameter belongs to no submodule, so that no forward gathers it, or to two units.
     """
     options = {"mesh": mesh, **(options or {})}
-    roots = list(_roots(module))
+    roots = list(roots_of(module))
     covered = {id(parameter) for root in roots for parameter in root.parameters()}
     direct = [name for name, parameter in module.named_parameters() if id(parameter) not in covered]
     if direct:
@@ -59,7 +75,7 @@ def shard_module(
     units = {id(unit): unit for root in roots for unit in _units(root, policy)}
     groups = [*units.values(), *(root for root in roots if id(root) not in units)]
     _refuse_shared_parameters(module, groups)
-    _take_values_of_rank_zero(module, mesh)
+    take_values_of_rank_zero(module, mesh.get_group(), torch.device(mesh.device_type))
     for group in groups:  # units first: a root takes the parameters that no unit has taken
         fully_shard(group, **options)
 
@@ -103,12 +119,13 @@ def _outermost(root: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[nn.
     return [unit for child in root.children() for unit in _outermost(child, wanted)]
 
 
-def _roots(module: nn.Module) -> Iterator[nn.Module]:
+def roots_of(module: nn.Module) -> Iterator[nn.Module]:
+    """Find the outermost descendants that have a ``forward`` of their own, and parameters."""
     for child in module.children():
         if _can_gather(child):
             yield child
         else:
-            yield from _roots(child)
+            yield from roots_of(child)
 
 
 def _can_gather(module: nn.Module) -> bool:
@@ -141,17 +158,55 @@ def _refuse_shared_parameters(module: nn.Module, groups: list[nn.Module]) -> Non
         )
 
 
-def _take_values_of_rank_zero(module: nn.Module, mesh: DeviceMesh) -> None:
-    """Make parameters and buffers equal on all ranks, as DDP does: FSDP2 would keep each rank's slice of its own."""
-    if mesh.size() == 1:
+def refuse_weight_averaging(trainer: Trainer) -> None:
+    """Raise if a callback averages the weights of a model that is about to be sharded.
+
+    Lightning's callbacks copy the model before that, and would fail on the first update, one shard against a whole.
+    """
+    kinds = (WeightAveraging, StochasticWeightAveraging)
+    found = [type(callback).__name__ for callback in trainer.callbacks if isinstance(callback, kinds)]  # type: ignore[attr-defined]
+    if found and trainer.state.fn == TrainerFn.FITTING:
+        raise ValueError(
+            f"Expected no callback that averages weights where the strategy shards the model, found {listing(found)}:"
+            " it keeps a copy of the whole model. Use strategy='dcp_ddp', or average in the LightningModule."
+        )
+
+
+def take_values_of_rank_zero(module: nn.Module, group: dist.ProcessGroup | None, device: torch.device) -> None:
+    """Make parameters and buffers equal on all ranks of a group, as DDP does; the values are its first rank's.
+
+    FSDP would keep each rank's slice of its own values. Tensors on the meta device have none and are passed over.
+
+    Args:
+        module: Not sharded yet.
+        group: None is the default group.
+        device: Where the group's backend can communicate.
+
+    Raises:
+        ValueError: A tensor is on the meta device on some of the ranks only. Raised on every rank.
+    """
+    if dist.get_world_size(group) == 1:
         return
-    group = mesh.get_group()
-    source = dist.get_global_rank(group, 0)
-    device = torch.device(mesh.device_type)
-    with torch.no_grad():
-        for tensor in (*module.parameters(), *module.buffers()):
-            if tensor.is_meta:
-                continue
-            on_device = tensor.detach().to(device)
-            dist.broadcast(on_device, src=source, group=group)
-            tensor.copy_(on_device)
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    on_meta = {name for name, tensor in tensors if tensor.is_meta}
+    everywhere: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everywhere, on_meta, group=group)
+    uneven: set[str] = set.union(*everywhere) - set.intersection(*everywhere)
+    if uneven:
+        raise ValueError(
+            f"Expected each parameter and buffer of {type(module).__name__} to be on the meta device on all ranks or on"
+            f" none, found {len(uneven)} that have values on some ranks only: {listing(uneven)}. Build the model in the"
+            " same way on every rank."
+        )
+    broadcast_from_first((tensor for _, tensor in tensors if not tensor.is_meta), group, device)
+
+
+@torch.no_grad()
+def broadcast_from_first(
+    tensors: Iterable[torch.Tensor], group: dist.ProcessGroup | None, device: torch.device
+) -> None:
+    """Overwrite tensors, the same on every rank of a group, with the values of its first rank."""
+    for tensor in tensors:
+        on_device = tensor.detach().to(device)
+        dist.broadcast(on_device, group=group, group_src=0)
+        tensor.copy_(on_device)

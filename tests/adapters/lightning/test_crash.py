@@ -97,12 +97,12 @@ def test_what_rank_0_cannot_pickle_fails_on_every_rank(tmp_path: Path) -> None:
     assert not is_committed(tmp_path / "a.ckpt")
 
 
-def hide_a_shard(path: Path) -> str:
+def hide_a_shard(strategy: str, path: Path) -> str:
     module = Regression()
-    runner = trainer("dcp_fsdp2", devices=2, steps=1)
+    runner = trainer(strategy, devices=2, steps=1)
     runner.fit(module, Ticks(10))
     module.on_save_checkpoint = lambda checkpoint: checkpoint.update(  # type: ignore[method-assign]
-        ema=[dict(module.named_parameters())]
+        ema=[dict(module.named_parameters())], twice=dict(checkpoint["state_dict"])
     )
     try:
         runner.save_checkpoint(path)
@@ -111,9 +111,16 @@ def hide_a_shard(path: Path) -> str:
     return ""
 
 
-def test_sharded_tensors_outside_the_state_dicts_are_refused_by_name(tmp_path: Path) -> None:
-    for message in run_ranks(2, hide_a_shard, tmp_path / "a.ckpt"):
-        assert "checkpoint['ema'][0]['net.blocks.0.linear.bias']" in message
+@pytest.mark.parametrize(
+    ("strategy", "parameter"),
+    [("dcp_fsdp", "net.blocks.0._fsdp_wrapped_module.linear.bias"), ("dcp_fsdp2", "net.blocks.0.linear.bias")],
+)
+def test_sharded_tensors_outside_the_state_dicts_are_refused_by_name(
+    tmp_path: Path, strategy: str, parameter: str
+) -> None:
+    for message in run_ranks(2, hide_a_shard, strategy, tmp_path / "a.ckpt"):
+        assert f"checkpoint['ema'][0]['{parameter}']" in message
+        assert "checkpoint['twice']['net.blocks.0.linear.bias']" in message
 
 
 def resume_from_litter(folder: Path) -> str:
@@ -190,8 +197,10 @@ def test_removal_takes_the_commit_first_and_of_a_link_the_link_only(
 
 
 @pytest.mark.slow
-def test_the_demo_resumes_a_run_killed_in_mid_save(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["dcp_fsdp", "dcp_fsdp2"])
+def test_the_demo_resumes_a_run_killed_in_mid_save(tmp_path: Path, strategy: str) -> None:
     command = [sys.executable, str(ROOT / "examples" / "lightning_demo.py"), "--quick", "--out", str(tmp_path / "out")]
+    command += ["--strategy", strategy]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -67,20 +67,22 @@ def test_model_parallel_strategy_and_ours_resume_each_others_runs(tmp_path: Path
         assert sorted(our_losses) == [3, 4]
 
 
-def ours_then_stock_fsdp(path: Path) -> tuple[Any, ...]:
-    ours = fit("dcp_ddp", devices=2, steps=3, save_to=path, plugins=[DCPCheckpointIO(model_key="model")])
-    expected = validated(ours, "dcp_ddp", None)
+def ours_then_stock_fsdp(flag: str, path: Path) -> tuple[Any, ...]:
+    # The flag for FSDP1 names the model as stock does by itself.
+    plugin = DCPCheckpointIO() if flag == "dcp_fsdp" else DCPCheckpointIO(model_key="model")
+    ours = fit(flag, devices=2, steps=3, save_to=path, plugins=[plugin])
+    expected = validated(ours, flag, None)
     stock = fit(FSDPOnCPU(), devices=2, steps=5, resume=path)
-    on = fit("dcp_ddp", devices=2, steps=5, resume=path)
+    on = fit(flag, devices=2, steps=5, resume=path)
     return expected, validated(Regression(), FSDPOnCPU(), path), stock.losses, on.losses
 
 
-def stock_fsdp_then_ours(path: Path) -> tuple[Any, ...]:
+def stock_fsdp_then_ours(flag: str, path: Path) -> tuple[Any, ...]:
     fit(FSDPOnCPU(), devices=2, steps=3, save_to=path)
     expected = validated(Regression(), FSDPOnCPU(), path)
     stock = fit(FSDPOnCPU(), devices=2, steps=5, resume=path)
-    on = fit("dcp_fsdp2", devices=2, steps=5, resume=path)
-    return expected, validated(Regression(), "dcp_fsdp2", path), stock.losses, on.losses
+    on = fit(flag, devices=2, steps=5, resume=path)
+    return expected, validated(Regression(), flag, path), stock.losses, on.losses
 
 
 def validated(module: Regression, strategy: Any, path: Path | None) -> float:
@@ -89,9 +91,17 @@ def validated(module: Regression, strategy: Any, path: Path | None) -> float:
     return module.seen[-1]
 
 
-@pytest.mark.parametrize("exchange", [ours_then_stock_fsdp, stock_fsdp_then_ours])
-def test_fsdp_strategy_and_ours_resume_each_others_runs(tmp_path: Path, exchange: Any) -> None:
-    for expected, seen, stock_losses, our_losses in run_ranks(2, exchange, tmp_path / "a.ckpt"):
+@pytest.mark.parametrize(
+    ("exchange", "flag"),
+    [
+        (ours_then_stock_fsdp, "dcp_fsdp"),
+        (ours_then_stock_fsdp, "dcp_ddp"),
+        (stock_fsdp_then_ours, "dcp_fsdp"),
+        (stock_fsdp_then_ours, "dcp_fsdp2"),
+    ],
+)
+def test_fsdp_strategy_and_ours_resume_each_others_runs(tmp_path: Path, exchange: Any, flag: str) -> None:
+    for expected, seen, stock_losses, our_losses in run_ranks(2, exchange, flag, tmp_path / "a.ckpt"):
         assert seen == pytest.approx(expected, rel=1e-6)
         assert stock_losses == pytest.approx(our_losses, rel=1e-5)
         assert sorted(our_losses) == [3, 4]
@@ -101,7 +111,7 @@ def stock_ddp_file_then_ours(path: Path) -> tuple[Any, ...]:
     saved = whole_state_of_stock(fit(DDPStrategy(), devices=2, steps=3, save_to=path))
     stock = fit(DDPStrategy(), devices=2, steps=5, resume=path)
     results = []
-    for strategy in ("dcp_ddp", "dcp_fsdp2"):
+    for strategy in ("dcp_ddp", "dcp_fsdp", "dcp_fsdp2"):
         loaded = fit(strategy, devices=2, steps=3, resume=path)
         on = fit(strategy, devices=2, steps=5, resume=path)
         results.append((digest({"model": loaded.trainer.strategy.lightning_module_state_dict()}), on.losses))
@@ -119,19 +129,21 @@ def test_an_ordinary_checkpoint_file_of_stock_ddp_resumes_under_ours(tmp_path: P
             assert losses == pytest.approx(stock_losses, rel=1e-5)
 
 
-def save(path: Path) -> dict[str, str]:
-    return whole_state(fit("dcp_fsdp2", devices=2, steps=3, save_to=path))
+def save(flag: str, path: Path) -> dict[str, str]:
+    return whole_state(fit(flag, devices=2, steps=3, save_to=path))
 
 
-def test_lightnings_consolidation_reads_ours_whole(tmp_path: Path) -> None:
-    saved = run_ranks(2, save, tmp_path / "a.ckpt")[0]
+@pytest.mark.parametrize(("flag", "model_key"), [("dcp_fsdp", "model"), ("dcp_fsdp2", "state_dict")])
+def test_lightnings_consolidation_reads_ours_whole(tmp_path: Path, flag: str, model_key: str) -> None:
+    saved = run_ranks(2, save, flag, tmp_path / "a.ckpt")[0]
     consolidated = _load_distributed_checkpoint(tmp_path / "a.ckpt")
     assert consolidated["global_step"] == 3
-    assert digest({"model": consolidated["state_dict"], "optimizer_0": consolidated["optimizer_0"]["state"]}) == saved
+    assert digest({"model": consolidated[model_key], "optimizer_0": consolidated["optimizer_0"]["state"]}) == saved
 
 
-def test_without_a_module_a_directory_loads_as_an_ordinary_lightning_checkpoint(tmp_path: Path) -> None:
-    saved = run_ranks(2, save, tmp_path / "a.ckpt")[0]
+@pytest.mark.parametrize("flag", ["dcp_fsdp", "dcp_fsdp2"])
+def test_without_a_module_a_directory_loads_as_an_ordinary_lightning_checkpoint(tmp_path: Path, flag: str) -> None:
+    saved = run_ranks(2, save, flag, tmp_path / "a.ckpt")[0]
     checkpoint = DCPCheckpointIO().load_checkpoint(tmp_path / "a.ckpt")
     assert {"epoch", "global_step", "loops", "callbacks", "lr_schedulers", "hyper_parameters"} <= checkpoint.keys()
     assert "lightning_meta" not in checkpoint

@@ -13,21 +13,26 @@ from dcp_plugins.lightning import is_committed, last_checkpoint
 from dcp_plugins.testing.ranks import run_ranks
 from tests.adapters.lightning.trainers import Regression, Ticks, trainer
 
+SHARDED = pytest.mark.parametrize("strategy", ["dcp_fsdp", "dcp_fsdp2"])
 
-def train(folder: Path, save_last: Any, steps: int, resume: str | None) -> tuple[list[int], str]:
+
+def train(strategy: str, folder: Path, save_last: Any, steps: int, resume: str | None) -> tuple[list[int], str]:
     """Keep the 2 best of 6 and the last; the loss is lower the later."""
     callback = ModelCheckpoint(
         folder, "{step}", monitor="step", mode="max", save_top_k=2, save_last=save_last, every_n_train_steps=1
     )
-    runner = trainer("dcp_fsdp2", devices=2, steps=steps, callbacks=[callback])
+    runner = trainer(strategy, devices=2, steps=steps, callbacks=[callback])
     module = Regression()
     runner.fit(module, Ticks(100), ckpt_path=resume)
     return sorted(module.losses), callback.best_model_path
 
 
 @pytest.mark.parametrize("save_last", [True, "link"])
-def test_top_k_are_kept_the_rest_is_deleted_and_last_is_the_last(tmp_path: Path, save_last: bool | str) -> None:
-    _, best = run_ranks(2, train, tmp_path, save_last, 4, None)[0]
+@SHARDED
+def test_top_k_are_kept_the_rest_is_deleted_and_last_is_the_last(
+    tmp_path: Path, strategy: str, save_last: bool | str
+) -> None:
+    _, best = run_ranks(2, train, strategy, tmp_path, save_last, 4, None)[0]
     assert sorted(os.listdir(tmp_path)) == ["last.ckpt", "step=3.ckpt", "step=4.ckpt"]
     assert all(is_committed(tmp_path / name) for name in os.listdir(tmp_path))
     assert best == str(tmp_path / "step=4.ckpt")
@@ -36,7 +41,7 @@ def test_top_k_are_kept_the_rest_is_deleted_and_last_is_the_last(tmp_path: Path,
     assert newest is not None
     assert newest.name == ("step=4.ckpt" if save_last == "link" else "last.ckpt")
 
-    for steps, _ in run_ranks(2, train, tmp_path, save_last, 6, "last"):
+    for steps, _ in run_ranks(2, train, strategy, tmp_path, save_last, 6, "last"):
         assert steps == [4, 5]
     names = sorted(os.listdir(tmp_path))
     assert "step=6.ckpt" in names
@@ -45,7 +50,7 @@ def test_top_k_are_kept_the_rest_is_deleted_and_last_is_the_last(tmp_path: Path,
 
 
 def test_a_save_through_the_name_of_a_link_leaves_the_linked_checkpoint_alone(tmp_path: Path) -> None:
-    run_ranks(2, train, tmp_path, "link", 2, None)
+    run_ranks(2, train, "dcp_fsdp2", tmp_path, "link", 2, None)
     before = (tmp_path / "step=2.ckpt" / ".metadata").read_bytes()
     run_ranks(2, save_to, tmp_path / "last.ckpt")
     assert not (tmp_path / "last.ckpt").is_symlink()
@@ -65,16 +70,17 @@ def save_to(path: Path) -> None:
     runner.save_checkpoint(path)
 
 
-def best_of_a_fit(folder: Path) -> tuple[float, float]:
+def best_of_a_fit(strategy: str, folder: Path) -> tuple[float, float]:
     callback = ModelCheckpoint(folder, "{step}", monitor="val_loss", save_top_k=1)
-    runner = trainer("dcp_fsdp2", devices=2, steps=9, callbacks=[callback], limit_train_batches=3)
+    runner = trainer(strategy, devices=2, steps=9, callbacks=[callback], limit_train_batches=3)
     module = Regression()
     runner.fit(module, Ticks(3), Ticks(1))
     best = runner.validate(module, Ticks(1), ckpt_path="best", verbose=False)[0]["val_loss"]
     return best, min(module.seen)
 
 
-def test_best_is_validated_from_the_checkpoint_with_the_best_metric(tmp_path: Path) -> None:
-    for validated, best in run_ranks(2, best_of_a_fit, tmp_path):
+@SHARDED
+def test_best_is_validated_from_the_checkpoint_with_the_best_metric(tmp_path: Path, strategy: str) -> None:
+    for validated, best in run_ranks(2, best_of_a_fit, strategy, tmp_path):
         assert validated == best
     assert len(os.listdir(tmp_path)) == 1

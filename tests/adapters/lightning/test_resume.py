@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dcp_plugins.testing.ranks import run_ranks
-from tests.adapters.lightning.trainers import Regression, Ticks, TwoOptimizers, fit, trainer, whole_state
+from tests.adapters.lightning.trainers import Regression, Ticks, TwoOptimizers, digest, fit, trainer, whole_state
 
 Outcome = tuple[dict[int, float], dict[str, str]]
 
@@ -53,7 +53,19 @@ def check(
 
 
 def test_a_run_under_ddp_resumes_under_every_flag(tmp_path: Path) -> None:
-    check(("dcp_ddp", 2), [("dcp_ddp", 2), ("dcp_fsdp2", 2), ("dcp", 1)], tmp_path / "a.ckpt")
+    check(("dcp_ddp", 2), [("dcp_ddp", 2), ("dcp_fsdp", 2), ("dcp_fsdp2", 2), ("dcp", 1)], tmp_path / "a.ckpt")
+
+
+def test_a_run_under_fsdp1_resumes_under_every_flag(tmp_path: Path) -> None:
+    check(("dcp_fsdp", 2), [("dcp_fsdp", 2), ("dcp_fsdp2", 2), ("dcp_ddp", 2), ("dcp", 1)], tmp_path / "a.ckpt")
+
+
+def test_a_run_under_fsdp1_resumes_on_1_and_4_ranks(tmp_path: Path) -> None:
+    check(("dcp_fsdp", 2), [("dcp_fsdp", 1), ("dcp_fsdp", 4)], tmp_path / "a.ckpt")
+
+
+def test_a_run_under_fsdp2_resumes_under_fsdp1(tmp_path: Path) -> None:
+    check(("dcp_fsdp2", 2), [("dcp_fsdp", 2)], tmp_path / "a.ckpt")
 
 
 def test_a_run_under_fsdp2_resumes_on_1_2_and_4_ranks(tmp_path: Path) -> None:
@@ -61,17 +73,22 @@ def test_a_run_under_fsdp2_resumes_on_1_2_and_4_ranks(tmp_path: Path) -> None:
 
 
 def test_a_run_on_one_device_resumes_on_several(tmp_path: Path) -> None:
-    check(("dcp", 1), [("dcp", 1), ("dcp_fsdp2", 2)], tmp_path / "a.ckpt")
+    check(("dcp", 1), [("dcp", 1), ("dcp_fsdp", 2), ("dcp_fsdp2", 2)], tmp_path / "a.ckpt")
 
 
-def test_several_optimizers_resume_each_with_its_own_state(tmp_path: Path) -> None:
-    check(("dcp_fsdp2", 2), [("dcp_fsdp2", 2), ("dcp_ddp", 2)], tmp_path / "a.ckpt", module=TwoOptimizers, steps=4)
+SHARDED = pytest.mark.parametrize("strategy", ["dcp_fsdp", "dcp_fsdp2"])
 
 
-def test_mixed_precision_resumes_on_the_cpu(tmp_path: Path) -> None:
+@SHARDED
+def test_several_optimizers_resume_each_with_its_own_state(tmp_path: Path, strategy: str) -> None:
+    check((strategy, 2), [(strategy, 2), ("dcp_ddp", 2)], tmp_path / "a.ckpt", module=TwoOptimizers, steps=4)
+
+
+@SHARDED
+def test_mixed_precision_resumes_on_the_cpu(tmp_path: Path, strategy: str) -> None:
     check(
-        ("dcp_fsdp2", 2),
-        [("dcp_fsdp2", 2), ("dcp_ddp", 2)],
+        (strategy, 2),
+        [(strategy, 2), ("dcp_ddp", 2)],
         tmp_path / "a.ckpt",
         tolerance=0.05,
         precision="bf16-mixed",
@@ -111,30 +128,31 @@ def scrambled() -> Regression:
     return module
 
 
-@pytest.mark.parametrize(("strategy", "ranks"), [("dcp_fsdp2", 2), ("dcp", 1)])
+@pytest.mark.parametrize(("strategy", "ranks"), [("dcp_fsdp", 2), ("dcp_fsdp2", 2), ("dcp", 1)])
 def test_validate_test_and_predict_load_the_weights_of_a_checkpoint(tmp_path: Path, strategy: str, ranks: int) -> None:
     for results in run_ranks(ranks, evaluate, strategy, ranks, tmp_path / "a.ckpt"):
         expected = results.pop("expected")
         assert results == dict.fromkeys(results, expected)
 
 
-def weights_only(path: Path) -> tuple[float, float, str]:
+def weights_only(strategy: str, path: Path) -> tuple[float, float, str]:
     module = Regression()
-    runner = trainer("dcp_fsdp2", devices=2, steps=3)
+    runner = trainer(strategy, devices=2, steps=3)
     runner.fit(module, Ticks(10))
     runner.save_checkpoint(path, weights_only=True)
     runner.validate(module, Ticks(1), verbose=False)
     other = scrambled()
-    trainer("dcp_fsdp2", devices=2, steps=3).validate(other, Ticks(1), ckpt_path=path, verbose=False)
+    trainer(strategy, devices=2, steps=3).validate(other, Ticks(1), ckpt_path=path, verbose=False)
     try:
-        fit("dcp_fsdp2", devices=2, steps=4, resume=path)
+        fit(strategy, devices=2, steps=4, resume=path)
     except KeyError as exc:
         return module.seen[-1], other.seen[-1], str(exc)
     return module.seen[-1], other.seen[-1], ""
 
 
-def test_a_checkpoint_of_weights_alone_evaluates_but_does_not_resume_a_fit(tmp_path: Path) -> None:
-    for expected, seen, refusal in run_ranks(2, weights_only, tmp_path / "a.ckpt"):
+@SHARDED
+def test_a_checkpoint_of_weights_alone_evaluates_but_does_not_resume_a_fit(tmp_path: Path, strategy: str) -> None:
+    for expected, seen, refusal in run_ranks(2, weights_only, strategy, tmp_path / "a.ckpt"):
         assert seen == expected
         assert "save_weights_only" in refusal
 
@@ -150,21 +168,24 @@ class Larger(Regression):
         del self.net.blocks[1]
 
 
-def load_larger(path: Path) -> tuple[str, bool]:
-    fit("dcp_ddp", devices=2, steps=2, save_to=path)
+def load_larger(strategy: str, path: Path) -> tuple[str, bool]:
+    fit(strategy, devices=2, steps=2, save_to=path)
     refusal = ""
     try:
-        trainer("dcp_ddp", devices=2, steps=2).validate(Larger(True), Ticks(1), ckpt_path=path, verbose=False)
+        trainer(strategy, devices=2, steps=2).validate(Larger(True), Ticks(1), ckpt_path=path, verbose=False)
     except RuntimeError as exc:
         refusal = str(exc)
     lenient = Larger(False)
-    kept = lenient.extra.weight.detach().clone()
-    trainer("dcp_ddp", devices=2, steps=2).validate(lenient, Ticks(1), ckpt_path=path, verbose=False)
-    return refusal, torch.equal(lenient.extra.weight, kept)
+    kept = digest({"weight": lenient.extra.weight})
+    runner = trainer(strategy, devices=2, steps=2)
+    runner.validate(lenient, Ticks(1), ckpt_path=path, verbose=False)
+    loaded: Any = runner.strategy.lightning_module_state_dict()
+    return refusal, digest({"weight": loaded["extra.weight"]}) == kept
 
 
-def test_strict_loading_reports_all_keys_and_its_absence_loads_what_is_shared(tmp_path: Path) -> None:
-    for refusal, kept in run_ranks(2, load_larger, tmp_path / "a.ckpt"):
+@pytest.mark.parametrize("strategy", ["dcp_ddp", "dcp_fsdp"])
+def test_strict_loading_reports_all_keys_and_its_absence_loads_what_is_shared(tmp_path: Path, strategy: str) -> None:
+    for refusal, kept in run_ranks(2, load_larger, strategy, tmp_path / "a.ckpt"):
         assert "Missing key(s): extra.bias, extra.weight, net.scale_of_nothing.bias, net.scale_of_nothing" in refusal
         assert "Unexpected key(s): net.blocks.1.linear.bias" in refusal
         assert kept

@@ -10,14 +10,22 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
 from dcp_plugins.errors import UnsupportedValueError
-from dcp_plugins.lightning import DCPCheckpointIO, DCPDDPStrategy, DCPFSDP2Strategy, DCPSingleDeviceStrategy
+from dcp_plugins.lightning import (
+    DCPCheckpointIO,
+    DCPDDPStrategy,
+    DCPFSDP2Strategy,
+    DCPFSDPStrategy,
+    DCPSingleDeviceStrategy,
+)
 from dcp_plugins.lightning.sharding import is_sharded, shard_module
 from dcp_plugins.testing.ranks import run_ranks
 from tests.adapters.lightning.trainers import Block, Net, Regression, Ticks, fit, trainer
@@ -25,7 +33,12 @@ from tests.adapters.lightning.trainers import Block, Net, Regression, Ticks, fit
 
 @pytest.mark.parametrize(
     ("flag", "strategy"),
-    [("dcp", DCPSingleDeviceStrategy), ("dcp_ddp", DCPDDPStrategy), ("dcp_fsdp2", DCPFSDP2Strategy)],
+    [
+        ("dcp", DCPSingleDeviceStrategy),
+        ("dcp_ddp", DCPDDPStrategy),
+        ("dcp_fsdp", DCPFSDPStrategy),
+        ("dcp_fsdp2", DCPFSDP2Strategy),
+    ],
 )
 def test_flags_name_the_strategies(flag: str, strategy: type) -> None:
     assert type(StrategyRegistry.get(flag)) is strategy
@@ -156,14 +169,37 @@ def test_ranks_start_from_the_values_of_rank_0() -> None:
         assert scale == 0.0
 
 
-def train_clipped_and_accumulated() -> list[dict[int, float]]:
-    options: dict[str, Any] = {"gradient_clip_val": 0.5, "accumulate_grad_batches": 2}
-    return [fit(strategy, devices=2, steps=3, **options).losses for strategy in ("dcp_fsdp2", "dcp_ddp")]
+def train_clipped_and_accumulated(strategy: str, algorithm: str, limit: float) -> list[dict[int, float]]:
+    options: dict[str, Any] = {"gradient_clip_algorithm": algorithm, "accumulate_grad_batches": 2}
+    clipped = [
+        fit(flag, devices=2, steps=3, gradient_clip_val=limit, **options).losses for flag in (strategy, "dcp_ddp")
+    ]
+    return [*clipped, fit(strategy, devices=2, steps=3, **options).losses]
 
 
-def test_clipping_and_accumulation_train_as_under_ddp() -> None:
-    for sharded, replicated in run_ranks(2, train_clipped_and_accumulated):
+# Adam undoes a factor common to all gradients, until they are as small as its epsilon.
+@pytest.mark.parametrize(("algorithm", "limit"), [("norm", 1e-7), ("value", 1e-8)])
+@pytest.mark.parametrize("strategy", ["dcp_fsdp", "dcp_fsdp2"])
+def test_clipping_and_accumulation_train_as_under_ddp(strategy: str, algorithm: str, limit: float) -> None:
+    for sharded, replicated, unclipped in run_ranks(2, train_clipped_and_accumulated, strategy, algorithm, limit):
         assert sharded == pytest.approx(replicated, rel=1e-5)
+        assert sharded != pytest.approx(unclipped, rel=1e-3)
+
+
+def average(strategy: str) -> list[str]:
+    messages = []
+    for callback in (EMAWeightAveraging(), StochasticWeightAveraging(swa_lrs=0.01)):
+        with pytest.raises((ValueError, MisconfigurationException)) as caught:
+            fit(strategy, devices=2, steps=1, callbacks=[callback])
+        messages.append(str(caught.value))
+    return messages
+
+
+@pytest.mark.parametrize("strategy", ["dcp_fsdp", "dcp_fsdp2"])
+def test_callbacks_that_average_the_weights_of_a_sharded_model_are_refused(strategy: str) -> None:
+    for moving, stochastic in run_ranks(2, average, strategy):
+        assert "shards the model, found EMAWeightAveraging" in moving
+        assert "found StochasticWeightAveraging" in stochastic or "SWA does not currently support" in stochastic
 
 
 class Conformed(Regression):

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.tensor import DTensor
 
 import dcp_plugins.lightning  # noqa: F401  registers the flags
@@ -186,18 +187,47 @@ def quiet() -> None:
 def digest(values: dict[str, Any]) -> dict[str, str]:
     """Hash each tensor of a nested state, whole: equal digests are equal bits, on however many ranks."""
     result: dict[str, str] = {}
+    shards: dict[str, list[tuple[torch.Size, list[int], Tensor]]] = {}
+
+    def add(path: str, value: Tensor) -> None:
+        data = value.detach().contiguous().reshape(-1)
+        result[path] = f"{data.dtype} {hashlib.sha256(data.view(torch.uint8).numpy().data).hexdigest()}"
 
     def visit(value: Any, path: str) -> None:
         if isinstance(value, dict):
             for key in value:
                 visit(value[key], f"{path}.{key}")
+        elif isinstance(value, ShardedTensor):
+            shards[path] = [
+                (value.metadata().size, shard.metadata.shard_offsets, shard.tensor.detach())
+                for shard in value.local_shards()
+            ]
         elif isinstance(value, Tensor):
-            whole = value.full_tensor() if isinstance(value, DTensor) else value
-            whole = whole.detach().contiguous().reshape(-1)
-            result[path] = f"{whole.dtype} {hashlib.sha256(whole.view(torch.uint8).numpy().data).hexdigest()}"
+            add(path, value.full_tensor() if isinstance(value, DTensor) else value)
 
     visit(values, "")
+    # Under FSDP1 a rank has the optimizer's state of those parameters only of which it has elements.
+    found: list[Any] = [(result, shards)]
+    if dist.is_initialized():
+        found = [None] * dist.get_world_size()
+        dist.all_gather_object(found, (result, shards))
+    for hashed, _ in found:
+        result |= hashed
+    for path in sorted({path for _, shards in found for path in shards}):
+        add(path, joined([shard for _, shards in found for shard in shards.get(path, ())]))
     return result
+
+
+def joined(shards: list[tuple[torch.Size, list[int], Tensor]]) -> Tensor:
+    """Put the shards of all ranks together; each has the size of the whole, and its own offsets."""
+    size, _, first = shards[0]
+    whole = torch.empty(size, dtype=first.dtype)
+    missing = torch.ones(size, dtype=torch.bool)
+    for _, offsets, part in shards:
+        box = tuple(slice(offset, offset + extent) for offset, extent in zip(offsets, part.shape, strict=True))
+        whole[box], missing[box] = part, False
+    assert not missing.any()
+    return whole
 
 
 def whole_state(module: pl.LightningModule) -> dict[str, str]:
