@@ -29,7 +29,8 @@ from dcp_plugins.state_dict.full import (
     receive,
 )
 from dcp_plugins.state_dict.module_load import load_module
-from dcp_plugins.state_dict.names import Names, memory_key, state_dict_call
+from dcp_plugins.state_dict.module_save import module_state
+from dcp_plugins.state_dict.names import Names, memory_key
 from dcp_plugins.state_dict.options import StateDictOptions
 from dcp_plugins.state_dict.types import ValueType
 from dcp_plugins.tensors import chunks
@@ -60,21 +61,26 @@ def get_model(
     The values are those of ``model.state_dict()``, so that every hook and override of the model's own has its say.
     FSDP1's hooks, which gather, are not among them: its parameters are views of what this rank holds.
     """
-    result, versions = _own_state(names)
-    if submodules:
-        result = _of_submodules(result, names, submodules, keep_prefixes=options.keep_submodule_prefixes)
-    if options.ignore_frozen_params:
-        for fqn in [fqn for fqn in result if names.is_frozen(fqn)]:
-            del result[fqn]
+    versions: OrderedDict[str, Any] | None = None
+
+    def own() -> OrderedDict[str, Any]:
+        nonlocal versions
+        result, versions = _own_state(names)
+        if submodules:
+            result = _of_submodules(result, names, submodules, keep_prefixes=options.keep_submodule_prefixes)
+        if options.ignore_frozen_params:
+            for fqn in [fqn for fqn in result if names.is_frozen(fqn)]:
+                del result[fqn]
+        return result
 
     def identity(fqn: str) -> int | None:
         value = names.tensors.get(fqn)
         return None if value is None else id(value)
 
-    plain = collected(result, options, identity)
+    plain = collected(own, options, identity, names.held_together())
     if versions is None or not plain:
         return plain
-    result = plain if isinstance(plain, OrderedDict) else OrderedDict(plain)
+    result: OrderedDict[str, Any] = plain if isinstance(plain, OrderedDict) else OrderedDict(plain)
     result._metadata = versions  # type: ignore[attr-defined]
     return result
 
@@ -106,7 +112,7 @@ def _own_state(names: Names) -> tuple[OrderedDict[str, Any], OrderedDict[str, An
     with own_hooks_only(names.units):
         for path, part in names.parts.items():
             with record("state_dict.call"):
-                stored = state_dict_call(part, "state_dict")()
+                stored = module_state(part)
             prefix = f"{path}." if path else ""
             for key, value in stored.items():
                 flat = names.flat_keys.get(f"{prefix}{key}")

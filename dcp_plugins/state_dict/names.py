@@ -10,12 +10,13 @@ One walk over the module tree gives every map that the getters and setters need.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from dcp_plugins.events import record
 from dcp_plugins.state_dict.fsdp1 import FlatPiece, is_flat, pieces_of
@@ -78,6 +79,15 @@ class Names:
     def aliases(self, fqn: str) -> list[str]:
         """Return every canonical name of the parameter that has this one."""
         return self.parameter_names[id(self.tensors[fqn])]
+
+    def held_together(self) -> Iterator[Any]:
+        """Yield what tells which ranks hold the model with this one, as ``collected`` takes it."""
+        for value in self.tensors.values():
+            if isinstance(value, DTensor):
+                yield value
+        for piece in self.pieces.values():
+            if not piece.is_whole:
+                yield piece.group, piece.flat.device.type
 
     def is_frozen(self, fqn: str) -> bool:
         """Tell whether the name is a parameter's that takes no gradient."""

@@ -62,6 +62,14 @@ def get_optimizers(optimizers: tuple[Optimizer, ...], names: Names, options: Sta
     For an optimizer that has not stepped yet, the state that it would begin with, in tensors of their own: they can be
     loaded into, and the optimizer remains as it is.
     """
+
+    def own() -> dict[str, Any]:
+        return _own_state(optimizers, names, flat=options.flatten_optimizer_state_dict)
+
+    return cast("OptimizerStateType", collected(own, options, lambda _: None, names.held_together()))
+
+
+def _own_state(optimizers: tuple[Optimizer, ...], names: Names, *, flat: bool) -> dict[str, Any]:
     check_membership(optimizers, names)
     state: dict[Any, Any] = {}
     groups: list[dict[str, Any]] = []
@@ -73,9 +81,7 @@ def get_optimizers(optimizers: tuple[Optimizer, ...], names: Names, options: Sta
         state.update(own_state)
         groups.extend(own_groups)
     result: dict[str, Any] = {STATE: state, GROUPS: groups}
-    if options.flatten_optimizer_state_dict:
-        result = flattened(result)
-    return cast("OptimizerStateType", collected(result, options, lambda _: None))
+    return flattened(result) if flat else result
 
 
 def _one(optimizer: Optimizer, names: Names) -> tuple[dict[Any, Any], list[dict[str, Any]]]:

@@ -22,7 +22,12 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from dcp_plugins import events
 from dcp_plugins.errors import PlanError, UnsupportedValueError
-from dcp_plugins.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from dcp_plugins.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+)
 from dcp_plugins.state_dict.full import Announced, Copy, agree, announce, collected, fill, fill_all, receive
 from dcp_plugins.testing.ranks import run_ranks
 from tests.unit.state_dict.samples import assert_equal
@@ -500,3 +505,43 @@ def _loads_in_buckets() -> None:
 
 def test_a_model_is_broadcast_in_as_many_exchanges_as_buckets() -> None:
     run_ranks(2, _loads_in_buckets)
+
+
+class Failing(Wide):
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        if dist.get_rank() == 1:
+            raise OSError("rank 1 has no state")
+        return super().state_dict(*args, **kwargs)
+
+
+def _failing_getter() -> None:
+    model = Failing()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises((OSError, PlanError), match="rank 1 has no state"):
+        get_model_state_dict(model, options=FULL)
+    if dist.get_rank() == 1:
+        optimizer.param_groups[0]["params"].append(nn.Parameter(torch.ones(1)))
+    with pytest.raises(PlanError, match="parameter 4 of group 0 of AdamW, of shape"):
+        get_optimizer_state_dict(model, optimizer, options=OFFLOADED)
+
+
+def test_a_getter_that_fails_on_one_rank_fails_on_all() -> None:
+    run_ranks(2, _failing_getter)
+
+
+def _fresh_optimizer() -> None:
+    model = Wide()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    state: Any = get_optimizer_state_dict(model, torch.optim.AdamW(model.parameters(), amsgrad=True))
+    for name, parameter in model.named_parameters():
+        made = state["state"][name]
+        for value in (made["exp_avg"], made["exp_avg_sq"], made["max_exp_avg_sq"]):
+            assert value._spec == parameter._spec
+            assert_equal(value.to_local(), torch.zeros_like(parameter.to_local()))
+            assert value.to_local().data_ptr() != parameter.to_local().data_ptr() or value.to_local().numel() == 0
+        assert type(made["step"]) is torch.Tensor
+
+
+def test_state_that_begins_together_is_sharded_as_its_parameters() -> None:
+    run_ranks(2, _fresh_optimizer)
