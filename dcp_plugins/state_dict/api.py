@@ -9,12 +9,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dcp_plugins.collector import collector_paused
-from dcp_plugins.errors import PlanError
-from dcp_plugins.state_dict.model import IncompatibleKeys, get_model, load_model, warn_about_submodules
-from dcp_plugins.state_dict.names import Model, names_of
-from dcp_plugins.state_dict.optimizer import as_optimizers, get_optimizers
+from dcp_plugins.state_dict.model import IncompatibleKeys, check_model, get_model, load_model, warn_about_submodules
+from dcp_plugins.state_dict.names import Model
+from dcp_plugins.state_dict.optimizer import get_optimizers
 from dcp_plugins.state_dict.optimizer_load import load_optimizers
 from dcp_plugins.state_dict.options import StateDictOptions, checked_options
+from dcp_plugins.state_dict.together import begun, model_pairs, optimizer_pairs, settled
 from dcp_plugins.state_dict.types import OptimizerStateType, ValueType
 
 __all__ = [
@@ -47,7 +47,8 @@ def get_model_state_dict(
     """
     warn_about_submodules(submodules)
     options = checked_options(options)
-    return get_model(names_of(model, options.dsd_fqn_modifiers), options, submodules)
+    names, _ = begun(model, options)
+    return get_model(names, options, submodules)
 
 
 @collector_paused()
@@ -75,7 +76,8 @@ def get_optimizer_state_dict(
     """
     warn_about_submodules(submodules)
     options = checked_options(options)
-    return get_optimizers(_some(optimizers), names_of(model, options.dsd_fqn_modifiers), options)
+    names, found = begun(model, options, optimizers, needs_optimizer=True)
+    return get_optimizers(found, names, options)
 
 
 @collector_paused()
@@ -89,8 +91,7 @@ def get_state_dict(
     """Return what ``get_model_state_dict`` and ``get_optimizer_state_dict`` return; ``{}`` without optimizers."""
     warn_about_submodules(submodules)
     options = checked_options(options)
-    names = names_of(model, options.dsd_fqn_modifiers)
-    found = as_optimizers(optimizers)
+    names, found = begun(model, options, optimizers)
     model_state = get_model(names, options, submodules)
     return model_state, get_optimizers(found, names, options) if found else {}
 
@@ -117,7 +118,8 @@ def set_model_state_dict(
         PlanError: (a RuntimeError) Keys are missing or unexpected and ``strict`` is set, or sizes or layouts differ.
     """
     options = checked_options(options)
-    return load_model(model_state_dict, names_of(model, options.dsd_fqn_modifiers), options)
+    names, _ = begun(model, options, setting=True)
+    return load_model(model_state_dict, names, options)
 
 
 @collector_paused()
@@ -141,7 +143,8 @@ def set_optimizer_state_dict(
         PlanError: (a RuntimeError) The state dict does not fit; nothing has been changed.
     """
     options = checked_options(options)
-    load_optimizers(_some(optimizers), optim_state_dict, names_of(model, options.dsd_fqn_modifiers), options)
+    names, found = begun(model, options, optimizers, needs_optimizer=True, setting=True)
+    load_optimizers(found, optim_state_dict, names, options)
 
 
 @collector_paused()
@@ -158,15 +161,16 @@ def set_state_dict(
     An empty ``model_state_dict`` (rank 0's, with ``broadcast_from_rank0``) leaves the model as it is.
     """
     options = checked_options(options)
-    names = names_of(model, options.dsd_fqn_modifiers)
-    found = as_optimizers(optimizers)
+    names, found = begun(model, options, optimizers, setting=True)
+    # Before the optimizers change: what does not fit shall leave both as they are.
+    settled(
+        lambda: check_model(model_state_dict, names, options),
+        lambda: (
+            []
+            if options.broadcast_from_rank0
+            else [*model_pairs(model_state_dict, names), *(optimizer_pairs(optim_state_dict, names) if found else ())]
+        ),
+    )
     if found:
         load_optimizers(found, optim_state_dict, names, options)
     return load_model(model_state_dict, names, options, skip_if_empty=True)
-
-
-def _some(optimizers: Optimizer | Iterable[Optimizer]) -> tuple[Optimizer, ...]:
-    found = as_optimizers(optimizers)
-    if not found:
-        raise PlanError("Expected at least one optimizer, found none.")
-    return found

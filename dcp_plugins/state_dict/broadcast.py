@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -38,19 +39,26 @@ def announce(build: Callable[[], Any]) -> tuple[Any, list[torch.Tensor]]:
     """
     tensors: list[torch.Tensor] = []
     tree: Any = None
+    raw = b""
     failure: Exception | None = None
+    scope = default_scope()
     with record("state_dict.announce"):
         if global_rank() == 0:
             try:
                 tree = _announced(build(), tensors, "")
+                if scope is not None:
+                    raw = pickle.dumps(tree)
             except Exception as exc:  # Sent to every rank and raised below.
                 failure = exc
-        if default_scope() is not None:
-            message = [tree, None if failure is None else f"{type(failure).__name__}: {failure}"]
+        if scope is not None:
+            message: list[Any] = [raw, None if failure is None else f"{type(failure).__name__}: {failure}"]
             dist.broadcast_object_list(message, src=0)
-            tree = message[0]
             if failure is None and message[1] is not None:
                 raise PlanError(f"Rank 0 could not send its state dict: {message[1]}")
+            if failure is None:
+                # What rank 0 can pickle another rank may not be able to read.
+                own = tree
+                tree = agree(lambda: own if global_rank() == 0 else pickle.loads(message[0]))  # noqa: S301
     if failure is not None:
         raise failure
     return tree, tensors
@@ -78,9 +86,10 @@ def _announced(value: Any, tensors: list[torch.Tensor], where: str) -> Any:
 
 
 def agree(check: Callable[[], Any]) -> Any:
-    """Run a local check on every rank of the default group; if it raises on any, raise on all.
+    """Run what is local on every rank of the default group; if it raises on any, raise on all.
 
-    Called between ``announce`` and ``receive``, so that no rank waits for tensors that another will not send.
+    Whatever may fail on one rank before, between and after ``announce`` and ``receive`` goes through here, so that no
+    rank waits for what another will not send.
     """
     failure: Exception | None = None
     result: Any = None
@@ -101,8 +110,8 @@ def _settle(failure: Exception | None) -> None:
 def receive(announced: Any, tensors: list[torch.Tensor], copies: list[Copy]) -> None:
     """Fill the targets of ``copies`` with the tensors that rank 0 sends, many in one broadcast.
 
-    Held beyond the targets: one bucket, as large as the largest tensor, or 16 MiB if that is more. A rank that fails on
-    a bucket still takes part in the remaining ones; then every rank raises.
+    Held beyond the targets: one bucket, as large as the largest tensor, or 16 MiB if that is more. If rank 0 cannot
+    pack a bucket, every rank stops there; another rank that fails takes part to the end. Then every rank raises.
     """
     wanted: dict[int, list[Copy]] = {}
     for copy in copies:
@@ -130,9 +139,10 @@ def receive(announced: Any, tensors: list[torch.Tensor], copies: list[Copy]) -> 
         whole: list[torch.Tensor] = []
         try:
             whole = _packed(bucket, tensors, buffer)
-        except Exception as exc:  # The bucket is sent all the same, and every rank raises at the end.
+        except Exception as exc:  # Rank 0's alone: the others pack nothing.
             failure = failure or exc
-            whole = _views(bucket, buffer)
+        if not _is_packed(whole, scope.device):
+            break  # Nobody is to be filled with what the buffer held before.
         _send(bucket, whole, buffer)
         try:
             fill_all(
@@ -140,7 +150,7 @@ def receive(announced: Any, tensors: list[torch.Tensor], copies: list[Copy]) -> 
                 for item, source in zip(bucket, whole, strict=True)
                 for copy in wanted.get(item.index, ())
             )
-        except Exception as exc:  # As above.
+        except Exception as exc:  # Raised on every rank at the end.
             failure = failure or exc
     _settle(failure)
 
@@ -198,6 +208,13 @@ def _packed(bucket: list[Announced], tensors: list[torch.Tensor], buffer: torch.
     views = _views(bucket, buffer)
     torch._foreach_copy_(views, [tensors[item.index].detach() for item in bucket])
     return views
+
+
+def _is_packed(whole: list[torch.Tensor], device: torch.device) -> bool:
+    """Tell whether rank 0 has a bucket to send. Collective."""
+    answer = torch.tensor([bool(whole)], dtype=torch.uint8, device=device)
+    dist.broadcast(answer, src=0)
+    return bool(answer.item())
 
 
 def _send(bucket: list[Announced], whole: list[torch.Tensor], buffer: torch.Tensor) -> None:

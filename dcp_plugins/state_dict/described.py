@@ -18,7 +18,9 @@ from dcp_plugins.tensors.dtensor import Shards, local_tensor, shards_of
 
 __all__ = [
     "Description",
+    "ListPlace",
     "Path",
+    "TuplePlace",
     "described_dtensor",
     "described_sharded",
     "dotted",
@@ -28,6 +30,14 @@ __all__ = [
 
 Path = tuple[Any, ...]
 """The keys that lead to a value from the root of a tree."""
+
+
+class ListPlace(int):
+    """A place in a list, where an int is a dict's key: a rank that lacks the container learns its kind from it."""
+
+
+class TuplePlace(ListPlace):
+    """A place in a tuple."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from dcp_plugins.state_dict.gather import gathered
 from dcp_plugins.tensors.dtensor import layout_of, local_tensor
 from dcp_plugins.tensors.sharded import size_of
 
-__all__ = ["Announced", "Copy", "fill", "fill_all", "materialised"]
+__all__ = ["Announced", "Copy", "fill", "fill_all", "is_resharded", "materialised"]
 
 _SHARDED = (DTensor, ShardedTensor)
 
@@ -54,21 +54,40 @@ def fill_all(copies: Iterable[Copy]) -> None:
     From a whole tensor each rank takes the boxes that it holds, and a source laid out like its target is copied shard
     by shard: both are local. A sharded source laid out otherwise is gathered, which is collective on its ranks.
 
+    A rank that fails still takes part in what is collective; then every rank of it raises.
+
     Raises:
         PlanError: A plain target has a sharded source.
     """
     local = _Pairs()
     moved: list[Copy] = []
+    failure: Exception | None = None
     with record("state_dict.copy"):
         for copy in copies:
             source = copy.source
             if source is copy.target or isinstance(source, Announced):
                 continue
-            if not _paired(copy.fqn, copy.target, source, local):
-                moved.append(copy)
-        local.copy()
+            try:
+                if not _paired(copy.fqn, copy.target, source, local):
+                    moved.append(copy)
+            except Exception as exc:  # Raised below.
+                failure = failure or exc
+        try:
+            if failure is None:
+                local.copy()
+        except Exception as exc:  # Raised below.
+            failure = exc
     if moved:
-        _fill_resharded(moved)
+        _fill_resharded(moved, failure)
+    elif failure is not None:
+        raise failure
+
+
+def is_resharded(target: object, source: object) -> bool:
+    """Tell whether filling one from the other communicates; the answer is the same on every rank."""
+    if source is target or not (isinstance(target, _SHARDED) and isinstance(source, _SHARDED)):
+        return False
+    return size_of(target) == size_of(source) and not _alike(target, source)
 
 
 @dataclass(slots=True)
@@ -144,13 +163,16 @@ def _held_boxes(fqn: str, target: torch.Tensor) -> list[tuple[Box, torch.Tensor]
     return [(piece.box, local[piece.local.slices()]) for piece in pieces]
 
 
-def _fill_resharded(copies: list[Copy]) -> None:
+def _fill_resharded(copies: list[Copy], failure: Exception | None) -> None:
     gathering: dict[tuple[Any, ...], Copy] = {}
     for copy in sorted(copies, key=lambda copy: copy.fqn):
         target, source = copy.target, copy.source
         if isinstance(target, DTensor) and isinstance(source, DTensor) and target._spec.mesh == source._spec.mesh:
             # Sends each rank what it lacks, not the whole.
-            target.copy_(source.reshape(target.shape) if source.shape != target.shape else source)
+            try:
+                target.copy_(source.reshape(target.shape) if source.shape != target.shape else source)
+            except Exception as exc:  # The others go on to the next one.
+                failure = failure or exc
         else:
             gathering[(copy.fqn,)] = copy
 
@@ -158,7 +180,8 @@ def _fill_resharded(copies: list[Copy]) -> None:
         copy = gathering[path]
         fill(copy.fqn, copy.target, whole)
 
-    gathered([(path, copy.source) for path, copy in gathering.items()], cut)
+    leaves = [(path, copy.source) for path, copy in gathering.items()]
+    gathered(leaves, cut, among=[copy.source for copy in copies], failure=failure)
 
 
 def materialised(target: torch.Tensor, device: torch.device | None) -> torch.Tensor:

@@ -16,7 +16,7 @@ from dcp_plugins.errors import PlanError
 from dcp_plugins.state_dict.full import Announced, Copy
 from dcp_plugins.state_dict.names import Names
 
-__all__ = ["check_fit", "is_extra_state", "landed"]
+__all__ = ["check_fit", "landed"]
 
 _SHOWN = 12
 
@@ -55,11 +55,6 @@ def check_fit(tree: Mapping[str, Any], names: Names, title: str) -> None:
         raise PlanError(
             f"Error(s) in loading state_dict for {title}: {'; '.join(lines[:_SHOWN])}{rest}. Nothing has been loaded."
         )
-
-
-def is_extra_state(fqn: str) -> bool:
-    """Tell whether a key holds what a module's ``get_extra_state()`` returned: anything, in any size."""
-    return fqn.rpartition(".")[2] == "_extra_state"
 
 
 def landed(path: str, value: Any, copies: list[Copy]) -> Any:

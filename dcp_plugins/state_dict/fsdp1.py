@@ -31,7 +31,7 @@ from torch.distributed.remote_device import _remote_device  # What ShardMetadata
 from dcp_plugins.errors import PlanError, UnsupportedValueError
 from dcp_plugins.geometry import boxes_of_range
 
-__all__ = ["FlatPiece", "flat_memory", "is_flat", "own_hooks_only", "pieces_of"]
+__all__ = ["FlatPiece", "flat_memory", "groups_of", "is_flat", "own_hooks_only", "pieces_of"]
 
 _HOOK_DICTS = (
     "_state_dict_hooks",
@@ -222,6 +222,17 @@ def pieces_of(unit: Any, path: str) -> list[FlatPiece]:
     ]
 
 
+def groups_of(model: nn.Module) -> list[tuple[dist.ProcessGroup, str]]:
+    """Return the groups that shard the FSDP1 units of a model, each with its type of device; in whatever state."""
+    # Only such a unit has a handle, and it is looked up without importing FSDP1.
+    handles = [module.__dict__.get("_handle") for module in model.modules() if hasattr(module, "_fsdp_wrapped_module")]
+    return [
+        (handle.process_group, handle.flat_param._local_shard.device.type)
+        for handle in handles
+        if handle is not None and handle.uses_sharded_strategy
+    ]
+
+
 @contextmanager
 def own_hooks_only(units: Iterable[nn.Module]) -> Iterator[None]:
     """Keep FSDP1's own hooks out of ``state_dict()`` and ``load_state_dict()``: they gather every unit.
@@ -253,10 +264,14 @@ def _settle(unit: Any, handle: Any, path: str) -> None:
     from torch.distributed.fsdp._common_utils import HandleTrainingState
     from torch.distributed.fsdp._runtime_utils import _reshard
 
-    if handle._training_state == HandleTrainingState.SUMMON_FULL_PARAMS:
+    if handle._training_state != HandleTrainingState.IDLE:
+        inside = {
+            HandleTrainingState.SUMMON_FULL_PARAMS: "FullyShardedDataParallel.summon_full_params()",
+            HandleTrainingState.FORWARD: "its forward",
+        }.get(handle._training_state, "its backward")
         raise PlanError(
-            f"Module '{path or '(root)'}' is inside FullyShardedDataParallel.summon_full_params(): expected a state "
-            "dict to be taken or set outside, where each rank holds its shard."
+            f"Module '{path or '(root)'}' is inside {inside}: expected a state dict to be taken or set outside, where "
+            "each rank holds its shard."
         )
     if not handle.uses_sharded_strategy:
         return

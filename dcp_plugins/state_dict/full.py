@@ -7,6 +7,7 @@ Gathering is in ``gather.py``, sending from rank 0 in ``broadcast.py``, cutting 
 from __future__ import annotations
 
 import copy as copying
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -16,11 +17,13 @@ from torch.distributed._shard.sharded_tensor.shard import Shard
 from torch.distributed.remote_device import _remote_device  # What ShardMetadata says where a shard is with.
 
 from dcp_plugins.state_dict.broadcast import agree, announce, is_tensor_source, receive
-from dcp_plugins.state_dict.described import Path
+from dcp_plugins.state_dict.described import ListPlace, Path, TuplePlace
 from dcp_plugins.state_dict.fill import Announced, Copy, fill, fill_all, materialised
 from dcp_plugins.state_dict.gather import gathered
+from dcp_plugins.state_dict.names import memory_key
 from dcp_plugins.state_dict.options import StateDictOptions
 from dcp_plugins.state_dict.scopes import global_rank
+from dcp_plugins.tensors.sharded import size_of
 
 __all__ = [
     "Announced",
@@ -73,7 +76,10 @@ def collected(
     first: dict[int, str] = {}
     for key in sorted(made):
         identity = memo_key(key)
-        if identity is not None and first.setdefault(identity, key) != key:
+        if identity is None or first.setdefault(identity, key) == key:
+            continue
+        # A hook of the model's may have made one of them another tensor.
+        if _are_one(made[key], made[first[identity]]):
             tied[key] = first[identity]
     whole: dict[Path, torch.Tensor] = {}
     extras = gathered(
@@ -97,11 +103,19 @@ def collected(
     for key in sorted(made):
         result[key] = result[tied[key]] if key in tied else _rebuilt(made[key], (key,), converted)
     # Left are the entries that this rank lacks.
-    for path, value in whole.items():
+    for path, value in [*whole.items(), *((extra.path, extra.value) for extra in extras)]:
         _put(result, path, value)
-    for extra in extras:
-        _put(result, extra.path, extra.value)
-    return result
+    return {key: _closed(value) for key, value in result.items()} if whole or extras else result
+
+
+def _are_one(value: Any, other: Any) -> bool:
+    if value is other:
+        return True
+    if not isinstance(value, torch.Tensor) or type(value) is not type(other):
+        return False
+    # On a rank without elements, keys tell nothing: what the others find different is gathered there all the same.
+    same_kind = value.dtype == other.dtype and size_of(value) == size_of(other)
+    return same_kind and memory_key(value) == memory_key(other)
 
 
 def _leaves(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
@@ -110,8 +124,9 @@ def _leaves(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
         for key in sorted(value, key=str):
             yield from _leaves(value[key], (*path, key))
     elif isinstance(value, list) or type(value) is tuple:
+        place = ListPlace if isinstance(value, list) else TuplePlace
         for at, element in enumerate(value):
-            yield from _leaves(element, (*path, at))
+            yield from _leaves(element, (*path, place(at)))
     else:
         yield path, value
 
@@ -128,9 +143,30 @@ def _rebuilt(value: Any, path: Path, convert: Callable[[Path, Any], Any]) -> Any
 
 def _put(tree: dict[Any, Any], path: Path, value: Any) -> None:
     place: Any = tree
-    for key in path[:-1]:
-        place = place.setdefault(key, {}) if isinstance(place, dict) else place[key]
+    for key, below in itertools.pairwise(path):
+        if isinstance(place, dict):
+            place = place.setdefault(key, _Open(type(below)) if isinstance(below, ListPlace) else {})
+        else:
+            place = place[key]
     place[path[-1]] = value
+
+
+class _Open(dict[Any, Any]):
+    """A list or tuple in the making, by place: its elements come in any order."""
+
+    def __init__(self, kind: type[ListPlace]) -> None:
+        super().__init__()
+        self.kind = kind
+
+
+def _closed(value: Any) -> Any:
+    if isinstance(value, _Open):
+        # None for what was not sent: larger tensors that are not sharded stay on the ranks that have them.
+        elements = [_closed(value.get(at)) for at in range(max(value, default=-1) + 1)]
+        return tuple(elements) if value.kind is TuplePlace else elements
+    if isinstance(value, dict):
+        return {key: _closed(element) for key, element in value.items()}
+    return value
 
 
 def _on_cpu(value: Any) -> Any:

@@ -275,8 +275,9 @@ def _is_small(value: Any) -> bool:
 
 
 def _beside(path: Path) -> str:
-    # By dots, so that flat optimizer state has neighbours too.
-    return dotted(path).rpartition(".")[0]
+    # Nested state has "state" and a name above what belongs together, however deep. By dots, so that flat state has
+    # neighbours too.
+    return dotted(path[:2]) if len(path) > 2 else dotted(path).rpartition(".")[0]
 
 
 def _gather_scope(

@@ -114,6 +114,7 @@ class _Replica:
     """A copy of an optimizer that shares no mutable state with it and holds one stand-in at a time."""
 
     def __init__(self, optimizer: Optimizer) -> None:
+        self._groups = optimizer.param_groups
         self._pairs: list[tuple[Optimizer, Optimizer]] = []
         self._top = self._copy(optimizer)
         self.is_elementwise = type(optimizer) in _ELEMENTWISE and hasattr(optimizer, "_init_group")
@@ -235,7 +236,13 @@ class _Replica:
             return result
         if type(value) in (list, tuple, set):
             return type(value)(self._isolated(element) for element in value)
-        return value
+        if value is None or (callable(value) and not isinstance(value, nn.Module)):
+            return value
+        try:
+            # Queues, counters, whole modules: whatever a step may change. Parameters it can change in stand-ins only.
+            return copy.deepcopy(value, {id(p): p for group in self._groups for p in group["params"]})
+        except Exception:  # What cannot be copied (a process group, a lock) is used as it is.
+            return value
 
 
 def _holding(optimizer: Optimizer, parameter: torch.Tensor) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
@@ -16,7 +15,7 @@ from torch.nn.modules.module import _IncompatibleKeys  # What nn.Module.load_sta
 
 from dcp_plugins.errors import PlanError, listing
 from dcp_plugins.events import record
-from dcp_plugins.state_dict.fit import check_fit, is_extra_state, landed
+from dcp_plugins.state_dict.fit import check_fit, landed
 from dcp_plugins.state_dict.fsdp1 import flat_memory, own_hooks_only
 from dcp_plugins.state_dict.full import (
     Copy,
@@ -28,15 +27,17 @@ from dcp_plugins.state_dict.full import (
     materialised,
     receive,
 )
+from dcp_plugins.state_dict.keys import check_keys, is_extra_state, judged, title_of
 from dcp_plugins.state_dict.module_load import load_module
 from dcp_plugins.state_dict.module_save import module_state
 from dcp_plugins.state_dict.names import Names, memory_key
 from dcp_plugins.state_dict.options import StateDictOptions
+from dcp_plugins.state_dict.together import model_pairs, relaid, settled
 from dcp_plugins.state_dict.types import ValueType
 from dcp_plugins.tensors import chunks
 from dcp_plugins.tensors.sharded import size_of
 
-__all__ = ["IncompatibleKeys", "get_model", "load_model", "suggestion", "warn_about_submodules"]
+__all__ = ["IncompatibleKeys", "check_model", "get_model", "load_model", "warn_about_submodules"]
 
 IncompatibleKeys = _IncompatibleKeys
 
@@ -171,20 +172,45 @@ def load_model(
             return _IncompatibleKeys([], [])
         values, copies, assign = agree(lambda: _plan_fill(tree, names, options))
         receive(tree, tensors, copies)
-        fill_all(copies)
     else:
         tree = _by_name(state_dict, names)
         if skip_if_empty and not tree:
             return _IncompatibleKeys([], [])
-        if options.full_state_dict or names.pieces or any(value.is_meta for value in names.tensors.values()):
-            values, copies, assign = _plan_fill(tree, names, options)
-            fill_all(copies)
-        else:
-            _check_kinds(tree, names)
-            check_fit(tree, names, _title(names))
-            values, assign = tree, False
-    missing, unexpected = _load_stored(values, getattr(state_dict, "_metadata", None), names, assign=assign)
-    return _judged(missing, unexpected, tree, names, options)
+        values, copies, assign = settled(lambda: _plan(tree, names, options), lambda: model_pairs(tree, names))
+        values = relaid(values, names) if values is tree else values
+
+    def load() -> _IncompatibleKeys:
+        fill_all(copies)
+        missing, unexpected = _load_stored(values, getattr(state_dict, "_metadata", None), names, assign=assign)
+        return judged(missing, unexpected, tree, names, options)
+
+    # Rank 0 may have more to send, for the optimizers.
+    loaded: _IncompatibleKeys = agree(load) if options.broadcast_from_rank0 else load()
+    return loaded
+
+
+def check_model(state_dict: Mapping[Any, Any], names: Names, options: StateDictOptions) -> None:
+    """Raise what ``load_model`` would raise, without changing anything; nothing where rank 0 alone has the state dict.
+
+    Raises:
+        PlanError: As ``load_model``.
+    """
+    tree = {} if options.broadcast_from_rank0 else _by_name(state_dict, names)
+    if not tree or any(value.is_meta for value in names.tensors.values()):
+        return
+    _plan(tree, names, options)
+
+
+def _plan(
+    tree: Mapping[str, Any], names: Names, options: StateDictOptions
+) -> tuple[Mapping[str, Any], list[Copy], bool]:
+    """Return what ``_plan_fill`` does, or after some checks the state dict itself: ``load_state_dict`` can take it."""
+    if options.full_state_dict or names.pieces or any(value.is_meta for value in names.tensors.values()):
+        return _plan_fill(tree, names, options)
+    check_keys(tree, names, options)
+    _check_kinds(tree, names)
+    check_fit(tree, names, title_of(names))
+    return tree, [], False
 
 
 def _load_stored(
@@ -197,7 +223,8 @@ def _load_stored(
     prefixes = {path: f"{path}." if path else "" for path in names.parts}
     stored: dict[str, OrderedDict[str, Any]] = {path: OrderedDict() for path in names.parts}
     several = len(stored) > 1
-    in_flats = {fqn for first in names.flats.values() for name in first for fqn in names.aliases(name)}
+    # A dict, for its order: it is that of the missing keys.
+    in_flats = {fqn: None for first in names.flats.values() for name in first for fqn in names.aliases(name)}
     for fqn, value in values.items():
         if fqn in in_flats:
             continue
@@ -291,6 +318,7 @@ def _plan_fill(
     What is filled is the model's own memory, reached through ``state_dict()``; giving it to ``load_state_dict``
     afterwards lets hooks run and keys be compared, and copies nothing twice.
     """
+    check_keys(tree, names, options)
     own, _ = _own_state(names)
     assign = any(_is_on_meta(value) for value in own.values())
     device = _one_device(own.values())
@@ -328,7 +356,7 @@ def _plan_fill(
         if mine is None or (theirs := flat_memory(value)) is None or theirs.data_ptr() != mine.data_ptr():
             copies.append(Copy(fqn, target if isinstance(target, ShardedTensor) else target.detach(), value))
     if sizes:
-        raise PlanError(f"Error(s) in loading state_dict for {_title(names)}: {'; '.join(sizes[:12])}.")
+        raise PlanError(f"Error(s) in loading state_dict for {title_of(names)}: {'; '.join(sizes[:12])}.")
     if not options.full_state_dict:
         _check_kinds(tree, names)
     return values, copies, assign
@@ -360,42 +388,3 @@ def _one_device(values: Iterable[Any]) -> torch.device | None:
 
 def _is_on_meta(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and not isinstance(value, ShardedTensor) and value.is_meta
-
-
-def _title(names: Names) -> str:
-    return " and ".join(dict.fromkeys(type(part).__name__ for part in names.parts.values()))
-
-
-def _judged(
-    missing: list[str], unexpected: list[str], tree: Mapping[str, Any], names: Names, options: StateDictOptions
-) -> _IncompatibleKeys:
-    if options.ignore_frozen_params:
-        missing = [fqn for fqn in missing if not names.is_frozen(fqn)]
-    if missing:
-        tied = names.tied(missing)
-        missing = [fqn for fqn in missing if not any(name in tree for name in tied[fqn])]
-    if options.strict and (missing or unexpected):
-        lines = [f"Error(s) in loading state_dict for {_title(names)}:"]
-        if missing:
-            lines.append(f"Missing key(s) in state_dict: {_described(missing, unexpected)}.")
-        if unexpected:
-            lines.append(f"Unexpected key(s) in state_dict: {_described(unexpected, ())}.")
-        lines.append("To load what fits and be told the rest, pass StateDictOptions(strict=False).")
-        raise PlanError("\n    ".join(lines))
-    return _IncompatibleKeys(missing, unexpected)
-
-
-def _described(keys: list[str], candidates: Iterable[str]) -> str:
-    pool = list(candidates)
-    # Suggestions cost a comparison with every candidate: only for the keys that are shown.
-    shown = {key: f'"{key}"{suggestion(key, pool)}' for key in sorted(keys)[:12]}
-    return listing(shown.get(key, key) for key in keys)
-
-
-def suggestion(key: str, candidates: Iterable[str]) -> str:
-    """Return " (did you mean ...?)" for the most similar of the candidates, or nothing."""
-    pool = list(candidates)
-    # The same name under another prefix is the usual case: a state dict of an inner or outer module.
-    nested = [name for name in pool if name.endswith(f".{key}") or key.endswith(f".{name}")]
-    close = nested or difflib.get_close_matches(key, pool, n=1, cutoff=0.6)
-    return f' (did you mean "{close[0]}"?)' if close else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +63,7 @@ def merge(
     states: Mapping[str, Mapping[Any, Any]],
     own: Mapping[Any, Any],
     optimizer: Optimizer,
+    known: Collection[str],
     *,
     full: bool,
 ) -> FlatState:
@@ -73,6 +74,7 @@ def merge(
         states: State by name; a parameter that had none when it was saved is not in it.
         own: What the optimizer has for the flat parameter.
         optimizer: Whose it is.
+        known: Names that were saved, with state or without; the others keep what they have.
         full: Whole tensors are expected.
     """
     result = FlatState()
@@ -86,8 +88,10 @@ def merge(
                 "or a number, found a container. Wrap the model with use_orig_params=True."
             )
         elif any(is_tensor_source(found[fqn]) and size_of(found[fqn]) == p.shape for fqn, p in pieces if fqn in found):
-            _merge_tensors(result, name, pieces, found, own.get(name), flat, optimizer, full=full)
+            _merge_tensors(result, name, pieces, found, own.get(name), flat, optimizer, known, full=full)
         else:
+            if name in own and len(known) < len(pieces):
+                found["what the optimizer has for those that were not saved"] = own[name]
             first = next(iter(found.values()))
             different = [fqn for fqn, value in found.items() if not _same(value, first)]
             if different:
@@ -108,6 +112,7 @@ def _merge_tensors(
     own: Any,
     flat: torch.Tensor,
     optimizer: Optimizer,
+    known: Collection[str],
     *,
     full: bool,
 ) -> None:
@@ -128,7 +133,7 @@ def _merge_tensors(
         path = f"{fqn}.{name}"
         local = piece.slice_of(memory)
         if fqn not in found:
-            if has_own and local.numel():
+            if has_own and local.numel() and fqn in known:
                 result.copies.append(Copy(path, local, torch.zeros_like(local)))
             continue
         source = found[fqn]

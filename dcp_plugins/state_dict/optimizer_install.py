@@ -42,14 +42,32 @@ def install(optimizer: Optimizer, state: Mapping[Any, Any], groups: list[dict[st
     ):
         _hand_over(inner, state, groups, parameters)
         return
-    call({STATE: state, GROUPS: groups})
-    # A method of the optimizer's own may have its reasons to convert.
-    if is_torchs:
-        for number, wanted in state.items():
+    if not is_torchs:  # A method of the optimizer's own may have its reasons to convert.
+        call({STATE: state, GROUPS: groups})
+        return
+    given: Mapping[Any, Any] = state
+
+    def last_before(_: Optimizer, state_dict: dict[str, Any]) -> None:
+        nonlocal given
+        given = state_dict[STATE]
+
+    def first_after(_: Optimizer) -> None:
+        for number, wanted in given.items():
             if isinstance(number, int) and number < len(parameters):
                 found = inner.state.get(parameters[number])
                 if found:
                     found.update(restored(wanted, dict(found)))
+
+    # Between the hooks: what they change is theirs to change, what torch casts is not torch's.
+    ours = (
+        inner.register_load_state_dict_pre_hook(last_before),
+        inner.register_load_state_dict_post_hook(first_after, prepend=True),
+    )
+    try:
+        call({STATE: state, GROUPS: groups})
+    finally:
+        for hook in ours:
+            hook.remove()
 
 
 def _hand_over(

@@ -28,6 +28,7 @@ from dcp_plugins.state_dict.optimizer_fsdp1 import is_memory_of, merge, piece_co
 from dcp_plugins.state_dict.optimizer_install import install
 from dcp_plugins.state_dict.options import StateDictOptions
 from dcp_plugins.state_dict.problems import EmptyGroups, Problems, spellings
+from dcp_plugins.state_dict.together import optimizer_pairs, settled
 from dcp_plugins.state_dict.values import copied, equal, renamed
 from dcp_plugins.tensors.sharded import size_of
 
@@ -49,30 +50,57 @@ def load_optimizers(
         PlanError: (a RuntimeError) Parameters are missing, sizes differ, or one group would get several values for an
             option. Nothing has been changed then.
     """
-    check_membership(optimizers, names)
+
+    def check() -> None:
+        check_membership(optimizers, names)
+        _check_real(optimizers, names)
+
+    def read() -> SavedState:
+        check()
+        return parsed(_by_fqn(state_dict, optimizers, names), spellings(names))
+
+    plans: list[_Plan] = []
+
+    def plan(saved: SavedState) -> None:
+        _plan_all(optimizers, saved, names, options, plans)
+
+    def pairs() -> Iterable[tuple[torch.Tensor, Any]]:
+        copies = [(copy.target, copy.source) for each in plans for copy in each.copies]
+        return copies if plans else optimizer_pairs(state_dict, names)
+
+    tensors: list[torch.Tensor] = []
+    if options.broadcast_from_rank0:
+        tree, tensors = announce(lambda: _as_tree(read()))
+        saved = SavedState(tree[0], [SavedGroup(params, own.options) for params, own in tree[1]], tree[2], tree[3])
+        agree(check)
+        agree(lambda: plan(saved))
+        receive(tree, tensors, [copy for each in plans for copy in each.copies])
+    else:
+        with record("state_dict.plan"):
+            settled(lambda: plan(read()), pairs)
+        # Before any optimizer takes its state, which may fail: it is collective where layouts differ.
+        fill_all(copy for each in plans for copy in each.copies)
+
+    def install_all() -> None:
+        for each in plans:
+            if options.broadcast_from_rank0:
+                fill_all(each.copies)
+            with record("state_dict.call"):
+                each.install()
+
+    if options.broadcast_from_rank0:
+        agree(install_all)
+    else:
+        install_all()
+
+
+def _check_real(optimizers: tuple[Optimizer, ...], names: Names) -> None:
     on_meta = [fqn for fqn in _all_fqns(optimizers, names) if names.tensors[fqn].is_meta]
     if on_meta:
         raise PlanError(
             f"Cannot load optimizer state for parameters on the meta device: {listing(on_meta)}. Load the model first, "
             "then make the optimizer over its real parameters."
         )
-
-    def read() -> SavedState:
-        return parsed(_by_fqn(state_dict, optimizers, names), spellings(names))
-
-    tensors: list[torch.Tensor] = []
-    if options.broadcast_from_rank0:
-        tree, tensors = announce(lambda: _as_tree(read()))
-        saved = SavedState(tree[0], [SavedGroup(params, own.options) for params, own in tree[1]], tree[2], tree[3])
-        plans = agree(lambda: _planned(optimizers, saved, names, options))
-        receive(tree, tensors, [copy for plan in plans for copy in plan.copies])
-    else:
-        with record("state_dict.plan"):
-            plans = _planned(optimizers, read(), names, options)
-    for plan in plans:
-        fill_all(plan.copies)
-        with record("state_dict.call"):
-            plan.install()
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,14 +145,14 @@ def _by_fqn(state_dict: Mapping[str, Any], optimizers: tuple[Optimizer, ...], na
     }
 
 
-def _planned(
-    optimizers: tuple[Optimizer, ...], saved: SavedState, names: Names, options: StateDictOptions
-) -> list[_Plan]:
+def _plan_all(
+    optimizers: tuple[Optimizer, ...], saved: SavedState, names: Names, options: StateDictOptions, plans: list[_Plan]
+) -> None:
+    """Add a plan for each optimizer to ``plans``, those that do not fit too; then raise what is wrong with them."""
     problems = Problems(saved, names)
     empty_groups = EmptyGroups(optimizers, saved)
-    plans = [_Plan(optimizer, saved, names, options, problems, empty_groups) for optimizer in optimizers]
+    plans.extend(_Plan(optimizer, saved, names, options, problems, empty_groups) for optimizer in optimizers)
     problems.raise_any()
-    return plans
 
 
 class _Plan:
@@ -224,7 +252,7 @@ class _Plan:
         pieces = [(name, self._names.pieces[fqn]) for name, fqn in zip(spelled, fqns, strict=True)]
         if saved.is_flat:
             states = {fqn: self._as_own(parameter, each, own) for fqn, each in states.items()}
-        merged = merge(pieces, states, own, self._optimizer, full=self._full)
+        merged = merge(pieces, states, own, self._optimizer, set(spelled) - set(unknown), full=self._full)
         self.copies.extend(merged.copies)
         self._problems.others.extend(merged.problems)
         result: dict[Any, Any] = dict(merged.tensors)
@@ -281,7 +309,7 @@ class _Plan:
         self, parameter: torch.Tensor, path: str, key: Any, value: Any, own: Any, top: bool
     ) -> torch.Tensor | int | float:
         if not isinstance(own, torch.Tensor) and isinstance(own, int | float) and not value.shape:
-            number: int | float = value.item()
+            number: int | float = type(own)(value.item())
             return number
         if type(own) is type(value) and value is not own and not self._names.pieces and own.shape == value.shape:
             # The usual case, and there are thousands: its own memory, and nothing to find out.

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from dcp_plugins.errors import PlanError, listing
 from dcp_plugins.state_dict.flatten import PARAMS, SavedState
-from dcp_plugins.state_dict.model import suggestion
+from dcp_plugins.state_dict.keys import suggestion
 from dcp_plugins.state_dict.names import Names
 
 __all__ = ["EmptyGroups", "Problems", "spellings"]

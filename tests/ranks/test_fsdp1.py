@@ -308,8 +308,11 @@ def _with_stock(kind: str, directory: str) -> None:
         )
     # Whole tensors that nobody had to gather, step counts, are the optimizer's own.
     ours, ours_optim = copy.deepcopy(get_state_dict(model, optimizer, options=FULL))
-    close(dict(ours), dict(torchs))
-    close(ours_optim["state"], torchs_optim["state"])
+    assert sorted(ours) == sorted(torchs)
+    assert all(torch.equal(ours[fqn], torchs[fqn]) for fqn in ours)
+    for fqn, theirs in torchs_optim["state"].items():
+        assert all(torch.equal(ours_optim["state"][fqn][name], value) for name, value in theirs.items())
+    assert sorted(ours_optim["state"]) == sorted(torchs_optim["state"])
     expected = train(model, optimizer, first=3)
 
     other, other_optimizer = built(kind)
@@ -533,21 +536,3 @@ def _optimizer_state(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["orig", "flat"])
 def test_flat_and_fresh_optimizer_state_work(kind: str) -> None:
     run_ranks(2, _optimizer_state, kind)
-
-
-def _evaluated(kind: str) -> None:
-    model, _ = built(kind)
-    other, optimizer = built(kind)
-    train(other, optimizer)
-    with torch.no_grad():
-        before = model.eval()(batch(7))
-        expected = other.eval()(batch(7))
-        set_model_state_dict(model, get_model_state_dict(other))
-        assert not torch.equal(before, expected)
-        # The root kept what it had gathered for the first forward.
-        assert torch.equal(model(batch(7)), expected)
-
-
-@pytest.mark.parametrize("kind", ["orig", "flat", "orig+grad_op"])
-def test_an_evaluation_after_a_load_uses_what_was_loaded(kind: str) -> None:
-    run_ranks(2, _evaluated, kind)

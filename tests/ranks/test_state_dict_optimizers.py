@@ -380,6 +380,21 @@ def _does_not_match() -> None:
         assert "blocks.0.up.weight.exp_avg: found (7, 7), expected (7, 6)" in str(caught.value)
         assert '"norm.bias" (did you mean "model.norm.bias"?)' in str(caught.value)
         assert_equal(whole(get_optimizer_state_dict(model, optimizer)), before)
+    # Rank 0's optimizer could take what rank 0 sends, rank 1's could not.
+    sent: Any = whole(get_optimizer_state_dict(model, optimizer))
+    del sent["state"]["norm.bias"]
+    for group in sent["param_groups"]:
+        group["params"] = [fqn for fqn in group["params"] if fqn != "norm.bias"]
+    bias = dict(model.named_parameters())["norm.bias"]
+    lesser = torch.optim.AdamW(
+        [{**group, "params": [value for value in group["params"] if value is not bias]} for group in groups_of(model)]
+    )
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    with pytest.raises(PlanError, match=r'parameter\(s\) "norm.bias"') as caught:
+        set_optimizer_state_dict(model, *((lesser, sent) if dist.get_rank() == 0 else (optimizer, {})), options=options)
+    assert ("[rank 1]" in str(caught.value)) == (dist.get_rank() == 0)
+    assert not lesser.state
+    assert_equal(whole(get_optimizer_state_dict(model, optimizer)), before)
     stranger = torch.optim.Adam([*model.parameters(), nn.Parameter(torch.zeros(2, 3))])
     with pytest.raises(PlanError, match=r"group 0 of Adam, of shape \(2, 3\).*made after the model has been"):
         set_optimizer_state_dict(model, stranger, state, options=FULL)

@@ -12,7 +12,13 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from dcp_plugins.errors import PlanError
-from dcp_plugins.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_model_state_dict
+from dcp_plugins.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from tests.unit.state_dict.samples import Net, TiedNet, assert_equal, snapshot, train, with_frozen_first_layer
 
 
@@ -273,3 +279,35 @@ def test_a_model_without_state_has_an_empty_state_dict() -> None:
         warnings.simplefilter("error")
         assert dict(get_model_state_dict(nn.ReLU())) == {}
         assert set_model_state_dict(nn.ReLU(), {}) == ([], [])
+
+
+def test_strict_loading_that_is_refused_changes_nothing() -> None:
+    source, model = Net(), Net()
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.add_(1)
+    before = snapshot(model.state_dict())
+    state = dict(get_model_state_dict(source))
+    removed = next(iter(state))
+    del state[removed]
+    with pytest.raises(PlanError, match="Nothing has been loaded"):
+        set_model_state_dict(model, state)
+    assert_equal(dict(model.state_dict()), dict(before))
+    state[removed] = source.state_dict()[removed]
+    with pytest.raises(PlanError, match="Nothing has been loaded"):
+        set_model_state_dict(
+            model, {**state, "unheard_of": torch.ones(1)}, options=StateDictOptions(full_state_dict=True)
+        )
+    assert_equal(dict(model.state_dict()), dict(before))
+
+
+def test_a_model_that_does_not_fit_leaves_its_optimizer_alone() -> None:
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.25)
+    state, optim = get_state_dict(model, optimizer)
+    optim["param_groups"][0]["lr"] = 0.5
+    wrong = {**state, next(iter(state)): torch.zeros(1, 1, 1)}
+    for options in (StateDictOptions(), StateDictOptions(full_state_dict=True)):
+        with pytest.raises(PlanError, match="size mismatch"):
+            set_state_dict(model, optimizer, model_state_dict=wrong, optim_state_dict=optim, options=options)
+        assert optimizer.param_groups[0]["lr"] == 0.25

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections import deque
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -261,3 +263,74 @@ def test_missing_state_suggests_only_names_that_are_nobodys(flat: bool) -> None:
     short["param_groups"][0]["params"].remove("a.weight")
     with pytest.raises(RuntimeError, match=r'parameter\(s\) "a.weight": in no parameter group'):
         set_optimizer_state_dict(model, optimizer, short)
+
+
+class _Busy(torch.optim.Optimizer):
+    """Keeps books of its own in a queue, an object and a module, which its step changes."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+        self.losses: deque[float] = deque()
+        self.book = SimpleNamespace(steps=0)
+        self.average = nn.Linear(2, 2)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.losses.append(1.0)
+        self.book.steps += 1
+        self.average.weight.mul_(0.5)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.state[p].setdefault("momentum", torch.zeros_like(p)).add_(p.grad)
+
+
+def test_asking_for_initial_state_leaves_the_optimizers_own_books_alone() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = _Busy(model.parameters())
+    average = optimizer.average.weight.detach().clone()
+    state = get_optimizer_state_dict(model, optimizer)
+    assert sorted(state["state"]) == ["bias", "weight"]
+    assert len(optimizer.losses) == 0
+    assert optimizer.book.steps == 0
+    assert torch.equal(optimizer.average.weight, average)
+
+
+def test_what_an_optimizers_load_hooks_change_stays_changed() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    state = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+    other = nn.Linear(3, 2)
+    fresh = torch.optim.AdamW(other.parameters())
+
+    def before(_: Any, given: Any) -> None:
+        for number in given["state"]:
+            given["state"][number] = {**given["state"][number], "tag": "hooked"}
+
+    def after(loaded: Any) -> None:
+        for own in loaded.state.values():
+            own["exp_avg_sq"] = own["exp_avg_sq"].bfloat16() * 3
+
+    fresh.register_load_state_dict_pre_hook(before)
+    fresh.register_load_state_dict_post_hook(after)
+    set_optimizer_state_dict(other, fresh, state)
+    own = fresh.state[other.weight]
+    assert own["tag"] == "hooked"
+    assert torch.equal(own["exp_avg_sq"], state["state"]["weight"]["exp_avg_sq"].bfloat16() * 3)
+    assert torch.equal(own["exp_avg"], state["state"]["weight"]["exp_avg"])
+    assert len(fresh._optimizer_load_state_dict_pre_hooks) == 1
+
+
+def test_a_number_keeps_its_type_when_a_tensor_was_saved() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = _Busy(model.parameters())
+    for p in model.parameters():
+        optimizer.state[p].update(count=2, seen=True)
+    state = get_optimizer_state_dict(model, optimizer)
+    for each in state["state"].values():
+        each.update(count=torch.tensor(5.0), seen=torch.tensor(0.0))
+    set_optimizer_state_dict(model, optimizer, state)
+    found = optimizer.state[model.weight]
+    assert (type(found["count"]), found["count"], found["seen"]) == (int, 5, False)
