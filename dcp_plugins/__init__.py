@@ -28,6 +28,7 @@ from dcp_plugins.engine import (
     load_state_dict,
     save,
     save_state_dict,
+    start_async_process,
 )
 from dcp_plugins.errors import CheckpointException
 from dcp_plugins.plan import DefaultLoadPlanner, DefaultSavePlanner
@@ -72,4 +73,5 @@ __all__ = [
     "register_storage",
     "save",
     "save_state_dict",
+    "start_async_process",
 ]

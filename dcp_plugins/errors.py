@@ -12,6 +12,8 @@ Each also derives from what users of ``torch.distributed.checkpoint`` catch in i
     |-- CheckpointExistsError    (RuntimeError)                 ``overwrite=False`` and the id is taken
     |-- StorageWriteError        (RuntimeError)                 storage took less than the plan says
     |-- StorageDetectionError    (RuntimeError)                 no storage claims this checkpoint id
+    |-- StagingMemoryError       (MemoryError)                  no memory for a snapshot
+    |-- LostContactError         (ConnectionError)              another rank died, or did not answer in time
     `-- MissingExtraError        (ImportError)                  an optional framework is not installed
 """
 
@@ -28,8 +30,10 @@ __all__ = [
     "CheckpointExistsError",
     "CheckpointNotFoundError",
     "CorruptCheckpointError",
+    "LostContactError",
     "MissingExtraError",
     "PlanError",
+    "StagingMemoryError",
     "StorageDetectionError",
     "StorageWriteError",
     "UnsafeCheckpointError",
@@ -99,6 +103,14 @@ class StorageWriteError(CheckpointError, RuntimeError):
 
 class StorageDetectionError(CheckpointError, RuntimeError):
     """No registered storage claims the checkpoint id."""
+
+
+class StagingMemoryError(CheckpointError, MemoryError):
+    """There is not the memory, or not the permission to use it, that a snapshot of the state dict takes."""
+
+
+class LostContactError(CheckpointError, ConnectionError):
+    """This rank could not talk to the others: one has died, or did not answer within the group's timeout."""
 
 
 class MissingExtraError(CheckpointError, ImportError):

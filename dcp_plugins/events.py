@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol
 
 import torch.distributed as dist
 
-__all__ = ["LOGGER_NAME", "Event", "Span", "record", "subscribe"]
+__all__ = ["LOGGER_NAME", "Event", "Span", "has_listeners", "record", "relay", "subscribe"]
 
 LOGGER_NAME = "dcp_plugins.events"
 
@@ -74,9 +74,26 @@ def record(name: str, **fields: Any) -> Span:
 
     ``fields`` must be cheap to make: they are evaluated whether or not somebody listens.
     """
-    if not _callbacks and not _logger.isEnabledFor(logging.DEBUG):
+    if not has_listeners():
         return _SILENT
     return _LiveSpan(name, fields)
+
+
+def has_listeners() -> bool:
+    """Whether an event would reach anybody."""
+    return bool(_callbacks) or _logger.isEnabledFor(logging.DEBUG)
+
+
+def relay(event: Event) -> None:
+    """Deliver an event to all who listen; for one that happened in another process and was sent here."""
+    if _logger.isEnabledFor(logging.DEBUG):
+        # A dict as the message, as torch does it: handlers read its keys instead of parsing text.
+        _logger.debug(event.as_dict())
+    for callback in _callbacks:
+        try:
+            callback(event)
+        except Exception:  # a listener's fault must not fail the save it watches
+            _logger.exception("a subscriber of dcp_plugins.events failed on %s/%s", event.name, event.kind)
 
 
 def subscribe(callback: Callable[[Event], None]) -> Callable[[], None]:
@@ -150,15 +167,7 @@ class _LiveSpan:
 
     def _emit(self, kind: Literal["start", "end", "exception"], error: BaseException | None) -> None:
         duration_ns = None if kind == "start" else time.monotonic_ns() - self._started_ns
-        event = Event(self._name, kind, self._span_id, time.time_ns(), duration_ns, error, dict(self._fields))
-        if _logger.isEnabledFor(logging.DEBUG):
-            # A dict as the message, as torch does it: handlers read its keys instead of parsing text.
-            _logger.debug(event.as_dict())
-        for callback in _callbacks:
-            try:
-                callback(event)
-            except Exception:  # a listener's fault must not fail the save it watches
-                _logger.exception("a subscriber of dcp_plugins.events failed on %s/%s", event.name, event.kind)
+        relay(Event(self._name, kind, self._span_id, time.time_ns(), duration_ns, error, dict(self._fields)))
 
 
 _SILENT = _SilentSpan()

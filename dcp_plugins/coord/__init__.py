@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from dcp_plugins.coord.group import Ranks
+from dcp_plugins.coord.group import Ranks, portable, stack_of
 
-__all__ = ["Ranks"]
+__all__ = ["Ranks", "portable", "stack_of"]

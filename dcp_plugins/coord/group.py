@@ -15,9 +15,9 @@ from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
-from dcp_plugins.errors import CheckpointException, WrappedException
+from dcp_plugins.errors import CheckpointException, LostContactError, WrappedException
 
-__all__ = ["Ranks"]
+__all__ = ["Ranks", "portable", "stack_of"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -163,7 +163,7 @@ class Ranks:
         try:
             collective()
         except Exception as exc:
-            error = ConnectionError(
+            error = LostContactError(
                 f"rank {self.rank} of {self.world_size} lost contact with the other ranks in step {step!r}: {exc}. "
                 "A peer has died or did not answer within the process group's timeout; see its own log"
             )
@@ -175,10 +175,11 @@ def _outcome(function: Callable[[], T]) -> T | _Failure:
         return function()
     # Everything, KeyboardInterrupt too: the other ranks are waiting for this rank's answer and must hear of it.
     except BaseException as exc:
-        return _Failure(exc, _stack(exc))
+        return _Failure(exc, stack_of(exc))
 
 
-def _stack(exc: BaseException) -> traceback.StackSummary:
+def stack_of(exc: BaseException) -> traceback.StackSummary:
+    """Return where an exception was raised, in a form that can be pickled."""
     stack = traceback.extract_tb(exc.__traceback__)
     for frame in stack:
         # From Python 3.13 on a frame summary holds its code object, which cannot be pickled.
@@ -210,18 +211,23 @@ def _value(reply: R | CheckpointException) -> R:
     return reply
 
 
+def portable(exc: CheckpointException) -> CheckpointException:
+    """Return the exception with the failures in it replaced by their description where they cannot be pickled."""
+    failures = {rank: (_portable(failure), stack) for rank, (failure, stack) in exc.failures.items()}
+    return CheckpointException(exc.args[0], failures)
+
+
 def _dumps(value: Any) -> bytes:
     """Pickle an outcome; an exception that does not survive the journey is replaced by its description."""
     if isinstance(value, CheckpointException):
-        portable = {rank: (_portable(exc), stack) for rank, (exc, stack) in value.failures.items()}
-        return pickle.dumps(CheckpointException(value.args[0], portable))
+        return pickle.dumps(portable(value))
     if isinstance(value, _Failure):
         return pickle.dumps(_Failure(_portable(value.exception), value.stack))
     try:
         return pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
     # Whatever a plugin put into its plan may fail to pickle in its own way; the other ranks must hear of it.
     except Exception as exc:
-        return pickle.dumps(_Failure(_portable(exc), _stack(exc)))
+        return pickle.dumps(_Failure(_portable(exc), stack_of(exc)))
 
 
 def _loads(payload: bytes) -> Any:
@@ -230,7 +236,7 @@ def _loads(payload: bytes) -> Any:
         return pickle.loads(payload)
     # A plugin's class may fail to unpickle in its own way; raising here would leave the other ranks waiting.
     except Exception as exc:
-        return _Failure(exc, _stack(exc))
+        return _Failure(exc, stack_of(exc))
 
 
 def _portable(exc: BaseException) -> BaseException:

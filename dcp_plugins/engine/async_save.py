@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import logging
 import os
 import weakref
 from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from dcp_plugins.contract import AsyncStager, Metadata, SavePlanner, StorageWriter
 from dcp_plugins.coord import Ranks
+from dcp_plugins.engine.process_runner import check_sendable, process_runner
 from dcp_plugins.engine.save import run_save
 from dcp_plugins.engine.setup import open_writer, ranks_of, to_plain
 from dcp_plugins.engine.side_group import side_group
-from dcp_plugins.engine.thread_runner import thread_runner
-from dcp_plugins.errors import UnsupportedValueError
+from dcp_plugins.engine.snapshot import Snapshot
+from dcp_plugins.engine.thread_runner import PackedMetadata, thread_runner
 from dcp_plugins.events import record
 from dcp_plugins.plan import DefaultSavePlanner
 from dcp_plugins.staging import BlockingAsyncStager, shared_stager
@@ -27,8 +30,6 @@ from dcp_plugins.storage import FileSystemWriter
 __all__ = ["AsyncCheckpointerType", "AsyncSaveResponse", "async_save"]
 
 logger = logging.getLogger(__name__)
-
-Staging = dict[str, Any] | Future[dict[str, Any]]
 
 
 class AsyncCheckpointerType(Enum):
@@ -68,6 +69,9 @@ def async_save(
     latest when the interpreter ends, which then prints the traceback and exits with status 1. The interpreter waits
     for a save in flight.
 
+    Where there is no memory for the snapshot (the stager raises ``MemoryError``), this rank writes from the state dict
+    itself, which a warning says; the call then returns, or ``staging_completion`` is done, when that is written.
+
     All ranks of the group call this, in the same order. The group needs no CPU backend: the ranks agree over a group
     that is made for it at the first call, so that nothing interleaves with the training's collectives.
 
@@ -91,13 +95,13 @@ def async_save(
         CheckpointException: The previous save failed, and nobody has asked its future.
         UnsupportedValueError: A value cannot be copied. The other ranks learn of it from their futures.
     """
-    if async_checkpointer_type is not AsyncCheckpointerType.THREAD:
-        raise UnsupportedValueError(
-            f"async_checkpointer_type must be AsyncCheckpointerType.THREAD, got {async_checkpointer_type}: saving in a "
-            "process of its own comes with a later version"
-        )
+    # By value: torch's own enum will do as well.
+    kind = AsyncCheckpointerType(getattr(async_checkpointer_type, "value", async_checkpointer_type))
+    in_process = kind is AsyncCheckpointerType.PROCESS
+    working_directory = str(Path.cwd()) if in_process else ""
     with thread_runner.turn, record("async_save", checkpoint_id=checkpoint_id):
         ranks = ranks_of(process_group, no_dist=no_dist, verb="save")
+        in_group = not no_dist and dist.is_available() and dist.is_initialized()
         if ranks.distributed:
             ranks = Ranks(side_group(process_group), distributed=True)
         try:
@@ -107,29 +111,48 @@ def async_save(
                 raise previous_failure
             # A writer of the caller's is reset later: it may be its own stager, and still be staging.
             writer = open_writer(None, checkpoint_id) if storage_writer is None else storage_writer
-            stager = _stager_for(writer) if async_stager is None else async_stager
+            if in_process:
+                check_sendable(writer, planner or DefaultSavePlanner())
+                process_runner.start()
+            stager = _stager_for(writer, in_process) if async_stager is None else async_stager
             with record("stage"):
-                staging: Staging = stager.stage(to_plain(state_dict))
+                snapshot = Snapshot(stager, to_plain(state_dict))
         except BaseException as exc:
             # The other ranks are about to agree on this save: they must hear that this one is out of it.
             _join_as_failed(ranks, exc)
             raise
 
         def ready() -> dict[str, Any]:
-            staged = staging.result() if isinstance(staging, Future) else staging
+            staged = snapshot.take()
             if storage_writer is not None:
                 open_writer(storage_writer, checkpoint_id)
+                if in_process and checkpoint_id is None and isinstance(storage_writer, FileSystemWriter):
+                    # In this process it never learns that it has written: a second save must not take the same names.
+                    storage_writer.reset()
             return staged
 
-        def save_staged() -> Metadata:
+        def save_staged() -> Metadata | PackedMetadata:
             with record("save", checkpoint_id=checkpoint_id):
+                if in_process:
+                    return process_runner.save(
+                        ranks,
+                        lambda: (ready(), writer),
+                        planner or DefaultSavePlanner(),
+                        in_group=in_group,
+                        use_collectives=use_collectives,
+                        working_directory=working_directory,
+                    )
                 staged = ranks.settle("stage", ready)
                 return run_save(staged, writer, planner or DefaultSavePlanner(), ranks, use_collectives=use_collectives)
 
         upload = thread_runner.start(save_staged)
-        if isinstance(staging, Future):
-            return AsyncSaveResponse(_completion_of(staging), upload)
-        _synchronize(stager)
+        upload.add_done_callback(snapshot.written)
+        if snapshot.completion is not None:
+            return AsyncSaveResponse(snapshot.completion, upload)
+        if snapshot.is_original:
+            concurrent.futures.wait([upload])
+        else:
+            _synchronize(stager)
         return upload
 
 
@@ -137,10 +160,13 @@ def async_save(
 _writers_stagers: weakref.WeakKeyDictionary[StorageWriter, BlockingAsyncStager] = weakref.WeakKeyDictionary()
 
 
-def _stager_for(writer: StorageWriter) -> AsyncStager:
+def _stager_for(writer: StorageWriter, in_process: bool) -> AsyncStager:
     """Return the stager of a save that was given none."""
     if isinstance(writer, AsyncStager):
         return writer
+    if in_process:
+        # It keeps its memory as well; a stager of the writer's own would not share it.
+        return shared_stager(for_process=True)
     if isinstance(writer, FileSystemWriter) and writer.cache_staged_state_dict:
         stager = _writers_stagers.get(writer)
         if stager is None:
@@ -160,22 +186,6 @@ def _join_as_failed(ranks: Ranks, failure: BaseException) -> None:
     future = thread_runner.start(lambda: ranks.settle("stage", fail))
     # This rank raises the failure itself, now.
     future.disown()
-
-
-def _completion_of(staging: Future[dict[str, Any]]) -> Future[None]:
-    """Return a future that is done when staging is, and does not keep what was staged alive."""
-    completion: Future[None] = Future()
-    completion.set_running_or_notify_cancel()
-
-    def finish(staged: Future[dict[str, Any]]) -> None:
-        failure = staged.exception()
-        if failure is None:
-            completion.set_result(None)
-        else:
-            completion.set_exception(failure)
-
-    staging.add_done_callback(finish)
-    return completion
 
 
 def _synchronize(stager: AsyncStager) -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-__all__ = ["side_group"]
+__all__ = ["cpu_timeout", "side_group"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def _make_twin(parent: dist.ProcessGroup) -> dist.ProcessGroup:
         _level_group_counts(parent)
     twin: dist.ProcessGroup = dist.new_group(
         dist.get_process_group_ranks(parent),
-        timeout=_cpu_timeout(parent),
+        timeout=cpu_timeout(parent),
         backend="gloo",
         # Ranks outside of the group know nothing of its saves and do not come.
         use_local_synchronization=not is_default,
@@ -58,7 +58,7 @@ def _make_twin(parent: dist.ProcessGroup) -> dist.ProcessGroup:
     return twin
 
 
-def _cpu_timeout(group: dist.ProcessGroup) -> timedelta | None:
+def cpu_timeout(group: dist.ProcessGroup) -> timedelta | None:
     """Return the timeout of the group's own CPU backend; None, for gloo's default, where it has none.
 
     A device backend's timeout is made for collectives of training, not for waiting until the slowest rank has written.

@@ -7,15 +7,41 @@ import atexit
 # Imported for the order of exit hooks: see `_register_exit_hook`.
 import concurrent.futures.thread
 import os
+import pickle
 import sys
 import threading
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
+from typing import Any, cast
 
+from dcp_plugins.collector import collector_paused
 from dcp_plugins.contract import Metadata
 
-__all__ = ["SaveFuture", "ThreadRunner", "thread_runner"]
+__all__ = ["PackedMetadata", "SaveFuture", "ThreadRunner", "thread_runner"]
+
+
+class PackedMetadata:
+    """Metadata as it came from another process, unpickled by whoever asks for it first.
+
+    That of 20,000 tensors takes as long as a training step may, and most callers only wait for the save to end.
+    """
+
+    def __init__(self, payload: bytes) -> None:
+        self._payload: bytes | None = payload
+        self._metadata: Metadata | None = None
+        self._lock = threading.Lock()
+
+    def unpack(self) -> Metadata:
+        """Return the metadata; the same object each time."""
+        with self._lock:
+            if self._metadata is None:
+                assert self._payload is not None
+                # It comes from a process that this one has started.
+                with collector_paused():
+                    self._metadata = pickle.loads(self._payload)  # noqa: S301
+                self._payload = None
+            return self._metadata
 
 
 class SaveFuture(Future[Metadata]):
@@ -32,12 +58,17 @@ class SaveFuture(Future[Metadata]):
     def result(self, timeout: float | None = None) -> Metadata:
         """Wait, and return the checkpoint's metadata or raise what the save failed with."""
         try:
-            return super().result(timeout)
+            found: Any = super().result(timeout)
+            return found.unpack() if isinstance(found, PackedMetadata) else found
         except BaseException as exc:
             # Not for a timeout of this wait.
             if self.done() and super().exception() is exc:
                 self._seen = True
             raise
+        finally:
+            # The traceback leads to this frame: with the future in it, a failure would keep the snapshot until the
+            # collector runs.
+            del self
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Wait, and return what the save failed with, or None."""
@@ -80,7 +111,7 @@ class ThreadRunner:
         if last is not None:
             concurrent.futures.wait([last])
 
-    def start(self, job: Callable[[], Metadata]) -> SaveFuture:
+    def start(self, job: Callable[[], Metadata | PackedMetadata]) -> SaveFuture:
         """Run ``job`` on a thread; the previous one has to have ended."""
         if not self._has_exit_hook:
             _register_exit_hook(self._at_exit)
@@ -88,7 +119,7 @@ class ThreadRunner:
         future = SaveFuture()
         # A thread for each save: one that waits for work would have to be told when the interpreter wants to end.
         # Not a daemon, so that the interpreter waits for a save in flight.
-        threading.Thread(target=_run, args=(job, future), name="dcp-async-save").start()
+        threading.Thread(target=_run, args=([job], future), name="dcp-async-save").start()
         self._last = future
         return future
 
@@ -107,14 +138,19 @@ class ThreadRunner:
         atexit.register(_exit_with_failure)
 
 
-def _run(job: Callable[[], Metadata], future: SaveFuture) -> None:
+def _run(jobs: list[Callable[[], Metadata | PackedMetadata]], future: SaveFuture) -> None:
+    """Run the only job in the list, which is then gone: who sees the future done may free what was staged."""
     try:
-        metadata = job()
+        metadata = jobs.pop()()
     # Whatever it is, it belongs to the one who asks for the result.
     except BaseException as exc:
         future.set_exception(exc)
     else:
-        future.set_result(metadata)
+        # The future unpacks it.
+        future.set_result(cast("Metadata", metadata))
+    finally:
+        # As in SaveFuture.result.
+        del future
 
 
 def _register_exit_hook(hook: Callable[[], None]) -> None:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from dcp_plugins.contract import AsyncStager
+from dcp_plugins.staging.overlap import OverlappedStager
 from dcp_plugins.staging.stagers import (
     BlockingAsyncStager,
     DefaultStager,
     StagingOptions,
     release_staging_memory,
     shared_stager,
+    staging_memory_bytes,
 )
 
 __all__ = [
     "AsyncStager",
     "BlockingAsyncStager",
     "DefaultStager",
+    "OverlappedStager",
     "StagingOptions",
     "release_staging_memory",
     "shared_stager",
+    "staging_memory_bytes",
 ]

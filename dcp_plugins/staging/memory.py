@@ -9,19 +9,37 @@ from __future__ import annotations
 import logging
 import math
 import mmap
-import os
-from collections.abc import Hashable
+import time
+from collections.abc import Callable, Hashable
 
 import torch
 
-__all__ = ["HostMemory"]
+from dcp_plugins.errors import StagingMemoryError
+from dcp_plugins.staging.available import available_bytes
+from dcp_plugins.staging.shared import SharedArena, map_shared
+
+__all__ = ["HostMemory", "on_close"]
 
 logger = logging.getLogger(__name__)
 
 _ALIGNMENT_BYTES = 64
-# Smaller slots share blocks, so that 20,000 small tensors are a few mappings (and, shared, a few descriptors).
+# Smaller slots share blocks, so that 20,000 small tensors are a few mappings.
 _SLAB_BYTES = 8 * 1024 * 1024
 _MAX_SLAB_SLOT_BYTES = 1024 * 1024
+_HUGE_PAGE_BYTES = 2 * 1024 * 1024
+# Clearing one takes a fifth of this.
+_SLOW_HUGE_PAGE_SECONDS = 0.001
+# How long to go without after a slow one: the blocks of one snapshot are asked for within less.
+_PAUSE_SECONDS = 0.5
+# Not worth asking the system for.
+_UNCHECKED_BYTES = 64 * 1024 * 1024
+
+_close_callbacks: list[Callable[[], None]] = []
+
+
+def on_close(callback: Callable[[], None]) -> None:
+    """Call ``callback`` whenever memory is closed from now on: another process may have it mapped as well."""
+    _close_callbacks.append(callback)
 
 
 class HostMemory:
@@ -35,23 +53,60 @@ class HostMemory:
             large tensors up to a power of two, and keeps for reuse what is freed.
         shared: Memory that other processes can map through ``torch.multiprocessing`` without a copy. Ignored where
             ``pinned`` is given: page-locked memory is this process's own.
+        max_bytes: The most to take and keep; None leaves it at what the machine has.
     """
 
-    def __init__(self, *, pinned: bool = False, shared: bool = False) -> None:
+    def __init__(self, *, pinned: bool = False, shared: bool = False, max_bytes: int | None = None) -> None:
         self._pinned = pinned
+        self._max_bytes = max_bytes
         self._shared = shared and not pinned
+        self._arena = SharedArena(map_shared)
         self._rounds: list[dict[Hashable, torch.Tensor]] = [{}, {}, {}]
         self._slab: torch.Tensor | None = None
         self._slab_used_bytes = 0
+        self.layout: object = None
+        """What the last snapshot remembers of where it has placed what; kept no longer than the slots."""
 
     @property
     def nbytes(self) -> int:
         """Bytes in slots that are kept, used in this round or not."""
         return sum(slot.nbytes for slots in self._rounds for slot in slots.values())
 
+    def require(self, nbytes: int) -> None:
+        """Raise ``StagingMemoryError`` unless there is room for a round of this many bytes in all.
+
+        Memory is not taken before it is touched: without this the system would end the process in the midst of a copy.
+        """
+        if self._max_bytes is not None and nbytes > self._max_bytes:
+            raise StagingMemoryError(f"a snapshot takes {nbytes} bytes, and max_staging_bytes allows {self._max_bytes}")
+        missing = nbytes - self.nbytes
+        available = available_bytes() if missing > _UNCHECKED_BYTES else None
+        if available is not None and missing > available:
+            raise StagingMemoryError(
+                f"a snapshot takes {missing} bytes more than are kept for it, and {available} are available here"
+            )
+
+    def trim(self) -> None:
+        """Let go of what earlier rounds have used and this one has not, where all together is more than is allowed."""
+        while self._max_bytes is not None and self.nbytes > self._max_bytes and any(self._rounds[1:]):
+            self._rotate([self._rounds[0], {}, self._rounds[1]])
+
     def begin_round(self) -> None:
         """Begin a new snapshot; what the one before was given is given out again, so it is no longer valid."""
-        self._rounds = [{}, *self._rounds[:2]]
+        self._rotate([{}, *self._rounds[:2]])
+
+    def _rotate(self, rounds: list[dict[Hashable, torch.Tensor]]) -> None:
+        dropped = self._rounds[2]
+        self._rounds = rounds
+        for slot in dropped.values():
+            if slot.is_shared():  # type: ignore[no-untyped-call]
+                self._arena.discard(slot)
+
+    def repeat_round(self) -> None:
+        """Begin a new snapshot that is given all that the one before was given."""
+        slots = self._rounds[0]
+        self.begin_round()
+        self._rounds[:2] = [slots, {}]
 
     def take(self, path: Hashable, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         """Return the contiguous tensor kept for this key, or a new, uninitialised one."""
@@ -68,9 +123,24 @@ class HostMemory:
     def close(self) -> None:
         """Forget all slots: their memory is freed when the last tensor in it is gone."""
         self._rounds = [{}, {}, {}]
+        self.layout = None
         self._slab = None
+        self._arena.close()
+        for callback in _close_callbacks:
+            callback()
 
     def _allocate(self, nbytes: int) -> torch.Tensor:
+        if self._shared:
+            try:
+                return self._arena.take(nbytes)
+            except OSError as exc:
+                self._shared = False
+                logger.warning(
+                    "could not get %d bytes of shared memory for staging (%s): going on with private memory, which is "
+                    "copied once more on its way to another process",
+                    nbytes,
+                    exc,
+                )
         if nbytes > _MAX_SLAB_SLOT_BYTES:
             return self._block(nbytes)[:nbytes]
         if self._slab is None or self._slab_used_bytes + nbytes > self._slab.numel():
@@ -88,45 +158,48 @@ class HostMemory:
             except RuntimeError as exc:
                 self._pinned = False
                 logger.warning("could not pin %d bytes for staging (%s): going on with pageable memory", nbytes, exc)
-        if self._shared:
-            try:
-                return _shared_block(nbytes)
-            except OSError as exc:
-                self._shared = False
-                logger.warning(
-                    "could not get %d bytes of shared memory for staging (%s): going on with private memory, which is "
-                    "copied once more on its way to another process",
-                    nbytes,
-                    exc,
-                )
         return _private_block(nbytes)
 
 
 def _private_block(nbytes: int) -> torch.Tensor:
-    """Map anonymous memory, which goes back to the system when the last tensor in it is gone; malloc may keep it.
-
-    Huge pages are not asked for: on virtual machines whose host takes free pages back, the first touch of a huge page
-    measured up to four times slower than that of as many small ones, and after the first touch there is no difference.
-    """
-    mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    # The tensor keeps the mapping alive.
-    return torch.frombuffer(mapping, dtype=torch.uint8)
-
-
-def _shared_block(nbytes: int) -> torch.Tensor:
-    """Map a memory file that torch.multiprocessing can hand to other processes by its descriptor.
-
-    Unlike a file in /dev/shm it is not bound by that file system's size, which in containers is small, and reserving
-    it here turns a shortage into an OSError instead of a SIGBUS at the first touch.
-    """
-    if not hasattr(os, "memfd_create"):
-        return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(nbytes))  # type: ignore[no-untyped-call]
-    descriptor = os.memfd_create("dcp_staging")
+    """Map anonymous memory, which goes back to the system when the last tensor in it is gone; malloc may keep it."""
     try:
-        os.posix_fallocate(descriptor, 0, nbytes)
-        # Private, but what torch.multiprocessing itself makes a storage from a received descriptor with. The storage
-        # has a duplicate of the descriptor.
-        storage = torch.UntypedStorage._new_shared_fd_cpu(descriptor, nbytes)  # type: ignore[attr-defined]
-    finally:
-        os.close(descriptor)
-    return torch.empty(0, dtype=torch.uint8).set_(storage)
+        mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as exc:
+        raise StagingMemoryError(f"could not get {nbytes} bytes of memory for staging: {exc}") from exc
+    # The tensor keeps the mapping alive.
+    block = torch.frombuffer(mapping, dtype=torch.uint8)
+    if nbytes >= 2 * _HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+        _huge_pages.ask_for(mapping, block.data_ptr())
+    return block
+
+
+class _HugePages:
+    """Has mappings made of huge pages, unless these are slower here.
+
+    The first touch of memory in huge pages measured about four times faster than in small ones. But a virtual machine
+    whose host takes free pages back waits for the host at each huge page that it has to ask back, while it often has
+    small ones left: there it measured as much slower. One page of a mapping tells which it is.
+    """
+
+    def __init__(self) -> None:
+        self._slow_until_seconds = 0.0
+
+    def ask_for(self, mapping: mmap.mmap, address: int) -> None:
+        """Ask for them, for a new mapping at this address."""
+        start = time.monotonic()
+        if start < self._slow_until_seconds:
+            return
+        try:
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:
+            # A kernel without them.
+            return
+        mapping[-address % _HUGE_PAGE_BYTES] = 0
+        end = time.monotonic()
+        if end - start > _SLOW_HUGE_PAGE_SECONDS:
+            mapping.madvise(mmap.MADV_NOHUGEPAGE)
+            self._slow_until_seconds = end + _PAUSE_SECONDS
+
+
+_huge_pages = _HugePages()

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import collections
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from dcp_plugins.collector import collector_paused
 from dcp_plugins.errors import UnsupportedValueError, listing
 from dcp_plugins.staging.memory import HostMemory
-from dcp_plugins.staging.wrappers import is_plain_memory, parts, rebuild
+from dcp_plugins.staging.wrappers import PLAIN_TENSORS, is_plain_memory, parts, rebuild
 from dcp_plugins.tensors.checkpointable import copy_attributes, is_checkpointable
 
 __all__ = ["Copy", "take_snapshot"]
@@ -43,9 +45,9 @@ _ATOMIC = frozenset(
         type(...),
     }
 )
-_PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
+@collector_paused()
 @torch.no_grad()
 def take_snapshot(state_dict: Mapping[str, Any], memory: HostMemory, copy_all: Copy) -> dict[str, Any]:
     """Return a copy of ``state_dict`` on the host; it is complete once the copies that were started have ended.
@@ -78,20 +80,29 @@ def take_snapshot(state_dict: Mapping[str, Any], memory: HostMemory, copy_all: C
     return staged
 
 
-class _Leaf(NamedTuple):
-    """A tensor that is plain memory."""
+_Shape = tuple[int, int, torch.dtype, torch.Size, Path]
+"""What decides where the copies of tensors that are plain memory go: address (0 where there is none to compare), bytes,
+dtype, shape and path of each. A bare tuple, because there may be very many."""
 
-    start: int  # Address; 0 where there is none to compare.
-    end: int  # Exclusive.
-    tensor: torch.Tensor
-    path: Path
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Layout:
+    """Where the tensors of a snapshot have been placed: as long as nothing has moved, the next one's go there too."""
+
+    shapes: list[_Shape]
+    places: list[torch.Tensor]
+    """For each tensor."""
+    copied: list[int]
+    """The tensors whose memory is in no other's, outermost first."""
 
 
 class _Taker:
     def __init__(self, memory: HostMemory) -> None:
         self.failures: list[tuple[Path, Exception]] = []
         self._memory = memory
-        self._leaves: list[_Leaf] = []
+        # Tensors that are plain memory.
+        self._tensors: list[torch.Tensor] = []
+        self._shapes: list[_Shape] = []
         # As copy.deepcopy's: id of an original -> its copy.
         self._memo: dict[int, Any] = {}
         self._seen: set[int] = set()
@@ -103,14 +114,17 @@ class _Taker:
     def collect(self, value: Any, path: Path) -> None:
         """Find the tensors of ``value``."""
         kind = type(value)
-        if kind in _PLAIN_TENSORS:
+        if kind in PLAIN_TENSORS:
             self._add(value, path)
         elif kind in _ATOMIC or id(value) in self._seen:
             return
         elif isinstance(value, Mapping):
             self._see(value)
             for key, item in value.items():
-                self.collect(item, (*path, key))
+                if type(item) in PLAIN_TENSORS:
+                    self._add(item, (*path, key))
+                else:
+                    self.collect(item, (*path, key))
         elif isinstance(value, (list, tuple)):
             self._see(value)
             for position, item in enumerate(value):
@@ -129,44 +143,64 @@ class _Taker:
     def _add(self, tensor: torch.Tensor, path: Path) -> None:
         if id(tensor) in self._seen or not is_plain_memory(tensor):
             return
-        self._see(tensor)
+        # Not _see: the list of tensors keeps it alive.
+        self._seen.add(id(tensor))
         start = 0
-        if (
-            (tensor.is_cpu or tensor.is_cuda)
-            and tensor.is_contiguous()
-            and not tensor.is_conj()
-            and not tensor.is_neg()
-        ):
+        if (tensor.is_cpu or tensor.is_cuda) and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
             start = tensor.data_ptr()
-        self._leaves.append(_Leaf(start, start + tensor.nbytes, tensor, path))
+        self._tensors.append(tensor)
+        self._shapes.append((start, tensor.nbytes, tensor.dtype, tensor.shape, path))
 
     def place(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Give every tensor its place in host memory; return the targets and sources of the copies that fill them."""
-        self._memory.begin_round()
-        targets: list[torch.Tensor] = []
-        sources: list[torch.Tensor] = []
-        outer: _Leaf | None = None
-        outer_target: torch.Tensor | None = None
-        # Outermost first: a tensor inside the one before it becomes a view of its copy.
-        for leaf in sorted(self._leaves, key=_by_address):
-            tensor = leaf.tensor
-            if outer is not None and outer_target is not None and leaf.start and leaf.end <= outer.end:
-                offset = leaf.start - outer.start
-                if offset % tensor.element_size() == 0 and tensor.nbytes:
-                    self._place(leaf, _window(outer_target, offset, tensor))
-                    continue
-            target = self._memory.take(leaf.path, tensor.shape, tensor.dtype)
-            targets.append(target)
-            sources.append(tensor)
-            self._place(leaf, target)
-            if leaf.start and (outer is None or leaf.end > outer.end):
-                outer, outer_target = leaf, target
-        return targets, sources
+        layout = self._memory.layout
+        if isinstance(layout, _Layout) and layout.shapes == self._shapes:
+            self._memory.repeat_round()
+        else:
+            layout = self._memory.layout = self._lay_out()
+        tensors, places = self._tensors, layout.places
+        for tensor, place in zip(tensors, places, strict=True):
+            self._place(tensor, place)
+        return [places[number] for number in layout.copied], [tensors[number] for number in layout.copied]
 
-    def _place(self, leaf: _Leaf, target: torch.Tensor) -> None:
-        tensor = leaf.tensor
+    def _lay_out(self) -> _Layout:
+        shapes = self._shapes
+        # Number of a tensor -> number of the one around it, and its offset there in bytes.
+        inside: dict[int, tuple[int, int]] = {}
+        copied: list[int] = []
+        outer: int | None = None
+        outer_end = outer_start = 0
+        # Outermost first: a tensor inside the one before it becomes a view of its copy.
+        for number in sorted(range(len(shapes)), key=lambda number: (shapes[number][0], -shapes[number][1])):
+            start, nbytes, dtype, _, _ = shapes[number]
+            end = start + nbytes
+            if outer is not None and nbytes and end <= outer_end and (start - outer_start) % dtype.itemsize == 0:
+                inside[number] = outer, start - outer_start
+                continue
+            copied.append(number)
+            if start and end > outer_end:
+                outer, outer_start, outer_end = number, start, end
+        memory = self._memory
+        memory.require(sum(shapes[number][1] for number in copied))
+        memory.begin_round()
+        places: dict[int, torch.Tensor] = {}
+        try:
+            for number in copied:
+                _, _, dtype, shape, path = shapes[number]
+                places[number] = memory.take(path, shape, dtype)
+        except MemoryError:
+            # Half of a snapshot is of no use, and somebody may need the memory.
+            memory.close()
+            raise
+        memory.trim()
+        for number, (outer, offset) in inside.items():
+            _, nbytes, dtype, shape, _ = shapes[number]
+            places[number] = _window(places[outer], offset, nbytes, dtype, shape)
+        return _Layout(shapes, [places[number] for number in range(len(shapes))], copied)
+
+    def _place(self, tensor: torch.Tensor, target: torch.Tensor) -> None:
         marked = is_checkpointable(tensor)
-        if type(tensor) not in _PLAIN_TENSORS:
+        if type(tensor) not in PLAIN_TENSORS:
             target = target.as_subclass(type(tensor))
             target.__dict__.update(copy.deepcopy(tensor.__dict__, self._memo))
         elif marked or tensor.requires_grad:
@@ -189,12 +223,15 @@ class _Taker:
         if done is not _ABSENT:
             return done
         if kind is dict or kind is collections.OrderedDict:
-            made = self._memo[id(value)] = kind()
+            memo = self._memo
+            made = memo[id(value)] = kind()
             if kind is collections.OrderedDict:
                 # What Module.state_dict() puts there: the versions of the modules.
                 made.__dict__.update(copy.deepcopy(value.__dict__, self._memo))
             for key, item in value.items():
-                made[key] = self.build(item, (*path, key))
+                # Most of a large state dict: what place() has made.
+                place = memo.get(id(item)) if type(item) in PLAIN_TENSORS else None
+                made[key] = self.build(item, (*path, key)) if place is None else place
             return made
         if kind is list:
             items: list[Any] = []
@@ -235,16 +272,12 @@ class _Taker:
 _ABSENT = object()
 
 
-def _by_address(leaf: _Leaf) -> tuple[int, int]:
-    return leaf.start, -leaf.end
-
-
-def _window(outer: torch.Tensor, offset_bytes: int, like: torch.Tensor) -> torch.Tensor:
-    """Return the part of contiguous ``outer`` that begins at the offset, in ``like``'s dtype and shape."""
-    if not offset_bytes and outer.dtype is like.dtype and outer.shape == like.shape:
+def _window(outer: torch.Tensor, offset: int, nbytes: int, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
+    """Return the part of contiguous ``outer`` that begins at the offset in bytes."""
+    if not offset and outer.dtype is dtype and outer.shape == shape:
         return outer
     flat = outer.view(-1).view(torch.uint8)
-    return flat[offset_bytes : offset_bytes + like.nbytes].view(like.dtype).view(like.shape)
+    return flat[offset : offset + nbytes].view(dtype).view(shape)
 
 
 def _items(value: Any) -> Iterator[tuple[Any, Any]]:

@@ -18,7 +18,14 @@ from dcp_plugins.staging.memory import HostMemory
 from dcp_plugins.staging.snapshot import take_snapshot
 from dcp_plugins.staging.streams import Copies
 
-__all__ = ["BlockingAsyncStager", "DefaultStager", "StagingOptions", "release_staging_memory", "shared_stager"]
+__all__ = [
+    "BlockingAsyncStager",
+    "DefaultStager",
+    "StagingOptions",
+    "release_staging_memory",
+    "shared_stager",
+    "staging_memory_bytes",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -48,14 +55,27 @@ class DefaultStager(AsyncStager):
 
     What ``stage`` returns is valid until the next ``stage`` of the same stager, which writes into the same memory.
     Called by ``async_save``, on the thread that calls it; not thread-safe.
+
+    Args:
+        config: How to stage.
+        max_staging_bytes: The most host memory to take and keep. ``stage`` raises ``StagingMemoryError`` for a state
+            dict that needs more; ``async_save`` then writes it from its own memory, and returns when that is done.
+            None leaves it at what the machine has.
     """
 
-    def __init__(self, config: StagingOptions = StagingOptions()) -> None:  # noqa: B008 - never changed
+    def __init__(
+        self,
+        config: StagingOptions = StagingOptions(),  # noqa: B008 - never changed
+        *,
+        max_staging_bytes: int | None = None,
+    ) -> None:
+        if max_staging_bytes is not None and max_staging_bytes <= 0:
+            raise ValueError(f"max_staging_bytes must be positive, or None for no limit; got {max_staging_bytes}")
         self._config = config
         pinned = config.use_pinned_memory and torch.cuda.is_available()
         non_blocking = config.use_non_blocking_copy and torch.accelerator.is_available()
         _say_what_is_missing(config, pinned=pinned, non_blocking=non_blocking)
-        self._memory = HostMemory(pinned=pinned, shared=config.use_shared_memory)
+        self._memory = HostMemory(pinned=pinned, shared=config.use_shared_memory, max_bytes=max_staging_bytes)
         self._copies = Copies(non_blocking=non_blocking)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="dcp-staging") if config.use_async_staging else None
         self._last: Future[StateDict] | None = None
@@ -153,17 +173,31 @@ class BlockingAsyncStager(AsyncStager):
             self._stager = None
 
 
-_shared_stager: DefaultStager | None = None
+# By whether another process can map what they stage.
+_shared_stagers: dict[bool, DefaultStager] = {}
 _lock = threading.Lock()
 
 
-def shared_stager() -> DefaultStager:
-    """Return the stager of this process for asynchronous saves that bring none; its memory is kept between them."""
-    global _shared_stager  # noqa: PLW0603 - one for the process is the point
+def shared_stager(*, for_process: bool = False) -> DefaultStager:
+    """Return the stager of this process for asynchronous saves that bring none; its memory is kept between them.
+
+    Args:
+        for_process: Stage where another process can map it.
+    """
     with _lock:
-        if _shared_stager is None:
-            _shared_stager = DefaultStager(_plain_options())
-        return _shared_stager
+        stager = _shared_stagers.get(for_process)
+        if stager is None:
+            stager = _shared_stagers[for_process] = DefaultStager(_plain_options(shared=for_process))
+        return stager
+
+
+def staging_memory_bytes() -> int:
+    """Return the bytes of host memory that asynchronous saves without a stager of their own keep for the next one.
+
+    A stager of the caller's own reports its part as ``staging_nbytes``.
+    """
+    with _lock:
+        return sum(stager.staging_nbytes for stager in _shared_stagers.values())
 
 
 def release_staging_memory() -> None:
@@ -171,18 +205,19 @@ def release_staging_memory() -> None:
 
     Call it when no save is in flight.
     """
-    global _shared_stager  # noqa: PLW0603 - see shared_stager
     with _lock:
-        if _shared_stager is not None:
-            _shared_stager.close()
-            _shared_stager = None
+        stagers = list(_shared_stagers.values())
+        _shared_stagers.clear()
+    for stager in stagers:
+        stager.close()
 
 
-def _plain_options() -> StagingOptions:
+def _plain_options(*, shared: bool = False) -> StagingOptions:
     """Return the options for staging on the calling thread, as fast as this machine can."""
     return StagingOptions(
-        use_pinned_memory=torch.cuda.is_available(),
-        use_shared_memory=False,
+        # Page-locked memory is this process's own.
+        use_pinned_memory=torch.cuda.is_available() and not shared,
+        use_shared_memory=shared,
         use_async_staging=False,
         use_non_blocking_copy=torch.accelerator.is_available(),
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from dcp_plugins.staging.host_copy import copy_on_host
+
 __all__ = ["Copies"]
 
 
@@ -33,6 +35,9 @@ class Copies:
 
     def start(self, targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
         """Copy host sources now, and begin to copy those on devices."""
+        if all(source.is_cpu for source in sources):
+            copy_on_host(targets, sources)
+            return
         by_device: dict[torch.device, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
         for target, source in zip(targets, sources, strict=True):
             pair = by_device.get(source.device)
@@ -45,7 +50,7 @@ class Copies:
         for device, (device_targets, device_sources) in by_device.items():
             self._start_from(device, device_targets, device_sources)
         if host is not None:
-            _copy(*host, non_blocking=False)
+            copy_on_host(*host)
 
     def wait(self) -> None:
         """Wait until all copies have ended."""

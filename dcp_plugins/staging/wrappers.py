@@ -21,7 +21,10 @@ from dcp_plugins.format.memory import as_buffer
 from dcp_plugins.tensors import find_shard, write_items
 from dcp_plugins.tensors.describe import has_hooks
 
-__all__ = ["is_plain_memory", "parts", "rebuild"]
+__all__ = ["PLAIN_TENSORS", "is_plain_memory", "parts", "rebuild"]
+
+PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
+"""The classes whose instances have no behaviour of their own."""
 
 Build = Callable[[str, Any], Any]
 """Gives the copy of a part, by the part's name."""
@@ -30,7 +33,7 @@ Build = Callable[[str, Any], Any]
 def is_plain_memory(tensor: torch.Tensor) -> bool:
     """Whether the elements are strided memory that ``copy_`` reads, on any device."""
     # First the class: one that handles operators itself may hold its elements anywhere, and not answer the rest.
-    if isinstance(tensor, ShardedTensor) or _has_dispatch(tensor):
+    if type(tensor) not in PLAIN_TENSORS and (isinstance(tensor, ShardedTensor) or _has_dispatch(tensor)):
         return False
     return tensor.layout is torch.strided and not (tensor.is_meta or tensor.is_quantized or tensor.is_nested)
 

@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.futures import Future
@@ -75,6 +75,9 @@ class FileSystemWriter(StorageWriter):
         serialization_format: ``TORCH_SAVE``. Safetensors directories have a writer of their own.
     """
 
+    warns_of_replacing: ClassVar[bool] = True
+    """Whether replacing a checkpoint is worth a warning; for subclasses that do so as a rule."""
+
     def __init__(
         self,
         path: str | os.PathLike[str],
@@ -131,11 +134,12 @@ class FileSystemWriter(StorageWriter):
                 raise CheckpointExistsError(
                     f"Checkpoint already exists in {self.path} and overwrite=False: choose another checkpoint_id"
                 )
-            warnings.warn(
-                f"Detected an existing checkpoint in {self.path}: it is replaced when this save is complete. "
-                "Pass overwrite=False to the writer to make this an error",
-                stacklevel=2,
-            )
+            if self.warns_of_replacing:
+                warnings.warn(
+                    f"Detected an existing checkpoint in {self.path}: it is replaced when this save is complete. "
+                    "Pass overwrite=False to the writer to make this an error",
+                    stacklevel=2,
+                )
         if self.rank is not None and not self.use_collectives:
             return dataclasses.replace(plan, storage_data=StoragePrefix(f"__{self.rank}_"))
         return plan

@@ -18,10 +18,10 @@ import torch
 import torch.distributed.checkpoint as torch_dcp
 
 import dcp_plugins as dcp
-from dcp_plugins.engine import AsyncCheckpointerType, AsyncSaveResponse
+from dcp_plugins.engine import AsyncSaveResponse
 from dcp_plugins.engine.async_save import _writers_stagers
 from dcp_plugins.engine.thread_runner import SaveFuture, thread_runner
-from dcp_plugins.errors import CheckpointError, UnsupportedValueError
+from dcp_plugins.errors import UnsupportedValueError
 from dcp_plugins.staging import BlockingAsyncStager, DefaultStager, StagingOptions, release_staging_memory
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -179,11 +179,6 @@ def test_mistakes_of_the_call_are_raised_by_the_call(tmp_path: Path) -> None:
         dcp.async_save({"a": 1}, checkpoint_id="nowhere://x")
     with pytest.raises(UnsupportedValueError, match="lock"):
         dcp.async_save({"lock": threading.Lock()}, checkpoint_id=tmp_path)
-
-
-def test_the_process_runner_says_that_it_is_not_there_yet(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"AsyncCheckpointerType\.THREAD"):
-        dcp.async_save({"a": 1}, checkpoint_id=tmp_path, async_checkpointer_type=AsyncCheckpointerType.PROCESS)
 
 
 def test_an_asynchronous_stager_gives_two_futures(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def test_without_shared_memory_staging_goes_on_in_private_memory(
     def full(nbytes: int) -> torch.Tensor:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(memory_module, "_shared_block", full)
+    monkeypatch.setattr(memory_module, "map_shared", full)
     memory = HostMemory(shared=True)
     with caplog.at_level(logging.WARNING):
         slots = take(memory, {"a": 2 * MIB, "b": 2 * MIB})

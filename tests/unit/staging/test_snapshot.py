@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
-from dcp_plugins.errors import UnsupportedValueError
+from dcp_plugins.errors import StagingMemoryError, UnsupportedValueError
+from dcp_plugins.staging import memory as memory_module
 from dcp_plugins.staging.memory import HostMemory
 from dcp_plugins.staging.snapshot import take_snapshot
 from dcp_plugins.staging.streams import Copies
@@ -323,3 +324,72 @@ def test_a_checkpointable_tensor_stays_one() -> None:
     assert staged.global_offsets == ((6,),)
     plain = snapshot({"t": torch.arange(6.0)}, memory)["t"]
     assert not hasattr(plain, "global_shape")
+
+
+def test_tensors_that_move_change_or_come_and_go_are_staged_as_they_are() -> None:
+    memory = HostMemory()
+    base = torch.zeros(100)
+    states: list[dict[str, Any]] = [
+        {"a": torch.ones(10), "b": base[:50]},
+        {"a": torch.ones(10), "b": base[50:]},
+        {"a": base[10:20], "b": base[:50]},
+        {"b": base[:50], "a": base[10:20]},
+        {"a": base[10:20].view(torch.int32), "b": base[:50]},
+        {"a": base[10:20].view(2, 5), "b": base[:50], "c": 1},
+        {"a": base[10:20].requires_grad_(), "b": base[:50]},
+        {"a": base[10:20]},
+    ]
+    for number, state in enumerate([*states, *states, *states[::-1]]):
+        base.copy_(torch.arange(100.0) + number)
+        staged = snapshot(state, memory)
+        assert list(staged) == list(state)
+        assert type(staged.get("c")) is type(state.get("c"))
+        for key in ("a", "b"):
+            if key in state:
+                assert torch.equal(staged[key], state[key])
+                assert staged[key].dtype is state[key].dtype
+                assert staged[key].requires_grad == state[key].requires_grad
+
+
+def test_what_stays_where_it_is_keeps_its_places_and_its_ties() -> None:
+    memory = HostMemory()
+    flat = torch.randn(1000)
+    state = {"flat": flat, "part": flat[100:200], "other": torch.randn(5)}
+    first = snapshot(state, memory)
+    flat.add_(1)
+    again = snapshot(state, memory)
+    assert {key: value.data_ptr() for key, value in first.items()} == {
+        key: value.data_ptr() for key, value in again.items()
+    }
+    assert torch.equal(again["part"], flat[100:200])
+    assert memory.nbytes == 4020
+    for _ in range(3):
+        snapshot({"other": state["other"]}, memory)
+    assert memory.nbytes == 20
+
+
+def test_more_than_is_allowed_is_refused_before_anything_is_copied() -> None:
+    memory = HostMemory(max_bytes=1000)
+    copied: list[int] = []
+    with pytest.raises(StagingMemoryError, match=r"takes 1200 bytes, and max_staging_bytes allows 1000"):
+        take_snapshot({"a": torch.ones(300)}, memory, lambda targets, sources: copied.append(len(targets)))
+    assert copied == []
+    assert torch.equal(snapshot({"a": torch.ones(250)}, memory)["a"], torch.ones(250))
+
+
+def test_states_in_turn_together_keep_no_more_than_is_allowed() -> None:
+    memory = HostMemory(max_bytes=1000)
+    for _ in range(3):
+        for size in (100, 200, 250):
+            state = {"a": torch.randn(size)}
+            assert torch.equal(snapshot(state, memory)["a"], state["a"])
+            assert memory.nbytes <= 1000
+
+
+def test_more_than_the_machine_has_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_module, "available_bytes", lambda: 100 * 1024 * 1024)
+    memory = HostMemory()
+    # Its memory is not touched.
+    large = torch.empty(30 * 1024 * 1024)
+    with pytest.raises(StagingMemoryError, match="104857600 are available"):
+        snapshot({"a": large}, memory)

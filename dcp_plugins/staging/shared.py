@@ -1,0 +1,117 @@
+"""Memory that other processes can map: a few large memory files, each holding many slots.
+
+One file for each tensor would cost a descriptor for each, here and in every process that maps it: 200 tensors of 6 MB
+would use up the usual limit of 256. So a file is as large as address space allows, and pages are reserved only as slots
+are taken from it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Callable
+
+import torch
+
+__all__ = ["SharedArena", "descriptor_of", "map_shared"]
+
+_BLOCK_BYTES = 1024 * 1024 * 1024
+# Reserving in steps saves a system call for each of many small slots.
+_RESERVE_BYTES = 8 * 1024 * 1024
+_ALIGNMENT_BYTES = 64
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+# fallocate(2): free the range's pages, and leave the file's size as it is.
+_KEEP_SIZE_PUNCH_HOLE = 0x01 | 0x02
+
+
+class SharedArena:
+    """Hands out runs of shared memory, one after the other; not thread-safe.
+
+    A block is unmapped when the arena has left it and the last tensor in it is gone. Until then the pages of what was
+    discarded go back to the system on their own.
+
+    Args:
+        new_block: Maps a block of the given size, without reserving its memory.
+    """
+
+    def __init__(self, new_block: Callable[[int], torch.Tensor]) -> None:
+        self._new_block = new_block
+        self._block: torch.Tensor | None = None
+        self._used_bytes = 0
+        self._reserved_bytes = 0
+
+    def take(self, nbytes: int) -> torch.Tensor:
+        """Return ``nbytes`` bytes that can be written without a fault.
+
+        Raises:
+            OSError: There is not that much shared memory.
+        """
+        start = -(-self._used_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        if self._block is None or start + nbytes > self._block.numel():
+            self._block = self._new_block(max(nbytes, _BLOCK_BYTES))
+            start = self._used_bytes = self._reserved_bytes = 0
+        end = start + nbytes
+        if end > self._reserved_bytes:
+            target = min(self._block.numel(), max(end, self._reserved_bytes + _RESERVE_BYTES))
+            _reserve(self._block, self._reserved_bytes, target - self._reserved_bytes)
+            self._reserved_bytes = target
+        self._used_bytes = end
+        return self._block[start:end]
+
+    def discard(self, slot: torch.Tensor) -> None:
+        """Free the whole pages of what ``take`` gave; whoever still reads them finds zeros."""
+        first = slot.storage_offset() * slot.element_size()
+        start = -(-first // _PAGE_BYTES) * _PAGE_BYTES
+        end = (first + slot.nbytes) // _PAGE_BYTES * _PAGE_BYTES
+        if end > start:
+            # A hint: where the system does not know the call, the block's end frees the pages.
+            _fallocate(descriptor_of(slot.untyped_storage()), _KEEP_SIZE_PUNCH_HOLE, start, end - start)
+
+    def close(self) -> None:
+        """Leave the last block."""
+        self._block = None
+
+
+def map_shared(nbytes: int) -> torch.Tensor:
+    """Map a new memory file, whose pages are not reserved yet, as a tensor of bytes.
+
+    Unlike a file in /dev/shm it is not bound by that file system's size, which in containers is small.
+    """
+    try:
+        if not hasattr(os, "memfd_create"):
+            return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(nbytes))  # type: ignore[no-untyped-call]
+        descriptor = os.memfd_create("dcp_staging")
+        try:
+            os.ftruncate(descriptor, nbytes)
+            # Private, but what torch.multiprocessing itself makes a storage from a received descriptor with. The
+            # storage has a duplicate of the descriptor.
+            storage = torch.UntypedStorage._new_shared_fd_cpu(descriptor, nbytes)  # type: ignore[attr-defined]
+        finally:
+            os.close(descriptor)
+    except RuntimeError as exc:
+        # How torch says that mmap failed.
+        raise OSError(f"cannot map {nbytes} bytes of shared memory: {exc}") from exc
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
+
+
+def descriptor_of(storage: torch.UntypedStorage) -> int:
+    """Return the descriptor of a shared storage's file; it is the storage's own, and not to be closed."""
+    return int(storage._share_fd_cpu_()[0])
+
+
+def _reserve(block: torch.Tensor, offset_bytes: int, nbytes: int) -> None:
+    """Have pages set aside now: a shortage is an OSError here instead of a SIGBUS at the first touch."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor_of(block.untyped_storage()), offset_bytes, nbytes)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
+def _fallocate(descriptor: int, mode: int, offset_bytes: int, nbytes: int) -> None:
+    call = getattr(_libc(), "fallocate64", None)
+    if call is not None:
+        call(descriptor, mode, ctypes.c_int64(offset_bytes), ctypes.c_int64(nbytes))

@@ -1,0 +1,93 @@
+"""Writers and planners that a checkpoint process can import."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import dcp_plugins as dcp
+
+
+class Gated(dcp.FileSystemWriter):
+    """Says that it has begun to write, and goes on when it is let go."""
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / "begun").write_text(str(os.getpid()))
+        deadline = time.monotonic() + 30
+        while not (self.path / "go").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return super().write_data(plan, planner)
+
+
+def wait_for(path: Path) -> str:
+    """Wait until a ``Gated`` has begun; return its process's id."""
+    deadline = time.monotonic() + 30
+    while not (path / "begun").exists() or not (path / "begun").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return (path / "begun").read_text()
+
+
+class Full(dcp.FileSystemWriter):
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+
+class Broken(Exception):
+    """Cannot be unpickled."""
+
+    def __init__(self, first: int, second: int) -> None:
+        super().__init__("broken in its own way")
+
+
+class Raises(dcp.FileSystemWriter):
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        raise Broken(1, 2)
+
+
+class Suicidal(dcp.FileSystemWriter):
+    """Kills its process on one rank."""
+
+    def __init__(self, path: Any, rank: int) -> None:
+        super().__init__(path)
+        self.victim = rank
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        if (dist.get_rank() if dist.is_initialized() else 0) == self.victim:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().write_data(plan, planner)
+
+
+class FullOnRankOne(dcp.FileSystemWriter):
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        if dist.get_rank() == 1:
+            raise OSError(28, "No space left on device")
+        return super().write_data(plan, planner)
+
+
+class Reporting(dcp.FileSystemWriter):
+    """Leaves a note about the process that it works in."""
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        note = f"{os.getpid()} {torch.cuda.is_available()} {os.environ['CUDA_VISIBLE_DEVICES']!r} {os.getppid()}"
+        Path(f"{self.path}.note").write_text(note)
+        return super().write_data(plan, planner)
+
+
+class CastingPlanner(dcp.DefaultSavePlanner):
+    def transform_object(self, write_item: Any, object: Any) -> Any:
+        value = super().transform_object(write_item, object)
+        return value * 2 if isinstance(value, torch.Tensor) else value
+
+
+class Unpicklable(dcp.DefaultSavePlanner):
+    def __reduce__(self) -> Any:
+        raise RuntimeError("not this planner")

@@ -1,0 +1,249 @@
+"""Asynchronous saves keep one staged copy, leak nothing, and go on where memory runs out."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dcp_plugins as dcp
+from dcp_plugins.engine import AsyncCheckpointerType, AsyncSaveResponse
+from dcp_plugins.engine.thread_runner import thread_runner
+from dcp_plugins.staging import DefaultStager, StagingOptions, release_staging_memory, staging_memory_bytes
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Detected an existing checkpoint:UserWarning"),
+]
+
+KINDS = list(AsyncCheckpointerType)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_in_flight() -> Iterator[None]:
+    yield
+    thread_runner.finish_previous()
+    release_staging_memory()
+
+
+def state(step: int) -> dict[str, Any]:
+    return {
+        "large": torch.full((600_000,), float(step)),
+        "small": {str(number): torch.full((100,), float(step)) for number in range(50)},
+        "step": step,
+    }
+
+
+def blank() -> dict[str, Any]:
+    return {
+        "large": torch.zeros(600_000),
+        "small": {str(number): torch.zeros(100) for number in range(50)},
+        "step": -1,
+    }
+
+
+def check(path: Path, step: int) -> None:
+    target = blank()
+    dcp.load(target, checkpoint_id=path)
+    assert target["step"] == step
+    assert (target["large"] == step).all()
+    assert all((tensor == step).all() for tensor in target["small"].values())
+
+
+def children() -> list[str]:
+    found: list[str] = []
+    for task in Path("/proc/self/task").iterdir():
+        found += (task / "children").read_text().split()
+    return sorted(found)
+
+
+def anonymous_bytes(process: str) -> int:
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+
+
+def used() -> dict[str, Any]:
+    processes = ["self", *children()]
+    return {
+        "threads": threading.active_count(),
+        "children": processes,
+        "descriptors": [len(os.listdir(f"/proc/{process}/fd")) for process in processes],
+        "shared memory": sorted(name for name in os.listdir("/dev/shm") if name.startswith(("torch_", "psm_", "dcp"))),
+        "kept": staging_memory_bytes(),
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_200_saves_leave_nothing_behind(kind: AsyncCheckpointerType, tmp_path: Path) -> None:
+    def save(step: int) -> None:
+        writer = dcp.FileSystemWriter(tmp_path / "x", sync_files=False)
+        future = dcp.async_save(state(step), storage_writer=writer, async_checkpointer_type=kind)
+        assert isinstance(future, Future)
+        future.result()
+
+    for step in range(20):
+        save(step)
+    gc.collect()
+    before, memory = used(), [anonymous_bytes(process) for process in ["self", *children()]]
+    for step in range(200):
+        save(step)
+    check(tmp_path / "x", 199)
+    gc.collect()
+    assert used() == before
+    grown = [anonymous_bytes(process) - was for process, was in zip(["self", *children()], memory, strict=True)]
+    # Three times a state; 200 of them would be 480 MB.
+    assert max(grown) < 8_000_000, grown
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_one_staged_copy_is_kept_and_reported_until_it_is_released(kind: AsyncCheckpointerType, tmp_path: Path) -> None:
+    nbytes = 600_000 * 4 + 50 * 400
+    assert staging_memory_bytes() == 0
+    for step in range(3):
+        dcp.async_save(state(step), checkpoint_id=tmp_path / str(step), async_checkpointer_type=kind).result()
+        assert staging_memory_bytes() == nbytes
+    release_staging_memory()
+    assert staging_memory_bytes() == 0
+
+
+class HeldWriter(dcp.FileSystemWriter):
+    """Writes once it is let go."""
+
+    def __init__(self, path: Any, **options: Any) -> None:
+        super().__init__(path, **options)
+        self.let_go = threading.Event()
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        assert self.let_go.wait(20)
+        return super().write_data(plan, planner)
+
+
+def test_a_state_over_the_budget_is_saved_from_its_own_memory_and_the_call_returns_after_that(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stager = DefaultStager(StagingOptions(False, False, False, False), max_staging_bytes=1_000_000)
+    values = state(7)
+    writer = HeldWriter(tmp_path)
+    threading.Timer(0.2, writer.let_go.set).start()
+    with caplog.at_level(logging.WARNING):
+        future = dcp.async_save(values, storage_writer=writer, async_stager=stager)
+    values["large"].zero_()
+    assert isinstance(future, Future)
+    assert future.done()
+    check(tmp_path, 7)
+    assert len([record for record in caplog.records if "no memory for a snapshot" in record.getMessage()]) == 1
+    assert stager.staging_nbytes == 0
+    small = {"a": torch.ones(1000)}
+    dcp.async_save(small, checkpoint_id=tmp_path / "small", async_stager=stager).result()
+    assert stager.staging_nbytes == 4000
+    stager.close()
+
+
+def test_with_an_asynchronous_stager_the_completion_of_staging_says_when_the_state_is_written(tmp_path: Path) -> None:
+    stager = DefaultStager(StagingOptions(False, False, True, False), max_staging_bytes=1_000_000)
+    values = state(7)
+    writer = HeldWriter(tmp_path)
+    response = dcp.async_save(values, storage_writer=writer, async_stager=stager)
+    assert isinstance(response, AsyncSaveResponse)
+    with pytest.raises(TimeoutError):
+        response.staging_completion.result(timeout=0.2)
+    writer.let_go.set()
+    response.staging_completion.result()
+    values["large"].zero_()
+    response.upload_completion.result()
+    check(tmp_path, 7)
+    stager.close()
+
+
+def test_a_failure_of_a_save_without_a_snapshot_is_at_the_future(tmp_path: Path) -> None:
+    class Full(dcp.FileSystemWriter):
+        def write_data(self, plan: Any, planner: Any) -> Any:
+            raise OSError(28, "No space left on device")
+
+    stager = DefaultStager(StagingOptions(False, False, False, False), max_staging_bytes=10)
+    future = dcp.async_save(state(1), storage_writer=Full(tmp_path), async_stager=stager)
+    assert isinstance(future, Future)
+    with pytest.raises(dcp.CheckpointException, match="No space left"):
+        future.result()
+    stager.close()
+
+
+@pytest.mark.parametrize("max_bytes", [0, -1])
+def test_a_budget_of_nothing_is_refused(max_bytes: int) -> None:
+    with pytest.raises(ValueError, match="max_staging_bytes"):
+        DefaultStager(StagingOptions(False, False, False, False), max_staging_bytes=max_bytes)
+
+
+def run_program(source: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    program = folder / "program.py"
+    program.write_text(textwrap.dedent(source))
+    return subprocess.run(
+        [sys.executable, str(program), str(folder / "checkpoint")],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+PREAMBLE = """
+import resource, sys, torch
+import dcp_plugins as dcp
+from dcp_plugins.engine import AsyncCheckpointerType
+
+def main():
+    state = {name: torch.full((100_000_000,), ord(name), dtype=torch.uint8) for name in "ab"}
+    dcp.async_save({"warm": torch.ones(3)}, checkpoint_id=sys.argv[1] + "/warm", async_checkpointer_type=KIND).result()
+    LIMIT
+    dcp.async_save(state, checkpoint_id=sys.argv[1], async_checkpointer_type=KIND).result()
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+    for value in state.values():
+        value.zero_()
+    dcp.load(state, checkpoint_id=sys.argv[1])
+    assert all((state[name] == ord(name)).all() for name in "ab")
+    print("loaded")
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_a_process_that_gets_no_more_memory_saves_all_the_same(tmp_path: Path) -> None:
+    limit = """
+    pages = int(open("/proc/self/statm").read().split()[0])
+    # Room for the buffers and threads of a save, and not for a copy.
+    resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + 150_000_000, resource.RLIM_INFINITY))
+"""
+    source = PREAMBLE.replace("KIND", "AsyncCheckpointerType.THREAD").replace("    LIMIT", limit)
+    result = run_program(source, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "loaded\n"
+    assert result.stderr.count("no memory for a snapshot") == 1
+
+
+def test_a_process_that_gets_no_shared_memory_saves_all_the_same(tmp_path: Path) -> None:
+    # What a memory file may grow to; Python ignores the signal that comes with it.
+    limit = """
+    resource.setrlimit(resource.RLIMIT_FSIZE, (250_000_000,) * 2)
+    import dcp_plugins.staging
+    dcp_plugins.staging.release_staging_memory()
+"""
+    source = PREAMBLE.replace("KIND", "AsyncCheckpointerType.PROCESS").replace("    LIMIT", limit)
+    result = run_program(source, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "loaded\n"
+    assert "shared memory for staging" in result.stderr
