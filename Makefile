@@ -1,6 +1,6 @@
 # Everything runs in .venv, which is made on demand with the versions of constraints.txt.
 #
-#   make demo    a Lightning run on FSDP2 that is killed and resumed, on 2, 1 and 4 ranks; STRATEGY=dcp_fsdp: on FSDP1
+#   make demo    a Lightning run on FSDP2 that is killed and resumed, on 2, 1 and 4 ranks; STRATEGY=dcp_fsdp_async: FSDP1
 #   make test    what CI runs: lint, types, the whole suite
 #   make lint    ruff and mypy
 #   make parallelism-table   run the matrix of parallelisms, and write what it finds into docs/parallelism.md

@@ -1,50 +1,29 @@
 """The demo: a run that is killed goes on as if it had not been, on as many ranks as you like. ``make demo`` runs it.
 
-It trains ``lightning_train.py`` (a small GPT on 2 ranks of the CPU) without interruption; once more, killing all of its
-processes in the middle of a save; and then from the last committed checkpoint on 2, on 1 and on 4 ranks. Losses are
-compared with the uninterrupted run's, and the state after each load, bit by bit, with the one that was saved.
+It trains ``lightning_train.py`` (a small GPT on 2 ranks of the CPU that saves in the background) without interruption;
+once more, killing all of its processes in the middle of a save; and then from the last committed checkpoint on 2, on 1
+and on 4 ranks. Losses are compared with the uninterrupted run's, and the state after each load, bit by bit, with the
+one that was saved. And it times what the saves cost.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import select
 import shlex
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
 
-from lightning_train import digest
+from lightning_recorder import digest
+from lightning_runs import TRAIN, Event, Run, train
 
 from dcp_plugins.lightning import DCPCheckpointIO, is_committed, last_checkpoint
 
-TRAIN = Path(__file__).with_name("lightning_train.py")
+OVERHEAD = Path(__file__).with_name("lightning_overhead.py")
 TOLERANCE = 1e-4  # of losses of another number of ranks: sums in another order, carried on over the steps
-RUN_SECONDS = 300  # a run that takes longer hangs
-
-Event = dict[str, Any]
-
-
-@dataclass
-class Run:
-    """What one run of the training script reported."""
-
-    name: str
-    ranks: int
-    losses: dict[int, float] = field(default_factory=dict)
-    loaded: dict[str, str] = field(default_factory=dict)
-    """Digest of the live state when training began."""
-    states: dict[int, dict[str, str]] = field(default_factory=dict)
-    """Digests of the live state at the saves, by step."""
 
 
 class Demo:
@@ -63,63 +42,29 @@ class Demo:
         self, name: str, ranks: int, directory: Path, *, resume: Path | None = None, kill_at: int | None = None
     ) -> Run:
         """Train, showing progress; with ``kill_at``, kill every process in the middle of that step's save."""
-        command = [sys.executable, str(TRAIN), "--dir", str(directory), "--devices", str(ranks)]
-        command += ["--strategy", self.strategy]
-        command += ["--steps", str(self.steps), "--every", str(self.every), *self.model]
-        command += [] if resume is None else ["--resume", str(resume)]
         run = Run(name, ranks)
-        # The order in which numbers are summed depends on the number of threads, so that is the same in each run.
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        reading, writing = os.pipe()
+        options = ["--strategy", self.strategy, "--steps", str(self.steps), "--every", str(self.every), *self.model]
+        options += [] if resume is None else ["--resume", str(resume)]
         log = self.out / f"{name.replace(' ', '-')}.log"
-        process = subprocess.Popen(
-            [*command, "--record", f"/dev/fd/{writing}"],
-            env=environment,
-            pass_fds=[writing],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that one signal reaches the ranks that Lightning starts, too
-        )
-        os.close(writing)
-        assert process.stdout is not None
-        logger = threading.Thread(target=_copy, args=(process.stdout, log), daemon=True)
-        logger.start()
-        alarm = threading.Timer(RUN_SECONDS, _kill_group, [process.pid])
-        alarm.start()
-        killed = False
-        try:
-            with os.fdopen(reading) as events:
-                for line in events:
-                    event = json.loads(line)
-                    self.show(run, event)
-                    if event["event"] == "saving" and event["step"] == kill_at:
-                        _await_data(directory / f"step={kill_at}.ckpt", reading)
-                        _kill_group(process.pid)
-                        killed = True
-                        break
-            code = process.wait()
-            logger.join()  # ends when the last rank is gone: none of them writes any more
-        finally:
-            alarm.cancel()
-            if process.poll() is None:
-                _kill_group(process.pid)
-        if code != 0 and not killed:
-            print("\n".join(log.read_text().splitlines()[-30:]), file=sys.stderr)
-            sys.exit(f"\nThe run '{name}' failed with exit code {code}; its output is in {log}")
+        train(run, options, directory, log, lambda event: self.show(run, event), kill_at)
         return run
 
     def show(self, run: Run, event: Event) -> None:
-        """Note an event of a run and print the ones that tell of progress."""
+        """Print the events that tell of progress."""
         step = event["step"]
         if event["event"] == "started":
-            run.loaded = event["state"]
             self.say(f"  {run.name}: training on {run.ranks} rank(s) from step {step}")
-        elif event["event"] == "step":
-            run.losses[step] = event["loss"]
-            if step % self.every == 0 or step == self.steps:
-                self.say(f"  {run.name}: step {step:3} of {self.steps}, loss {event['loss']:.4f}")
-        elif event["event"] == "saving":
-            run.states[step] = event["state"]
+        elif event["event"] == "step" and (step % self.every == 0 or step == self.steps):
+            self.say(f"  {run.name}: step {step:3} of {self.steps}, loss {event['loss']:.4f}")
+
+    def time_saves(self, steps: int, every: int, rounds: int) -> None:
+        """Time runs with saves, and runs without."""
+        command = [sys.executable, str(OVERHEAD), "--steps", str(steps), "--every", str(every), *self.model]
+        command += ["--rounds", str(rounds)]
+        done = subprocess.run([*command, "--strategy", self.strategy], capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            sys.exit(f"{done.stderr}\nTiming the saves failed with exit code {done.returncode}")
+        self.say(f"  {done.stdout.strip()}")
 
     def say(self, text: str) -> None:
         print(f"[{time.monotonic() - self.started:5.1f} s] {text}", flush=True)
@@ -133,7 +78,9 @@ class Demo:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=30, help="steps of the whole run (default 30)")
-    parser.add_argument("--strategy", default="dcp_fsdp2", help="dcp_fsdp2, dcp_fsdp or dcp_ddp")
+    parser.add_argument(
+        "--strategy", default="dcp_fsdp2_async", help="dcp_fsdp2, dcp_fsdp or dcp_ddp, with or without _async"
+    )
     parser.add_argument("--out", type=Path, help="where checkpoints and logs go; a new temporary directory by default")
     parser.add_argument("--quick", action="store_true", help="a tiny model and 8 steps, as the tests run it")
     options = parser.parse_args()
@@ -171,6 +118,8 @@ def main() -> None:
         # The run on 2 ranks goes on where the killed one was; the others leave that directory alone.
         directory = interrupted if ranks == 2 else out / name.replace(" ", "-")
         resumed.append(demo.run(name, ranks, directory, resume=checkpoint))
+    demo.say(f"6. Time what saves cost on one rank of this machine, with strategy='{demo.strategy}'")
+    demo.time_saves(*((4, 2, 1) if options.quick else (100, 10, 3)))
     compare(demo, checkpoint, reference, resumed)
     finish(demo, checkpoint)
 
@@ -229,31 +178,10 @@ def finish(demo: Demo, checkpoint: Path) -> None:
         f"\nAll comparisons hold, after {time.monotonic() - demo.started:.0f} s."
         f"\n\nThe checkpoints are in {checkpoint.parent}. What to try next:"
         f"\n  train on, on 4 ranks:    {shlex.join([*again, '--resume', '--devices', '4'])}"
-        f"\n  train on under FSDP1:    {shlex.join([*again, '--resume', '--strategy', 'dcp_fsdp'])}"
+        f"\n  train on under FSDP1:    {shlex.join([*again, '--resume', '--strategy', 'dcp_fsdp_async'])}"
         f"\n  measure your storage:    {shlex.join(bench)}"
         f"\n  in your own trainer:     import dcp_plugins.lightning; Trainer(strategy='{demo.strategy}', ...)"
     )
-
-
-def _copy(source: IO[bytes], log: Path) -> None:
-    with log.open("wb") as target:
-        for line in source:
-            target.write(line)
-            target.flush()
-
-
-def _await_data(checkpoint: Path, events: int) -> None:
-    """Return when a data file is being written into the checkpoint, or, at the latest, when training goes on."""
-    while not list(checkpoint.glob("*.distcp")):
-        if select.select([events], [], [], 0.001)[0]:
-            return
-
-
-def _kill_group(process_id: int) -> None:
-    try:
-        os.killpg(process_id, signal.SIGKILL)
-    except ProcessLookupError:
-        print("(all ranks had ended before they could be killed)", file=sys.stderr)
 
 
 if __name__ == "__main__":

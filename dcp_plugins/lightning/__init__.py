@@ -3,6 +3,8 @@
     import dcp_plugins.lightning
     trainer = Trainer(strategy="dcp_fsdp2", devices=8)
 
+With ``_async`` behind the name (``dcp_fsdp2_async``) checkpoints are written in the background while training goes on.
+
 The strategies are Lightning's own with one change: every rank takes part in writing and reading checkpoints, which are
 directories in Lightning's layout for sharded checkpoints (`layout.py` says what is in one). A run saved under one flag
 resumes under any other and on any number of ranks.

@@ -1,7 +1,7 @@
 """`DCPCheckpointIO`: Lightning's seam for reading and writing checkpoints, on every rank.
 
-The strategies of this package call it on all ranks together; stock strategies would call it on rank 0 alone. It holds
-no state between calls, so one instance may serve several trainers.
+The strategies of this package call it on all ranks together; stock strategies would call it on rank 0 alone. Between
+calls it holds no state but that of a save in the background, so one instance may serve several trainers in turn.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import io
 import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,15 @@ from torch.optim import Optimizer
 
 import dcp_plugins as dcp
 from dcp_plugins.contract import Metadata, WriteResult
+from dcp_plugins.engine import AsyncSaveResponse, await_staging_before_step
+from dcp_plugins.engine.thread_runner import thread_runner
 from dcp_plugins.format.names import METADATA_NAME
 from dcp_plugins.lightning import layout
+from dcp_plugins.lightning.in_flight import InFlight
 from dcp_plugins.lightning.layout import ModelKey
+from dcp_plugins.lightning.links import lead_away
 from dcp_plugins.lightning.load import load_directory, load_file
+from dcp_plugins.staging import BlockingAsyncStager, OverlappedStager
 from dcp_plugins.storage.local import sync_directory
 
 __all__ = ["DCPCheckpointIO"]
@@ -47,6 +53,10 @@ class DCPCheckpointIO(CheckpointIO):
         sync_files: Sync data and directory before the commit. ``False`` is faster and survives a killed process, but
             not a power cut.
         thread_count: Number of I/O threads of each rank; ``None`` takes what the storage finds best.
+        overlap_staging: For saves in the background: copy parameters and the optimizers' state while the next step is
+            computed, which waits for the copy before it changes them. ``False`` copies them before the training goes
+            on: for code that changes parameters elsewhere than in an optimizer's step (clips them in a hook, or swaps
+            averages in).
     """
 
     def __init__(
@@ -56,6 +66,7 @@ class DCPCheckpointIO(CheckpointIO):
         weights_only: bool = True,
         sync_files: bool = True,
         thread_count: int | None = None,
+        overlap_staging: bool = True,
     ) -> None:
         if model_key is not None and model_key not in layout.MODEL_KEYS:
             raise ValueError(f"model_key must be one of {layout.MODEL_KEYS} or None, got {model_key!r}")
@@ -63,10 +74,14 @@ class DCPCheckpointIO(CheckpointIO):
         self.weights_only = weights_only
         self.sync_files = sync_files
         self.thread_count = thread_count
+        self.overlap_staging = overlap_staging
         self.single_process = False
         """Set by a strategy whose trainer is one process, whatever process group may exist around it."""
         self.stock_model_key: ModelKey = "state_dict"
         """Set by the strategy: the ``model_key`` of its stock counterpart."""
+        self._in_flight = InFlight()
+        self._stager: BlockingAsyncStager | OverlappedStager | None = None
+        self._newest: Path | None = None  # the last to be saved, committed or not
 
     @property
     def no_dist(self) -> bool:
@@ -79,11 +94,83 @@ class DCPCheckpointIO(CheckpointIO):
         A previous checkpoint under ``path`` stays loadable until the new one is committed. On return the checkpoint is
         committed; or every rank raises.
         """
-        if storage_options is not None:
-            raise TypeError(
-                f"{type(self).__name__} takes no storage_options in save_checkpoint, got {storage_options!r}. Options"
-                " are arguments of its constructor."
+        _refuse(storage_options)
+        self._in_flight.finish()
+        state, writer = self._prepare(checkpoint, path)
+        with layout.expected_warnings():
+            dcp.save(state, storage_writer=writer, no_dist=self.no_dist)
+        self._newest = Path(path)
+
+    def begin_save(
+        self,
+        checkpoint: dict[str, Any],
+        path: _PathLike,
+        *,
+        optimizers: Iterable[Optimizer] = (),
+        changed_by_forward: Iterable[torch.Tensor] = (),
+        storage_options: Any | None = None,
+    ) -> None:
+        """Begin to write a checkpoint, and return while the writing goes on; otherwise as `save_checkpoint`.
+
+        Values may be changed as soon as this returns, except for the parameters and the state of ``optimizers``, whose
+        next step waits until they are copied. One save is in flight at a time: this waits for the one before.
+
+        Args:
+            checkpoint: As Lightning makes it.
+            path: The same on every rank.
+            optimizers: Those that train. They must be the same ones until `teardown`.
+            changed_by_forward: Parameters of theirs that the forward pass changes.
+            storage_options: None: there are no options.
+
+        Raises:
+            CheckpointException: The save before this one failed; raised on every rank.
+        """
+        _refuse(storage_options)
+        self._in_flight.finish()
+        state, writer = self._prepare(checkpoint, path)
+        optimizers = list(optimizers)
+        if self._stager is None:
+            self._stager = (
+                OverlappedStager(optimizers, changed_by_forward=changed_by_forward)
+                if self.overlap_staging
+                else BlockingAsyncStager(cache_staged_state_dict=True)
             )
+        try:
+            with layout.expected_warnings():
+                begun = dcp.async_save(state, storage_writer=writer, no_dist=self.no_dist, async_stager=self._stager)
+        except BaseException:
+            # The engine tells the other ranks in the background, which the end of this process must not cut off.
+            thread_runner.wait()
+            raise
+        if isinstance(begun, AsyncSaveResponse):
+            await_staging_before_step(optimizers, begun.staging_completion)
+            begun = begun.upload_completion
+        self._in_flight.began(begun)
+        self._newest = Path(path)
+
+    def finish(self) -> None:
+        """Wait until the save in the background is committed and what follows is done; raise its failure, once."""
+        self._in_flight.finish()
+
+    def wait(self) -> None:
+        """Wait for the save in the background, whatever comes of it."""
+        self._in_flight.wait()
+
+    def after_commit(self, step: Callable[[], None]) -> None:
+        """Do something once the save in the background is committed, and not at all if it fails; or now."""
+        self._in_flight.after_commit(step)
+
+    def teardown(self) -> None:
+        """Finish the save in the background, and free the memory that it was staged in."""
+        try:
+            self._in_flight.finish()
+        finally:
+            if self._stager is not None:
+                self._stager.close()
+                self._stager = None
+
+    def _prepare(self, checkpoint: dict[str, Any], path: _PathLike) -> tuple[dict[str, Any], _LightningWriter]:
+        """Return what the engine is to save, and the writer, with the non-tensor part in it as it is now."""
         meta = dict(checkpoint)
         state: dict[str, Any] = {self.model_key or self.stock_model_key: meta.pop("state_dict")}
         for index, optimizer_state in enumerate(meta.pop("optimizer_states", ())):
@@ -97,9 +184,7 @@ class DCPCheckpointIO(CheckpointIO):
                 state[layout.META_KEY] = layout.meta_item(meta, encoded)
             except Exception as exc:  # the writer raises it where the other ranks will hear of it
                 encoded = exc
-        writer = _LightningWriter(path, encoded, sync_files=self.sync_files, thread_count=self.thread_count)
-        with layout.expected_warnings():
-            dcp.save(state, storage_writer=writer, no_dist=self.no_dist)
+        return state, _LightningWriter(path, encoded, sync_files=self.sync_files, thread_count=self.thread_count)
 
     def load_checkpoint(
         self,
@@ -126,6 +211,7 @@ class DCPCheckpointIO(CheckpointIO):
             strict: Demand that the model's keys and the checkpoint's are the same.
         """
         path = Path(path)
+        self.wait()
         plain = self.weights_only if weights_only is None else weights_only
         read: Callable[..., dict[str, Any]] = load_file if path.is_file() else load_directory
         checkpoint = read(
@@ -141,12 +227,18 @@ class DCPCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: _PathLike) -> None:
         """Delete the checkpoint at ``path``, the commit first. Called on rank 0 alone.
 
-        Killed half-way, it leaves a directory that is no checkpoint. Of a link, only the link is deleted.
+        Killed half-way, it leaves a directory that is no checkpoint. Of a link, only the link is deleted. While a save
+        is in flight, this waits for its commit in the background, and deletes nothing if it fails: until then it is
+        the last checkpoint there is.
         """
-        path = Path(path)
+        self.after_commit(partial(self._remove, Path(path)))
+
+    def _remove(self, path: Path) -> None:
         if path.is_symlink() or path.is_file():
             path.unlink()
         elif path.is_dir():
+            if self._newest is not None and layout.is_committed(self._newest):
+                lead_away(path, self._newest)
             (path / METADATA_NAME).unlink(missing_ok=True)
             sync_directory(path)
             shutil.rmtree(path)
@@ -157,6 +249,8 @@ class DCPCheckpointIO(CheckpointIO):
 
 class _LightningWriter(dcp.FileSystemWriter):
     """Publishes ``meta.pt`` around the commit of the DCP part, inside the engine's own error handling."""
+
+    warns_of_replacing = False  # a trainer saves ``last.ckpt`` again on purpose
 
     def __init__(self, path: _PathLike, meta: bytes | Exception, *, sync_files: bool, thread_count: int | None) -> None:
         super().__init__(path, sync_files=sync_files, thread_count=thread_count)
@@ -187,6 +281,14 @@ class _LightningWriter(dcp.FileSystemWriter):
         fresh.replace(final)
         if self.sync_files:
             sync_directory(self.path)
+
+
+def _refuse(storage_options: Any | None) -> None:
+    if storage_options is not None:
+        raise TypeError(
+            f"DCPCheckpointIO takes no storage_options in save_checkpoint, got {storage_options!r}. Options are"
+            " arguments of its constructor."
+        )
 
 
 def _to_device(checkpoint: dict[str, Any], map_location: Any | None) -> dict[str, Any]:

@@ -2,39 +2,60 @@
 
 A stock strategy calls its ``CheckpointIO`` on rank 0 with full tensors, or bypasses it for sharded ones. The mixin here
 calls ours on every rank with the values as they are, and restores after the model has been set up, so that tensors are
-read straight into where they stay.
+read straight into where they stay. With ``asynchronous=True``, saves during a fit go on in the background.
 """
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Mapping
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dcp_plugins.errors import CheckpointNotFoundError
 from dcp_plugins.lightning.checkpoint_io import DCPCheckpointIO
-from dcp_plugins.lightning.layout import ModelKey, is_committed, last_checkpoint
+from dcp_plugins.lightning.layout import ModelKey, is_committed, last_checkpoint, remove_if_uncommitted
+from dcp_plugins.lightning.model_checkpoint import link_after_commit
 from dcp_plugins.state_dict import get_model_state_dict, get_optimizer_state_dict
+from dcp_plugins.storage.local import make_directory
 
 __all__ = ["CheckpointsOnEveryRank"]
+
+log = logging.getLogger(__name__)
 
 _PathLike = str | os.PathLike[str]
 _Answer = TypeVar("_Answer")
 
+# The names that Lightning looks for when it is told to resume from "last".
+_IS_LAST = re.compile(r"last(-|$)")
+
 
 class CheckpointsOnEveryRank(Strategy):
-    """Mixed in before a strategy of Lightning: replaces how it saves, loads, and finds its ``CheckpointIO``."""
+    """Mixed in before a strategy of Lightning: replaces how it saves, loads, and finds its ``CheckpointIO``.
+
+    Args:
+        args: As for the strategy.
+        asynchronous: Save in the background while a fit goes on. A save that failed raises at the next one, on every
+            rank, or when the fit ends, which waits for the last save. Saves outside of a fit are as without it.
+        options: As for the strategy.
+    """
 
     _single_process = False
     _stock_model_key: ModelKey = "state_dict"
+
+    def __init__(self, *args: Any, asynchronous: bool = False, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.asynchronous = asynchronous
 
     @property
     def _stateful_module(self) -> nn.Module:
@@ -88,17 +109,69 @@ class CheckpointsOnEveryRank(Strategy):
         self, checkpoint: dict[str, Any], filepath: _PathLike, storage_options: Any | None = None
     ) -> None:
         """Save on every rank to the path that rank 0 names."""
-        path, aside = self._decide_on_rank_zero(lambda: _make_room(Path(filepath)))
-        self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options=storage_options)
+        plugin = self.checkpoint_io
+        # Its failure is raised before anything is made ready for this save.
+        plugin.finish()
+        path, aside = self._decide_on_rank_zero(lambda: _make_room(Path(filepath), sync=plugin.sync_files))
+        if self.asynchronous and self._is_fitting:
+            self._begin_save(checkpoint, path, storage_options)
+        else:
+            plugin.save_checkpoint(checkpoint, path, storage_options=storage_options)
         if aside is not None and self.is_global_zero:
-            aside.unlink(missing_ok=True)
+            plugin.after_commit(aside.unlink)
+
+    def _begin_save(self, checkpoint: dict[str, Any], path: Path, storage_options: Any | None) -> None:
+        """Save in the background; if a rank cannot even begin, every rank raises."""
+        module, plugin = self.lightning_module, self.checkpoint_io
+        assert module is not None
+        link_after_commit(module.trainer.checkpoint_callbacks)
+        failure: BaseException | None = None
+        try:
+            plugin.begin_save(
+                checkpoint,
+                path,
+                optimizers=self.optimizers,
+                changed_by_forward=_renormed(self._stateful_module),
+                storage_options=storage_options,
+            )
+        except BaseException as exc:  # the other ranks hear of it first
+            failure = exc
+        all_began = self.reduce_boolean_decision(failure is None)
+        if failure is not None:
+            raise failure
+        if not all_began:
+            plugin.finish()
+
+    @property
+    def _is_fitting(self) -> bool:
+        """Whether training will go on after this, as far as one can tell."""
+        module = self.lightning_module
+        assert module is not None
+        state = module.trainer.state
+        return state.fn == TrainerFn.FITTING and state.status == TrainerStatus.RUNNING
+
+    def teardown(self) -> None:
+        """Finish the save in the background first. What it failed with is raised, unless the fit has failed itself."""
+        try:
+            self.checkpoint_io.finish()
+        except Exception:  # it must not hide the exception that is being raised
+            module = self.lightning_module
+            if module is None or module.trainer.state.status != TrainerStatus.INTERRUPTED:
+                raise
+            log.exception("The last save in the background failed, too: its checkpoint does not exist")
+        finally:
+            super().teardown()
 
     def load_checkpoint(self, checkpoint_path: _PathLike, weights_only: bool | None = None) -> dict[str, Any]:
         """Load model and, while fitting, optimizers in place; return the rest for Lightning to restore."""
-        path = self._decide_on_rank_zero(lambda: _require_checkpoint(Path(checkpoint_path)))
+        self.checkpoint_io.wait()
         module = self.lightning_module
         assert module is not None
         is_fitting = module.trainer.state.fn == TrainerFn.FITTING
+        path = self._decide_on_rank_zero(lambda: _find_checkpoint(Path(checkpoint_path), is_fitting=is_fitting))
+        if path is None:
+            # What is restored from this is what there is.
+            return module.trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         return self.checkpoint_io.load_checkpoint(
             path,
             weights_only=weights_only,
@@ -122,7 +195,7 @@ class CheckpointsOnEveryRank(Strategy):
         return answer
 
 
-def _make_room(path: Path) -> tuple[Path, Path | None]:
+def _make_room(path: Path, *, sync: bool) -> tuple[Path, Path | None]:
     """See to it that ``path`` can be a directory of its own. Runs on rank 0, before any rank writes.
 
     Returns:
@@ -131,21 +204,42 @@ def _make_room(path: Path) -> tuple[Path, Path | None]:
     if path.is_symlink():
         # It leads to another checkpoint, which a save through it would overwrite.
         path.unlink()
-    elif path.is_file():
-        aside = path.with_name(f"{path.name}.replaced")
+    aside = path.with_name(f"{path.name}.replaced") if path.is_file() else None
+    if aside is not None:
         path.replace(aside)
-        return path, aside
-    return path, None
+    # Names for further checkpoints are chosen by what is there, perhaps before a save in the background writes a file.
+    make_directory(path, sync=sync)
+    return path, aside
 
 
-def _require_checkpoint(path: Path) -> Path:
-    """Return ``path`` if a checkpoint is there. Runs on rank 0."""
+def _find_checkpoint(path: Path, *, is_fitting: bool) -> Path | None:
+    """Return where the checkpoint is that ``path`` means. Runs on rank 0.
+
+    Lightning takes whatever has the name for "last", also what a kill has left of the first save under that name. In
+    its place comes the newest checkpoint beside it, or None if there is none and training can start anew.
+    """
     if path.is_file() or is_committed(path):
         return path
+    beside = last_checkpoint(path.parent)
+    if path.is_dir() and _IS_LAST.match(path.stem) and (beside is not None or is_fitting):
+        instead = f"Going on from {beside}, the newest beside it." if beside is not None else "Starting anew."
+        warnings.warn(
+            f"{path} is not a checkpoint: the save into it was killed before it was committed. {instead}", stacklevel=2
+        )
+        if is_fitting:
+            # So that the name is free for the next checkpoint that is to have it.
+            remove_if_uncommitted(path)
+        return beside
     if path.is_dir():
         what = f"{path} is not a checkpoint: it has no .metadata, so the save into it never finished"
     else:
         what = f"there is no checkpoint at {path}"
-    beside = last_checkpoint(path.parent)
     hint = f" The newest committed checkpoint beside it is {beside}." if beside is not None else ""
     raise CheckpointNotFoundError(f"Expected a committed checkpoint, but {what}.{hint}")
+
+
+def _renormed(module: nn.Module) -> Iterator[Tensor]:
+    """Yield the parameters that a forward pass changes: embeddings whose rows are kept below a norm."""
+    for child in module.modules():
+        if isinstance(child, (nn.Embedding, nn.EmbeddingBag)) and child.max_norm is not None:
+            yield child.weight

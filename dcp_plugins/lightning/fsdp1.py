@@ -49,7 +49,7 @@ class DCPFSDPStrategy(CheckpointsOnEveryRank, FSDPStrategy):
         state_dict_type: "sharded", the only one there is. To have one file with full tensors, load the directory with
             ``DCPCheckpointIO().load_checkpoint(path)`` and pass the result to ``torch.save``.
         options: All others of ``FSDPStrategy``, and of ``FullyShardedDataParallel``. ``sync_module_states`` is on
-            unless it is set to False: ranks start from rank 0's values.
+            unless it is set to False: ranks start from rank 0's values. ``asynchronous=True`` saves in the background.
     """
 
     _stock_model_key = "model"

@@ -51,6 +51,7 @@ __all__ = [
     "last_checkpoint",
     "meta_item",
     "optimizer_key",
+    "remove_if_uncommitted",
     "remove_uncommitted",
     "saved_step",
 ]
@@ -217,16 +218,19 @@ def remove_uncommitted(dirpath: str | os.PathLike[str]) -> list[Path]:
     Only directories without a commit that hold nothing but checkpoint data files are deleted. Call it while nothing is
     being saved there: a save in progress looks the same as one that was killed.
     """
-    removed = []
     root = Path(dirpath)
-    for candidate in sorted(root.iterdir()) if root.is_dir() else ():
-        if candidate.is_symlink() or not candidate.is_dir() or is_committed(candidate):
-            continue
-        if all(_is_litter(entry) for entry in candidate.iterdir()):
-            shutil.rmtree(candidate)
-            removed.append(candidate)
-            log.info("Removed %s, left by a save that was never committed", candidate)
-    return removed
+    return [path for path in (sorted(root.iterdir()) if root.is_dir() else ()) if remove_if_uncommitted(path)]
+
+
+def remove_if_uncommitted(path: Path) -> bool:
+    """Delete the directory of one killed save, as `remove_uncommitted` does; return whether it was one."""
+    if path.is_symlink() or not path.is_dir() or is_committed(path):
+        return False
+    if not all(_is_litter(entry) for entry in path.iterdir()):
+        return False
+    shutil.rmtree(path)
+    log.info("Removed %s, left by a save that was never committed", path)
+    return True
 
 
 def _is_litter(entry: Path) -> bool:

@@ -1,4 +1,7 @@
-"""The flags ``dcp``, ``dcp_ddp`` and ``dcp_fsdp2``, and the registration of all (`fsdp1.py` has ``dcp_fsdp``)."""
+"""The flags ``dcp``, ``dcp_ddp`` and ``dcp_fsdp2``, and the registration of all (`fsdp1.py` has ``dcp_fsdp``).
+
+Each has a twin with ``_async`` in its name, which is the same strategy with ``asynchronous=True``.
+"""
 
 from __future__ import annotations
 
@@ -63,6 +66,7 @@ class DCPFSDP2Strategy(CheckpointsOnEveryRank, ModelParallelStrategy):
         offload_policy: As ``fully_shard`` has it.
         process_group_backend: As in ``ModelParallelStrategy``.
         timeout: Of the process group; None takes Lightning's default.
+        asynchronous: Save in the background while a fit goes on.
     """
 
     def __init__(
@@ -76,8 +80,10 @@ class DCPFSDP2Strategy(CheckpointsOnEveryRank, ModelParallelStrategy):
         offload_policy: Any | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta | None = None,
+        asynchronous: bool = False,
     ) -> None:
         super().__init__(
+            asynchronous=asynchronous,
             data_parallel_size=data_parallel_size,
             tensor_parallel_size=tensor_parallel_size,
             process_group_backend=process_group_backend,
@@ -142,3 +148,7 @@ def register_strategies() -> None:
         ("dcp_fsdp2", DCPFSDP2Strategy, "FSDP2 applied to the model's blocks, sharded checkpoints by dcp_plugins"),
     ):
         StrategyRegistry.register(name, strategy, description=description, override=True)
+        in_background = f"{description}, in the background"
+        StrategyRegistry.register(
+            f"{name}_async", strategy, description=in_background, override=True, asynchronous=True
+        )

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["CASE_NAMES", "STATE_CASES", "StateCase", "estimate_bytes"]
+__all__ = ["ALL_CASE_NAMES", "ASYNC", "CASE_NAMES", "STATE_CASES", "STATE_DICT", "StateCase", "estimate_bytes"]
 
 _BIG_TENSORS, _BIG_ROWS, _BIG_COLUMNS = 200, 1520, 1000
 _SMALL_TENSORS, _SMALL_ELEMENTS = 20_000, 1024
@@ -118,6 +118,12 @@ STATE_CASES = {
 _FULL_BYTES = {name: case.full_bytes for name, case in STATE_CASES.items()} | {
     "fsdp2": 1_208_000_000,
     "memory": _BIG_BYTES,
+    # The largest of its states; twice, because two staged copies may exist beside it.
+    "async": 2 * _LLM_BYTES,
 }
 
-CASE_NAMES = ("big", "small", "llm", "fsdp2", "memory")
+# The cases that write, and so need a place to write in.
+ASYNC = "async"
+CASE_NAMES = ("big", "small", "llm", "fsdp2", "memory", ASYNC)
+STATE_DICT = "state-dict"
+ALL_CASE_NAMES = (*CASE_NAMES, STATE_DICT)

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
 import click
 
 from dcp_plugins.cli.bench import memory
-from dcp_plugins.cli.bench.cases import CASE_NAMES, STATE_CASES, estimate_bytes
+from dcp_plugins.cli.bench.async_saves import AsyncResult, measure_async
+from dcp_plugins.cli.bench.cases import ALL_CASE_NAMES, ASYNC, STATE_CASES, STATE_DICT, estimate_bytes
 from dcp_plugins.cli.bench.fsdp2 import measure_fsdp2
 from dcp_plugins.cli.bench.group import group_of_one
 from dcp_plugins.cli.bench.limits import Limit
 from dcp_plugins.cli.bench.measure import Alone, measure
 from dcp_plugins.cli.bench.options import Options
 from dcp_plugins.cli.bench.places import Place, choose, require_room
-from dcp_plugins.cli.bench.report import case_report, targets_report
+from dcp_plugins.cli.bench.report import async_report, case_report, state_dict_report, targets_report
 from dcp_plugins.cli.bench.results import CaseResult, record
 from dcp_plugins.cli.bench.runners import make_ours, make_stock, num_limit_threads
 from dcp_plugins.cli.bench.state import blank_copy, local_tensors
+from dcp_plugins.cli.bench.state_dict import StateDictResult, measure_state_dict
 from dcp_plugins.cli.bench.targets import judge
 from dcp_plugins.contract import TorchCheckpointException
 from dcp_plugins.errors import CheckpointError
@@ -36,30 +39,34 @@ _HELP = """Measure saves and loads on your storage, beside stock torch and the m
 
 \b
 CASE is any of these; without one, all of them run:
-  big     200 float32 tensors, 1.2 GB
-  small   20,000 tensors of 4 KB
-  llm     a Llama-like model in bf16 with AdamW state in fp32, 1.4 GB
-  fsdp2   a model of 1.2 GB sharded with fully_shard over 2 processes
-  memory  the peak memory of a save and a load, beyond the state dict
+  big         200 float32 tensors, 1.2 GB
+  small       20,000 tensors of 4 KB
+  llm         a Llama-like model in bf16 with AdamW state in fp32, 1.4 GB
+  fsdp2       a model of 1.2 GB sharded with fully_shard over 2 processes
+  memory      the peak memory of a save and a load, beyond the state dict
+  async       saves of big, llm and small in the background: what they cost the training loop
+  state-dict  getters and setters on 1,000 parameters and AdamW over 2 processes
 
-Without --path every case runs in shared memory (/dev/shm) and on a disk. The limit is os.writev from, and os.preadv
-into, the same tensors' memory, with as many threads as we use and the same fsync. Sides take turns; every load is
-compared bit for bit with what was saved, and a difference ends the run with an error. Loads are warm (from the page
-cache). Ratios are medians over the rounds. Both sides run as they would in a training job: in a process group, and
+Without --path every case that writes runs in /dev/shm and on a disk. The limit is os.writev from, and os.preadv into,
+the same tensors' memory, with as many threads as we use and the same fsync. Sides take turns; every load is compared
+bit for bit with what was saved, and a difference ends the run with an error. Loads are warm (from the page cache).
+Ratios are medians over the rounds. Both sides run as they would in a training job: in a process group, and
 with Python's garbage collector on. Where there are many small tensors both cost much; --no-group and --no-gc show how
 much.
 """
 
 
 @click.command(help=_HELP)
-@click.argument("cases", nargs=-1, type=click.Choice(CASE_NAMES), metavar="[CASE]...")
+@click.argument("cases", nargs=-1, type=click.Choice(ALL_CASE_NAMES), metavar="[CASE]...")
 @click.option("--path", type=_DIRECTORY, help="Run in this directory only.")
 @click.option("--disk", type=_DIRECTORY, help="The directory on disk [default: the system's temporary directory].")
 @click.option("--repeat", type=click.IntRange(min=1), default=5, show_default=True, help="Timed rounds.")
 @click.option("--json", "json_file", metavar="FILE", help="Also write a machine-readable record; '-' is stdout.")
 @click.option("--threads", type=click.IntRange(min=1), help="Our writer threads, and the limit's [default: ours].")
 @click.option("--stock-threads", type=click.IntRange(min=1), help="Stock torch's writer threads [default: its own].")
-@click.option("--ranks", type=click.IntRange(min=2), default=2, show_default=True, help="Processes of case fsdp2.")
+@click.option(
+    "--ranks", type=click.IntRange(min=2), default=2, show_default=True, help="Processes of cases fsdp2 and state-dict."
+)
 @click.option(
     "--scale",
     type=click.FloatRange(min=0, min_open=True),
@@ -101,20 +108,32 @@ def bench(
         use_group=not no_group,
     )
     # Each case once, in the order given.
-    names = tuple(dict.fromkeys(cases)) or CASE_NAMES
+    names = tuple(dict.fromkeys(cases)) or ALL_CASE_NAMES
     if "memory" in names and not memory.is_supported():
         raise click.UsageError("case 'memory' reads /proc/self and so needs Linux; name the other cases instead")
-    places = choose(path, disk)
+    saving = [name for name in names if name != STATE_DICT]
+    places = choose(path, disk) if saving else []
     for place in places:
-        for name in names:
+        for name in saving:
             require_room(place, name, estimate_bytes(name, scale), ranks if name == "fsdp2" else 1)
     to_stdout = json_file == _STDOUT
-    results = []
+    results: list[AsyncResult | CaseResult | StateDictResult] = []
+    # Whoever asks for JSON on stdout gets nothing else there.
     for name in names:
+        if name == STATE_DICT:
+            _progress(STATE_DICT)
+            state_dicts = measure_state_dict(options)
+            results.append(state_dicts)
+            click.echo(state_dict_report(state_dicts), err=to_stdout)
+            continue
         for place in places:
+            if name == ASYNC:
+                for found in _run_async(place, options):
+                    results.append(found)
+                    click.echo(async_report(found), err=to_stdout)
+                continue
             result = _run(name, place, options)
             results.append(result)
-            # Whoever asks for JSON on stdout gets nothing else there.
             click.echo(case_report(result), err=to_stdout)
     if targets:
         click.echo(targets_report(judge(results), scale=scale), err=to_stdout)
@@ -134,6 +153,12 @@ def _run(name: str, place: Place, options: Options) -> CaseResult:
             return _run_state_case(name, place, options, directory)
     except (CheckpointError, TorchCheckpointException, OSError) as exc:
         raise click.ClickException(f"case '{name}' failed in {place.path}: {exc}") from exc
+
+
+def _run_async(place: Place, options: Options) -> Iterator[AsyncResult]:
+    _progress(f"{ASYNC} in {place.path} ({place.fs_type})")
+    with tempfile.TemporaryDirectory(prefix="dcp-bench-", dir=place.path) as folder:
+        yield from measure_async(options, place, Path(folder), lambda line: _progress(f"  {line}"))
 
 
 def _run_state_case(name: str, place: Place, options: Options, directory: Path) -> CaseResult:

@@ -24,14 +24,14 @@ from dcp_plugins.cli.bench.results import CaseResult
 from dcp_plugins.cli.bench.runners import make_ours, make_stock, num_limit_threads
 from dcp_plugins.cli.bench.state import blank_copy, leaves, local_tensors
 
-__all__ = ["measure_fsdp2", "run_rank"]
+__all__ = ["Ranks", "measure_fsdp2", "run_rank"]
 
 # 24 encoder layers of width 1024: 302 million parameters, 1.21 GB in float32.
 _LAYERS, _WIDTH, _HEADS, _FEED_FORWARD_FACTOR = 24, 1024, 16, 4
 _TIMEOUT = datetime.timedelta(minutes=10)
 
 
-class _Ranks:
+class Ranks:
     """The ranks of the process group."""
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ def _measure_rank(options: Options, rank: int, directory: Path, *, in_memory: bo
         num_rounds=options.num_rounds,
         collect_garbage=options.collect_garbage,
         flush=options.sync and not in_memory,
-        together=_Ranks(),
+        together=Ranks(),
         progress=_progress,
     )
     tensors = [value for _, value in leaves(state)]

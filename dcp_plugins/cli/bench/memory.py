@@ -29,7 +29,7 @@ from dcp_plugins.cli.bench.processes import run_workers
 from dcp_plugins.cli.bench.runners import Runner, make_ours, make_stock
 from dcp_plugins.cli.bench.state import blank_copy, check_loaded
 
-__all__ = ["PeakBytes", "is_supported", "measure_peaks", "run_child"]
+__all__ = ["PeakBytes", "is_supported", "measure_peaks", "return_free_memory", "run_child"]
 
 PeakBytes = dict[str, dict[str, dict[str, int | None]]]
 """Direction -> side -> reading (``anonymous``, ``resident``) -> bytes beyond what was there before."""
@@ -93,7 +93,7 @@ def _warm_up(runner: Runner, path: Path) -> None:
 
 def _peak(call: Callable[[], None]) -> dict[str, int | None]:
     gc.collect()
-    _return_free_memory()
+    return_free_memory()
     anonymous_before, resident_before = _anonymous_bytes(), _status_bytes("VmRSS")
     can_reset = _reset_high_water()
     highest = anonymous_before
@@ -118,7 +118,7 @@ def _peak(call: Callable[[], None]) -> dict[str, int | None]:
     }
 
 
-def _return_free_memory() -> None:
+def return_free_memory() -> None:
     """Give freed memory back to the system where the C library can: reusing it would hide what the call takes."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+from dcp_plugins.cli.bench import async_saves
+from dcp_plugins.cli.bench.async_saves import AsyncResult
 from dcp_plugins.cli.bench.measure import LIMIT
 from dcp_plugins.cli.bench.results import MEASURES, CaseResult
+from dcp_plugins.cli.bench.state_dict import MEASURES as STATE_DICT_MEASURES
+from dcp_plugins.cli.bench.state_dict import StateDictResult
 from dcp_plugins.cli.bench.targets import Verdict
 
-__all__ = ["case_report", "targets_report"]
+__all__ = ["async_report", "case_report", "state_dict_report", "targets_report"]
 
+_SHOWN_MS = 0.05
+_ASYNC_MEASURES = {
+    async_saves.FIRST: "first save, blocked",
+    async_saves.BLOCKED: "later saves, blocked",
+    async_saves.DURABLE: "later saves, until durable",
+}
 _VERDICTS = {True: "met", False: "NOT MET", None: "-"}
 
 
@@ -22,6 +32,64 @@ def case_report(result: CaseResult) -> str:
     headline = f"{result.case}: {size}, in {result.place.path} ({result.place.fs_type}{synced})"
     table = _memory_table(result) if result.peak_bytes else _seconds_table(result)
     return "\n".join([headline, *("  " + line for line in _align(table)), ""])
+
+
+def state_dict_report(result: StateDictResult) -> str:
+    """Return the headline, the table of times, and the table of where ours go."""
+    size = f"{result.num_parameters:,} parameters, {result.num_bytes / 1e9:.3f} GB with AdamW's state"
+    headline = f"{result.case}: {size}, fully_shard over {result.num_ranks} ranks"
+    rows = [["milliseconds: median (min-max)", "ours", "stock torch", "faster"]]
+    for measure, sides in result.seconds.items():
+        cells = [_spread([second * 1e3 for second in sides[side]], digits=1) for side in ("ours", "stock")]
+        rows.append([STATE_DICT_MEASURES[measure], *cells, f"{result.speedup(measure):.2f}x"])
+    split = [["where ours go, milliseconds", ""]]
+    for measure, phases in result.phases.items():
+        longest_first = sorted(phases.items(), key=lambda entry: -entry[1])
+        shown = [f"{phase} {seconds * 1e3:.1f}" for phase, seconds in longest_first if seconds * 1e3 >= _SHOWN_MS]
+        split.append([STATE_DICT_MEASURES[measure], ", ".join(shown)])
+    return "\n".join([headline, *("  " + line for line in [*_align(rows), "", *_align(split, right=False)]), ""])
+
+
+def async_report(result: AsyncResult) -> str:
+    """Return the headline, the table of times, and what they are held against, of one state."""
+    size = f"{result.num_tensors:,} tensors, {result.num_bytes / 1e9:.3f} GB"
+    synced = "" if result.place.in_memory else ", synced" if result.sync else ", not synced"
+    headline = f"{result.case}, {result.state}: {size}, in {result.place.path} ({result.place.fs_type}{synced})"
+    return "\n".join([headline, *("  " + line for line in [*_align(_async_table(result)), *_async_notes(result)]), ""])
+
+
+def _async_table(result: AsyncResult) -> list[list[str]]:
+    sides, rates = async_saves.SIDES, result.step_rates
+    rows = [["seconds: median (min-max)", *sides.values()]]
+    for measure, label in _ASYNC_MEASURES.items():
+        samples = result.seconds[measure]
+        rows.append([label, *(_spread(samples[side]) if side in samples else "-" for side in sides)])
+    rows.append(["blocked, of a plain copy", *(_times(result.blocked_per_copy(side)) for side in sides)])
+    rows.append(
+        ["durable, of a synchronous save and the copy", *(_times(result.durable_per_save(side)) for side in sides)]
+    )
+    steps = (_spread(rates[side], digits=2) if side in rates else "-" for side in sides)
+    rows.append(["training meanwhile, of its own step rate", *steps])
+    return rows
+
+
+def _async_notes(result: AsyncResult) -> Iterator[str]:
+    sides = async_saves.SIDES
+
+    def one(measure: str) -> str:
+        return _spread(result.seconds[measure][measure])
+
+    yield f"a plain copy of the same bytes {one(async_saves.COPY)}, our synchronous save {one(async_saves.SYNC)}"
+    yield (
+        f"overlapped staging of ours: the call returns in {one(async_saves.RETURNED)}, "
+        f"a step right behind it would wait {one(async_saves.STEP_WAITS)}"
+    )
+    for side, staged_bytes in result.staged_bytes.items():
+        yield f"kept for staging, {sides[side]}: {staged_bytes / 1e9:.3f} GB"
+    for side, failure in result.failures.items():
+        yield f"{sides[side]} failed: {failure}"
+    for side, outcome in result.few_files.items():
+        yield f"{sides[side]}, with {async_saves.MAX_FILES} file descriptors: {outcome or 'saved'}"
 
 
 def targets_report(verdicts: Sequence[Verdict], *, scale: float) -> str:
@@ -62,8 +130,12 @@ def _memory_table(result: CaseResult) -> list[list[str]]:
     return rows
 
 
-def _spread(samples: Sequence[float]) -> str:
-    return f"{statistics.median(samples):.3f} ({min(samples):.3f}-{max(samples):.3f})"
+def _spread(samples: Sequence[float], *, digits: int = 3) -> str:
+    return f"{statistics.median(samples):.{digits}f} ({min(samples):.{digits}f}-{max(samples):.{digits}f})"
+
+
+def _times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}x"
 
 
 def _align(rows: Sequence[Sequence[str]], *, right: bool = True) -> list[str]:

@@ -9,7 +9,7 @@ import os
 import platform
 import statistics
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -18,7 +18,7 @@ from dcp_plugins.cli.bench.memory import PeakBytes
 from dcp_plugins.cli.bench.options import Options
 from dcp_plugins.cli.bench.places import Place, available_memory_bytes
 
-__all__ = ["MEASURES", "SCHEMA", "CaseResult", "record"]
+__all__ = ["MEASURES", "SCHEMA", "CaseResult", "Reportable", "median_ratio", "record"]
 
 SCHEMA = "dcp-plugins-bench/1"
 MEASURES = {FIRST_SAVE: "first save", SAVE: "repeated save", LOAD: "load"}
@@ -49,11 +49,11 @@ class CaseResult:
 
     def speedup(self, measure: str) -> float:
         """Return how many times faster than stock we are: the median over the rounds."""
-        return _median_ratio(self.seconds[measure][_STOCK], self.seconds[measure][_OURS])
+        return median_ratio(self.seconds[measure][_STOCK], self.seconds[measure][_OURS])
 
     def fraction_of_limit(self, measure: str) -> float:
         """Return our speed as a fraction of the limit's: the median over the rounds."""
-        return _median_ratio(self.seconds[measure][LIMIT], self.seconds[measure][_OURS])
+        return median_ratio(self.seconds[measure][LIMIT], self.seconds[measure][_OURS])
 
     def microseconds_per_tensor(self, measure: str, side: str) -> float:
         return statistics.median(self.seconds[measure][side]) / self.num_tensors * 1e6
@@ -86,7 +86,13 @@ class CaseResult:
         }
 
 
-def record(options: Options, results: Sequence[CaseResult]) -> dict[str, Any]:
+class Reportable(Protocol):
+    """What a case measured."""
+
+    def to_json(self) -> dict[str, Any]: ...
+
+
+def record(options: Options, results: Sequence[Reportable]) -> dict[str, Any]:
     """Return the whole run as JSON values, with what is needed to judge or repeat it."""
     try:
         version = importlib.metadata.version("dcp_plugins")
@@ -108,6 +114,6 @@ def record(options: Options, results: Sequence[CaseResult]) -> dict[str, Any]:
     }
 
 
-def _median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
+def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
     """Return the median of the ratios within each round: drift of the machine between rounds cancels."""
     return statistics.median(top / bottom for top, bottom in zip(numerators, denominators, strict=True))

@@ -5,12 +5,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 
+from dcp_plugins.cli.bench.async_saves import AsyncResult
+from dcp_plugins.cli.bench.async_targets import judge_async
 from dcp_plugins.cli.bench.measure import FIRST_SAVE, LOAD, SAVE
 from dcp_plugins.cli.bench.results import MEASURES, CaseResult
+from dcp_plugins.cli.bench.state_dict import MEASURES as STATE_DICT_MEASURES
+from dcp_plugins.cli.bench.state_dict import StateDictResult
+from dcp_plugins.cli.bench.verdict import Verdict
 
 __all__ = ["TARGETS", "Verdict", "judge"]
 
 _MEMORY_BOUND_BYTES = 64_000_000
+# Of every getter and setter, on 1,000 parameters over 2 ranks.
+_MIN_STATE_DICT_SPEEDUP = 2.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -29,17 +36,6 @@ class Target:
     """At least this fraction of the limit's speed; None where only the cost per tensor is stated."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Verdict:
-    """One line of the table of targets."""
-
-    what: str
-    required: str
-    measured: str
-    is_met: bool | None
-    """None if the run did not measure it."""
-
-
 TARGETS = (
     Target("big", True, SAVE, 3.5, 0.80),
     Target("big", False, SAVE, 2.0, 0.95),
@@ -54,10 +50,22 @@ TARGETS = (
 )
 
 
-def judge(results: Sequence[CaseResult]) -> list[Verdict]:
-    """Return a verdict for every target and for the bound on memory, in both directions."""
-    verdicts = [verdict for target in TARGETS for verdict in _judge_target(target, results)]
-    return verdicts + [verdict for direction in ("save", "load") for verdict in _judge_memory(direction, results)]
+def judge(results: Sequence[AsyncResult | CaseResult | StateDictResult]) -> list[Verdict]:
+    """Return a verdict for every target: speeds, memory in both directions, state dict calls, background saves."""
+    saved = [result for result in results if isinstance(result, CaseResult)]
+    verdicts = [verdict for target in TARGETS for verdict in _judge_target(target, saved)]
+    verdicts += [verdict for direction in ("save", "load") for verdict in _judge_memory(direction, saved)]
+    measured = next((result for result in results if isinstance(result, StateDictResult)), None)
+    verdicts += [_judge_state_dict(measure, measured) for measure in STATE_DICT_MEASURES]
+    return verdicts + judge_async([result for result in results if isinstance(result, AsyncResult)])
+
+
+def _judge_state_dict(measure: str, result: StateDictResult | None) -> Verdict:
+    what, required = f"state-dict, {STATE_DICT_MEASURES[measure]}", f"{_MIN_STATE_DICT_SPEEDUP:g}x stock"
+    if result is None:
+        return Verdict(what, required, "not measured", None)
+    speedup = result.speedup(measure)
+    return Verdict(what, required, f"{speedup:.2f}x", speedup >= _MIN_STATE_DICT_SPEEDUP)
 
 
 def _judge_target(target: Target, results: Sequence[CaseResult]) -> Iterator[Verdict]:

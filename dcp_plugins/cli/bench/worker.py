@@ -11,13 +11,16 @@ from typing import Any
 
 import click
 
-from dcp_plugins.cli.bench import fsdp2, memory
+from dcp_plugins.cli.bench import async_saves, fsdp2, memory, state_dict
 
 __all__: list[str] = []
 
 _TASKS: dict[str, Callable[[dict[str, Any], str | None], dict[str, Any]]] = {
+    "async": async_saves.run_state,
+    "async-few-files": async_saves.run_few_files,
     "fsdp2": fsdp2.run_rank,
     "memory": memory.run_child,
+    "state-dict": state_dict.run_rank,
 }
 
 

@@ -197,7 +197,7 @@ def test_removal_takes_the_commit_first_and_of_a_link_the_link_only(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["dcp_fsdp", "dcp_fsdp2"])
+@pytest.mark.parametrize("strategy", ["dcp_fsdp", "dcp_fsdp2_async"])
 def test_the_demo_resumes_a_run_killed_in_mid_save(tmp_path: Path, strategy: str) -> None:
     command = [sys.executable, str(ROOT / "examples" / "lightning_demo.py"), "--quick", "--out", str(tmp_path / "out")]
     command += ["--strategy", strategy]
@@ -206,3 +206,4 @@ def test_the_demo_resumes_a_run_killed_in_mid_save(tmp_path: Path, strategy: str
     assert done.returncode == 0, done.stdout + done.stderr
     assert "on 2 ranks every loss is identical, bit for bit" in done.stdout
     assert "FAIL" not in done.stdout
+    assert f"with a save every 2 ({strategy})" in done.stdout

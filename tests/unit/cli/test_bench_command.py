@@ -11,8 +11,8 @@ import torch
 from click.testing import CliRunner
 
 from dcp_plugins.cli import main
-from dcp_plugins.cli.bench import command, memory, places
-from dcp_plugins.cli.bench.cases import CASE_NAMES
+from dcp_plugins.cli.bench import async_saves, command, memory, places, state_dict
+from dcp_plugins.cli.bench.cases import ALL_CASE_NAMES
 from dcp_plugins.cli.bench.runners import make_stock
 from dcp_plugins.cli.bench.state import local_tensors
 
@@ -46,6 +46,53 @@ def test_the_fsdp2_case_measures_two_ranks(tmp_path):
     assert found["num_tensors"] == 288
     assert "over 2 ranks" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_state_dict_case_times_both_sides_and_splits_ours(monkeypatch):
+    monkeypatch.setattr(command, "choose", lambda *arguments: pytest.fail("a case that writes nothing chose a place"))
+    result = run("state-dict", "--json", "-", "--targets", "--scale", "0.02", "--repeat", 2)
+    assert result.exit_code == 0, result.output
+    (found,) = json.loads(result.stdout)["results"]
+    assert (found["case"], found["num_ranks"], found["num_parameters"]) == ("state-dict", 2, 20)
+    assert list(found["seconds"]) == list(state_dict.MEASURES)
+    for measure, sides in found["seconds"].items():
+        assert {side: len(samples) for side, samples in sides.items()} == {"ours": 2, "stock": 2}
+        assert found["summary"][measure]["speedup_over_stock"] > 0
+        phases = found["phases"][measure]
+        assert set(phases) == {*state_dict.PHASES.values(), state_dict.OTHER}
+        assert all(seconds >= 0 for seconds in phases.values())
+        assert phases["exchange"] > 0 if measure in ("get_full", "set_broadcast") else phases["exchange"] == 0
+        assert phases["walk the model"] > 0
+    report = result.stderr
+    assert "state-dict: 20 parameters" in report
+    assert "where ours go, milliseconds" in report
+    assert sum("state-dict, " in line and "2x stock" in line for line in report.splitlines()) == len(found["seconds"])
+
+
+@pytest.mark.slow
+def test_the_async_case_times_both_runners_of_both_sides(tmp_path, monkeypatch):
+    # The others are measured no differently.
+    monkeypatch.setattr(async_saves, "ASYNC_STATES", ("small",))
+    place = tmp_path / "place"
+    place.mkdir()
+    result = run("async", "--path", place, "--json", "-", "--targets", *TINY)
+    assert result.exit_code == 0, result.output
+    (found,) = json.loads(result.stdout)["results"]
+    assert (found["case"], found["state"], found["num_tensors"]) == ("async", "small", 20)
+    assert found["failures"] == {}
+    for measure in (async_saves.FIRST, async_saves.BLOCKED, async_saves.DURABLE):
+        samples = found["seconds"][measure]
+        assert {side: len(seconds) for side, seconds in samples.items()} == dict.fromkeys(async_saves.SIDES, 2)
+    for side in async_saves.SIDES:
+        assert found["seconds"]["durable"][side][0] >= found["seconds"]["blocked"][side][0] > 0
+        assert found["step_rates"][side][0] > 0
+    ours = (async_saves.OURS_THREAD, async_saves.OURS_PROCESS)
+    assert found["staged_bytes"] == dict.fromkeys(ours, found["num_bytes"])
+    assert all(found["seconds"][name][name][0] > 0 for name in ("copy", "sync", "overlapped_returned"))
+    assert found["few_files"][async_saves.OURS_PROCESS] is None
+    assert "ours, process, with 256 file descriptors: saved" in result.stderr
+    assert "async, big, until durable, thread" in result.stderr
+    assert list(place.iterdir()) == []
 
 
 @pytest.mark.skipif(not memory.is_supported(), reason="reads /proc/self")
@@ -109,7 +156,7 @@ def test_threads_of_each_side_can_be_chosen(tmp_path):
 
 def test_help_explains_every_case_on_a_line_of_its_own():
     lines = run("--help").stdout.splitlines()
-    for case in CASE_NAMES:
+    for case in ALL_CASE_NAMES:
         assert sum(line.split()[:1] == [case] for line in lines) == 1
 
 
@@ -117,7 +164,7 @@ class TestFailure:
     def test_an_unknown_case_lists_the_valid_ones(self):
         result = run("huge")
         assert result.exit_code == 2
-        assert all(name in result.output for name in CASE_NAMES)
+        assert all(name in result.output for name in ALL_CASE_NAMES)
 
     @pytest.mark.parametrize("arguments", [["--scale", "0"], ["--repeat", "0"], ["--ranks", "1"], ["--threads", "0"]])
     def test_a_setting_out_of_range_is_refused(self, arguments):
