@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from dcp_plugins.errors import PlanError
 from dcp_plugins.state_dict.full import Announced, Copy
+from dcp_plugins.state_dict.keys import self_loading
 from dcp_plugins.state_dict.names import Names
 
 __all__ = ["check_fit", "landed"]
@@ -47,7 +48,7 @@ def check_fit(tree: Mapping[str, Any], names: Names, title: str) -> None:
             meshes = f"found {value.device_mesh}, the model has {target.device_mesh}"
             problems[fqn] = f"mesh mismatch for {fqn}: {meshes} (load it with full_state_dict=True, or by a checkpoint)"
     if problems:
-        free = _self_loading(names)
+        free = self_loading(names, _is_torchs)
         problems = {fqn: text for fqn, text in problems.items() if not any(fqn.startswith(path) for path in free)}
     if problems:
         lines = [problems[fqn] for fqn in sorted(problems)]
@@ -74,19 +75,6 @@ def landed(path: str, value: Any, copies: list[Copy]) -> Any:
     if type(value) in (list, tuple):
         return type(value)(landed(f"{path}.{at}", element, copies) for at, element in enumerate(value))
     return value
-
-
-def _self_loading(names: Names) -> set[str]:
-    """Return the canonical paths, with a trailing dot, below which sizes are the modules' own business."""
-    found = set()
-    for path, part in names.parts.items():
-        for name, module in part.named_modules(prefix=path, remove_duplicate=False):
-            at = names.canonical_paths.get(name, name)
-            hooks = [getattr(hook, "hook", hook) for hook in module._load_state_dict_pre_hooks.values()]
-            methods = [type(module)._load_from_state_dict, *([type(module).load_state_dict] if module is part else [])]
-            if any(not _is_torchs(call) for call in (*hooks, *methods)):
-                found.add(f"{at}." if at else "")
-    return found
 
 
 def _is_torchs(call: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -13,11 +13,15 @@ from dcp_plugins.errors import PlanError, listing
 from dcp_plugins.state_dict.names import Names
 from dcp_plugins.state_dict.options import StateDictOptions
 
-__all__ = ["check_keys", "is_extra_state", "judged", "suggestion", "title_of"]
+__all__ = ["check_keys", "is_extra_state", "judged", "self_loading", "suggestion", "title_of"]
 
 
 # Batch norms load by themselves for one key's sake, a count that state dicts of their first version do not have.
-_COMMON_LOADERS = (nn.Module._load_from_state_dict, nn.modules.batchnorm._NormBase._load_from_state_dict)
+_COMMON_LOADERS = (
+    nn.Module.load_state_dict,
+    nn.Module._load_from_state_dict,
+    nn.modules.batchnorm._NormBase._load_from_state_dict,
+)
 _MADE_UP = "num_batches_tracked"
 
 
@@ -35,7 +39,7 @@ def check_keys(tree: Mapping[str, Any], names: Names, options: StateDictOptions)
     unexpected = [key for key in tree if key not in names.tensors and not is_extra_state(key)]
     if not missing and not unexpected:
         return
-    free = _self_loading(names)
+    free = self_loading(names, _keeps_keys)
     missing = [fqn for fqn in missing if not any(fqn.startswith(path) for path in free)]
     unexpected = [key for key in unexpected if not any(key.startswith(path) for path in free)]
     judged(missing, unexpected, tree, names, options, outcome="Nothing has been loaded.")
@@ -46,23 +50,29 @@ def is_extra_state(fqn: str) -> bool:
     return fqn.rpartition(".")[2] == "_extra_state"
 
 
-def _self_loading(names: Names) -> set[str]:
-    """Return the canonical paths, with a trailing dot, below which the keys are the modules' own business."""
+def self_loading(names: Names, is_common: Callable[[Any], bool]) -> set[str]:
+    """Return the canonical paths, with a trailing dot, below which a state dict is the modules' own business.
+
+    Args:
+        names: The model's names.
+        is_common: Tells whether a method or hook that takes part in loading does nothing out of the ordinary.
+    """
     found = set()
     for path, part in names.parts.items():
         for name, module in part.named_modules(prefix=path, remove_duplicate=False):
-            at = names.canonical_paths.get(name, name)
-            hooks = [getattr(hook, "hook", hook) for hook in module._load_state_dict_pre_hooks.values()]
-            own_walk = module is part and type(module).load_state_dict is not nn.Module.load_state_dict
-            own_part = type(module)._load_from_state_dict not in _COMMON_LOADERS
-            if own_walk or own_part or any(not _is_distributions(hook) for hook in hooks):
+            calls = [getattr(hook, "hook", hook) for hook in module._load_state_dict_pre_hooks.values()]
+            calls.append(type(module)._load_from_state_dict)
+            if module is part:
+                calls.append(type(module).load_state_dict)
+            if not all(is_common(call) for call in calls):
+                at = names.canonical_paths.get(name, name)
                 found.add(f"{at}." if at else "")
     return found
 
 
-def _is_distributions(hook: Any) -> bool:
-    """Tell whether a hook is one of torch's wrappers', which leave no trace in canonical names."""
-    return (getattr(hook, "__module__", None) or "").startswith("torch.distributed.")
+def _keeps_keys(call: Any) -> bool:
+    """Tell whether a method or hook takes keys as they are; torch's wrappers leave no trace in canonical names."""
+    return call in _COMMON_LOADERS or (getattr(call, "__module__", None) or "").startswith("torch.distributed.")
 
 
 def title_of(names: Names) -> str:
