@@ -17,10 +17,10 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from dcp_plugins.contract import AsyncStager
 from dcp_plugins.errors import UnsupportedValueError, listing
 from dcp_plugins.staging.memory import HostMemory
 from dcp_plugins.staging.snapshot import take_snapshot
+from dcp_plugins.staging.stagers import KeptMemoryStager
 from dcp_plugins.staging.streams import Copies
 from dcp_plugins.staging.wrappers import is_plain_memory, parts
 
@@ -32,7 +32,7 @@ _MAX_ASIDE_BYTES = 64 * 1024 * 1024
 _Storage = tuple[torch.device, int]
 
 
-class OverlappedStager(AsyncStager):
+class OverlappedStager(KeptMemoryStager):
     """Stages what optimizers own in the background, and all the rest at once, into memory that is kept until ``close``.
 
     The caller has to see to it that no optimizer steps before the future that ``stage`` returns is done;
@@ -57,16 +57,12 @@ class OverlappedStager(AsyncStager):
         self._changed_by_forward = tuple(changed_by_forward)
         # Page-locked memory is this process's own.
         pinned = torch.cuda.is_available() and not use_shared_memory
-        self._memory = HostMemory(pinned=pinned, shared=use_shared_memory)
-        self._copies = Copies(non_blocking=torch.accelerator.is_available())
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="dcp-staging")
-        self._last: Future[dict[str, Any]] | None = None
-        self._closed = False
-
-    @property
-    def staging_nbytes(self) -> int:
-        """Bytes of host memory kept for the next stage."""
-        return self._memory.nbytes
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="dcp-staging")
+        super().__init__(
+            HostMemory(pinned=pinned, shared=use_shared_memory),
+            Copies(non_blocking=torch.accelerator.is_available()),
+            self._thread,
+        )
 
     def stage(self, state_dict: dict[str, Any]) -> Future[dict[str, Any]]:
         """Return the future of a snapshot, valid until the next ``stage``, which writes into the same memory.
@@ -74,8 +70,7 @@ class OverlappedStager(AsyncStager):
         Raises:
             UnsupportedValueError: A value cannot be copied.
         """
-        if self._closed:
-            raise RuntimeError("this stager is closed: make a new one")
+        self._require_open()
         if self._last is not None:
             concurrent.futures.wait([self._last])
         late = _Late(self._storages_of_optimizers(), self._copies)
@@ -84,23 +79,8 @@ class OverlappedStager(AsyncStager):
         finally:
             # Of what may change as soon as this returns.
             self._copies.wait()
-        self._last = self._executor.submit(late.finish, staged)
+        self._last = self._thread.submit(late.finish, staged)
         return self._last
-
-    def synchronize_staging(self) -> None:
-        """Wait until the last staging has ended, and raise what it failed with."""
-        if self._last is not None:
-            self._last.result()
-
-    def close(self) -> None:
-        """End the thread and free the memory; what was staged last stays valid as long as it is referenced."""
-        if self._closed:
-            return
-        self._closed = True
-        self._executor.shutdown(wait=True)
-        self._last = None
-        self._copies.close()
-        self._memory.close()
 
     def _storages_of_optimizers(self) -> set[_Storage]:
         found: set[_Storage] = set()

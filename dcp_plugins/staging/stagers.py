@@ -50,7 +50,49 @@ class StagingOptions:
     use_non_blocking_copy: bool = True
 
 
-class DefaultStager(AsyncStager):
+class KeptMemoryStager(AsyncStager):
+    """What stagers have in common that keep their host memory, and perhaps a thread, from save to save.
+
+    Args:
+        memory: What to stage into.
+        copies: How to copy.
+        executor: The thread that stages; None stages on the caller's.
+    """
+
+    def __init__(self, memory: HostMemory, copies: Copies, executor: ThreadPoolExecutor | None) -> None:
+        self._memory = memory
+        self._copies = copies
+        self._executor = executor
+        self._last: Future[StateDict] | None = None
+        self._closed = False
+
+    @property
+    def staging_nbytes(self) -> int:
+        """Bytes of host memory kept for the next stage."""
+        return self._memory.nbytes
+
+    def synchronize_staging(self) -> None:
+        """Wait until the last staging has ended, and raise what it failed with."""
+        if self._last is not None:
+            self._last.result()
+
+    def close(self) -> None:
+        """End the thread and free the memory; what was staged last stays valid as long as it is referenced."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._executor is not None:
+            self._executor.shutdown(wait=True)
+        self._last = None
+        self._copies.close()
+        self._memory.close()
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("this stager is closed: make a new one")
+
+
+class DefaultStager(KeptMemoryStager):
     """Stage into host memory that is kept from save to save, until ``close``.
 
     What ``stage`` returns is valid until the next ``stage`` of the same stager, which writes into the same memory.
@@ -75,16 +117,11 @@ class DefaultStager(AsyncStager):
         pinned = config.use_pinned_memory and torch.cuda.is_available()
         non_blocking = config.use_non_blocking_copy and torch.accelerator.is_available()
         _say_what_is_missing(config, pinned=pinned, non_blocking=non_blocking)
-        self._memory = HostMemory(pinned=pinned, shared=config.use_shared_memory, max_bytes=max_staging_bytes)
-        self._copies = Copies(non_blocking=non_blocking)
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="dcp-staging") if config.use_async_staging else None
-        self._last: Future[StateDict] | None = None
-        self._closed = False
-
-    @property
-    def staging_nbytes(self) -> int:
-        """Bytes of host memory kept for the next stage."""
-        return self._memory.nbytes
+        super().__init__(
+            HostMemory(pinned=pinned, shared=config.use_shared_memory, max_bytes=max_staging_bytes),
+            Copies(non_blocking=non_blocking),
+            ThreadPoolExecutor(1, thread_name_prefix="dcp-staging") if config.use_async_staging else None,
+        )
 
     def stage(self, state_dict: StateDict, **kwargs: Any) -> StateDict | Future[StateDict]:
         """Return a snapshot, or with ``use_async_staging`` the future of one.
@@ -93,8 +130,7 @@ class DefaultStager(AsyncStager):
             state_dict: Nested dict of tensors and other values.
             **kwargs: Accepted, as by torch's stager, and without effect.
         """
-        if self._closed:
-            raise RuntimeError("this stager is closed: make a new one")
+        self._require_open()
         self._copies.mark()
         if self._executor is None:
             return self._stage(state_dict)
@@ -107,22 +143,6 @@ class DefaultStager(AsyncStager):
         finally:
             # After a failure too: nothing may write into the memory, or read the tensors, any longer.
             self._copies.wait()
-
-    def synchronize_staging(self) -> None:
-        """Wait until the last staging has ended, and raise what it failed with."""
-        if self._last is not None:
-            self._last.result()
-
-    def close(self) -> None:
-        """End the thread and free the memory; what was staged last stays valid as long as it is referenced."""
-        if self._closed:
-            return
-        self._closed = True
-        if self._executor is not None:
-            self._executor.shutdown(wait=True)
-        self._last = None
-        self._copies.close()
-        self._memory.close()
 
 
 class BlockingAsyncStager(AsyncStager):

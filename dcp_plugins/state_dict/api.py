@@ -9,7 +9,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dcp_plugins.collector import collector_paused
-from dcp_plugins.state_dict.model import IncompatibleKeys, check_model, get_model, load_model, warn_about_submodules
+from dcp_plugins.state_dict.model import get_model, warn_about_submodules
+from dcp_plugins.state_dict.model_load import (
+    IncompatibleKeys,
+    load_model,
+    load_planned,
+    plan_model,
+    warn_about_module_keys,
+)
 from dcp_plugins.state_dict.names import Model
 from dcp_plugins.state_dict.optimizer import get_optimizers
 from dcp_plugins.state_dict.optimizer_load import load_optimizers
@@ -117,6 +124,7 @@ def set_model_state_dict(
     Raises:
         PlanError: (a RuntimeError) Keys are missing or unexpected and ``strict`` is set, or sizes or layouts differ.
     """
+    warn_about_module_keys(model_state_dict)
     options = checked_options(options)
     names, _ = begun(model, options, setting=True)
     return load_model(model_state_dict, names, options)
@@ -160,17 +168,18 @@ def set_state_dict(
 
     An empty ``model_state_dict`` (rank 0's, with ``broadcast_from_rank0``) leaves the model as it is.
     """
+    warn_about_module_keys(model_state_dict)
     options = checked_options(options)
     names, found = begun(model, options, optimizers, setting=True)
+    if options.broadcast_from_rank0:
+        if found:
+            load_optimizers(found, optim_state_dict, names, options)
+        return load_model(model_state_dict, names, options, skip_if_empty=True)
     # Before the optimizers change: what does not fit shall leave both as they are.
-    settled(
-        lambda: check_model(model_state_dict, names, options),
-        lambda: (
-            []
-            if options.broadcast_from_rank0
-            else [*model_pairs(model_state_dict, names), *(optimizer_pairs(optim_state_dict, names) if found else ())]
-        ),
+    plan = settled(
+        lambda: plan_model(model_state_dict, names, options, skip_if_empty=True),
+        lambda: [*model_pairs(model_state_dict, names), *(optimizer_pairs(optim_state_dict, names) if found else ())],
     )
     if found:
         load_optimizers(found, optim_state_dict, names, options)
-    return load_model(model_state_dict, names, options, skip_if_empty=True)
+    return load_planned(plan, names, options)

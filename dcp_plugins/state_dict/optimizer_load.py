@@ -78,13 +78,11 @@ def load_optimizers(
     else:
         with record("state_dict.plan"):
             settled(lambda: plan(read()), pairs)
-        # Before any optimizer takes its state, which may fail: it is collective where layouts differ.
-        fill_all(copy for each in plans for copy in each.copies)
 
     def install_all() -> None:
+        # Before any optimizer takes its state, which may fail: it is collective where layouts differ.
+        fill_all(copy for each in plans for copy in each.copies)
         for each in plans:
-            if options.broadcast_from_rank0:
-                fill_all(each.copies)
             with record("state_dict.call"):
                 each.install()
 

@@ -17,7 +17,7 @@ from dcp_plugins.state_dict.api import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from dcp_plugins.state_dict.model import IncompatibleKeys
+from dcp_plugins.state_dict.model_load import IncompatibleKeys
 from dcp_plugins.state_dict.optimizer import as_optimizers
 from dcp_plugins.state_dict.options import StateDictOptions
 from dcp_plugins.state_dict.types import OptimizerStateType, ValueType

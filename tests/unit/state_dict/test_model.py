@@ -311,3 +311,16 @@ def test_a_model_that_does_not_fit_leaves_its_optimizer_alone() -> None:
         with pytest.raises(PlanError, match="size mismatch"):
             set_state_dict(model, optimizer, model_state_dict=wrong, optim_state_dict=optim, options=options)
         assert optimizer.param_groups[0]["lr"] == 0.25
+
+
+def test_a_state_dict_keyed_by_submodules_warns_once_and_at_the_caller() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    keyed = {model[0]: model[0].state_dict()}
+    _, optim = get_state_dict(model, optimizer)
+    with pytest.warns(FutureWarning, match="keyed by submodules") as found:
+        set_model_state_dict(model, keyed)
+    assert [warning.filename for warning in found] == [__file__]
+    with pytest.warns(FutureWarning, match="keyed by submodules") as found:
+        set_state_dict(model, optimizer, model_state_dict=keyed, optim_state_dict=optim)
+    assert [warning.filename for warning in found] == [__file__]
