@@ -24,7 +24,7 @@ from dcp_plugins.engine.snapshot import Snapshot
 from dcp_plugins.engine.thread_runner import PackedMetadata, thread_runner
 from dcp_plugins.events import record
 from dcp_plugins.plan import DefaultSavePlanner
-from dcp_plugins.staging import BlockingAsyncStager, shared_stager
+from dcp_plugins.staging import BlockingAsyncStager, HandoverStager, shared_stager
 from dcp_plugins.storage import FileSystemWriter
 
 __all__ = ["AsyncCheckpointerType", "AsyncSaveResponse", "async_save"]
@@ -124,6 +124,8 @@ def async_save(
 
         def ready() -> dict[str, Any]:
             staged = snapshot.take()
+            if isinstance(stager, HandoverStager):
+                staged = stager.hand_over(staged)
             if storage_writer is not None:
                 open_writer(storage_writer, checkpoint_id)
                 if in_process and checkpoint_id is None and isinstance(storage_writer, FileSystemWriter):
@@ -147,6 +149,7 @@ def async_save(
 
         upload = thread_runner.start(save_staged)
         upload.add_done_callback(snapshot.written)
+        upload.begin()
         if snapshot.completion is not None:
             return AsyncSaveResponse(snapshot.completion, upload)
         if snapshot.is_original:
@@ -186,6 +189,7 @@ def _join_as_failed(ranks: Ranks, failure: BaseException) -> None:
     future = thread_runner.start(lambda: ranks.settle("stage", fail))
     # This rank raises the failure itself, now.
     future.disown()
+    future.begin()
 
 
 def _synchronize(stager: AsyncStager) -> None:

@@ -30,6 +30,7 @@ from dcp_plugins.engine.process_meeting import join, leave, open_meeting
 from dcp_plugins.engine.save import run_save
 from dcp_plugins.errors import CheckpointException, LostContactError
 from dcp_plugins.events import Event, subscribe
+from dcp_plugins.storage.threads import beside_training
 
 __all__ = ["SaveRequest", "is_checkpoint_process", "main"]
 
@@ -163,7 +164,7 @@ class _Server:
         ranks = Ranks(None, distributed=request.in_group, coordinator_rank=request.coordinator_rank)
         try:
             os.chdir(request.working_directory)
-            with collector_paused():
+            with collector_paused(), beside_training():
                 state_dict, writer, planner = ranks.settle("receive", receive)
                 metadata: Metadata = run_save(
                     state_dict, writer, planner, ranks, use_collectives=request.use_collectives

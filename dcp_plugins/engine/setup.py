@@ -134,10 +134,13 @@ def is_stateful(value: Any) -> bool:
     return type(value) not in _NEVER_STATEFUL and not isinstance(value, torch.Tensor) and isinstance(value, Stateful)
 
 
-_NEVER_STATEFUL = frozenset({torch.Tensor, torch.nn.Parameter, dict, OrderedDict, list, tuple, str, int, float, bool})
+_LEAVES = frozenset({torch.Tensor, torch.nn.Parameter, str, int, float, bool})
+_NEVER_STATEFUL = _LEAVES | {dict, OrderedDict, list, tuple}
 
 
 def _expand(value: Any) -> Any:
+    if type(value) in _LEAVES:
+        return value
     if is_stateful(value):
         return value.state_dict()
     if not holds_stateful(value):
@@ -149,6 +152,8 @@ def _expand(value: Any) -> Any:
 
 def holds_stateful(value: Any) -> bool:
     """Whether a dict or list has a ``Stateful`` in it, at any depth."""
+    if type(value) in _LEAVES:
+        return False
     if isinstance(value, MutableMapping):
         return any(is_stateful(entry) or holds_stateful(entry) for entry in value.values())
     return isinstance(value, list) and any(is_stateful(entry) or holds_stateful(entry) for entry in value)

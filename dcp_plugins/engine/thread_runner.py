@@ -17,6 +17,7 @@ from typing import Any, cast
 
 from dcp_plugins.collector import collector_paused
 from dcp_plugins.contract import Metadata
+from dcp_plugins.storage.threads import beside_training
 
 __all__ = ["PackedMetadata", "SaveFuture", "ThreadRunner", "thread_runner"]
 
@@ -53,6 +54,7 @@ class SaveFuture(Future[Metadata]):
     def __init__(self) -> None:
         super().__init__()
         self._seen = False
+        self._may_begin = threading.Event()
         self.set_running_or_notify_cancel()
 
     def result(self, timeout: float | None = None) -> Metadata:
@@ -75,6 +77,14 @@ class SaveFuture(Future[Metadata]):
         found = super().exception(timeout)
         self._seen = True
         return found
+
+    def begin(self) -> None:
+        """Let the save begin, once nothing is left to be done for the caller: the save's work holds the same lock."""
+        self._may_begin.set()
+
+    def wait_to_begin(self) -> None:
+        """Wait for ``begin``; on the save's thread."""
+        self._may_begin.wait()
 
     def disown(self) -> None:
         """Let nobody be told of a failure."""
@@ -112,7 +122,7 @@ class ThreadRunner:
             concurrent.futures.wait([last])
 
     def start(self, job: Callable[[], Metadata | PackedMetadata]) -> SaveFuture:
-        """Run ``job`` on a thread; the previous one has to have ended."""
+        """Run ``job`` on a thread from its future's ``begin``; the previous one has to have ended."""
         if not self._has_exit_hook:
             _register_exit_hook(self._at_exit)
             self._has_exit_hook = True
@@ -141,7 +151,9 @@ class ThreadRunner:
 def _run(jobs: list[Callable[[], Metadata | PackedMetadata]], future: SaveFuture) -> None:
     """Run the only job in the list, which is then gone: who sees the future done may free what was staged."""
     try:
-        metadata = jobs.pop()()
+        future.wait_to_begin()
+        with beside_training():
+            metadata = jobs.pop()()
     # Whatever it is, it belongs to the one who asks for the result.
     except BaseException as exc:
         future.set_exception(exc)

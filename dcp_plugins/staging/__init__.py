@@ -7,6 +7,7 @@ from dcp_plugins.staging.overlap import OverlappedStager
 from dcp_plugins.staging.stagers import (
     BlockingAsyncStager,
     DefaultStager,
+    HandoverStager,
     StagingOptions,
     release_staging_memory,
     shared_stager,
@@ -17,6 +18,7 @@ __all__ = [
     "AsyncStager",
     "BlockingAsyncStager",
     "DefaultStager",
+    "HandoverStager",
     "OverlappedStager",
     "StagingOptions",
     "release_staging_memory",

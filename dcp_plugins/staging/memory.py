@@ -54,9 +54,13 @@ class HostMemory:
         shared: Memory that other processes can map through ``torch.multiprocessing`` without a copy. Ignored where
             ``pinned`` is given: page-locked memory is this process's own.
         max_bytes: The most to take and keep; None leaves it at what the machine has.
+        times_needed: How many times the bytes of a round the machine has to have, because others take as much.
     """
 
-    def __init__(self, *, pinned: bool = False, shared: bool = False, max_bytes: int | None = None) -> None:
+    def __init__(
+        self, *, pinned: bool = False, shared: bool = False, max_bytes: int | None = None, times_needed: int = 1
+    ) -> None:
+        self._times_needed = times_needed
         self._pinned = pinned
         self._max_bytes = max_bytes
         self._shared = shared and not pinned
@@ -79,7 +83,7 @@ class HostMemory:
         """
         if self._max_bytes is not None and nbytes > self._max_bytes:
             raise StagingMemoryError(f"a snapshot takes {nbytes} bytes, and max_staging_bytes allows {self._max_bytes}")
-        missing = nbytes - self.nbytes
+        missing = nbytes * self._times_needed - self.nbytes
         available = available_bytes() if missing > _UNCHECKED_BYTES else None
         if available is not None and missing > available:
             raise StagingMemoryError(

@@ -75,7 +75,7 @@ class OverlappedStager(KeptMemoryStager):
             concurrent.futures.wait([self._last])
         late = _Late(self._storages_of_optimizers(), self._copies)
         try:
-            staged = take_snapshot(state_dict, self._memory, late.copy_the_rest)
+            staged = take_snapshot(state_dict, self._memory, late.copy_the_rest, self._copies.wait)
         finally:
             # Of what may change as soon as this returns.
             self._copies.wait()

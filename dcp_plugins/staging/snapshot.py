@@ -49,7 +49,9 @@ _ATOMIC = frozenset(
 
 @collector_paused()
 @torch.no_grad()
-def take_snapshot(state_dict: Mapping[str, Any], memory: HostMemory, copy_all: Copy) -> dict[str, Any]:
+def take_snapshot(
+    state_dict: Mapping[str, Any], memory: HostMemory, copy_all: Copy, wait: Callable[[], None]
+) -> dict[str, Any]:
     """Return a copy of ``state_dict`` on the host; it is complete once the copies that were started have ended.
 
     Tensors keep dtype, shape, placement and ``requires_grad``; parameters become plain tensors, and strided views
@@ -60,16 +62,16 @@ def take_snapshot(state_dict: Mapping[str, Any], memory: HostMemory, copy_all: C
     Args:
         state_dict: Nested dict without ``Stateful`` objects.
         memory: Where the copies go; they are valid until its next round.
-        copy_all: Called once, with all tensors to copy.
+        copy_all: Called once, with all tensors to copy; copies from a device may go on when it returns.
+        wait: Called where copies have to be complete before the snapshot is.
 
     Raises:
         UnsupportedValueError: Values that cannot be copied; lists their keys.
     """
-    taker = _Taker(memory)
-    for key, value in state_dict.items():
-        taker.collect(value, (key,))
-    targets, sources = taker.place()
-    copy_all(targets, sources)
+    taker = _Taker(memory, wait)
+    taker.collect(state_dict, ())
+    copy_all(*taker.place())
+    taker.dress()
     staged = {key: taker.build(value, (key,)) for key, value in state_dict.items()}
     if taker.failures:
         path, cause = taker.failures[0]
@@ -97,11 +99,13 @@ class _Layout:
 
 
 class _Taker:
-    def __init__(self, memory: HostMemory) -> None:
+    def __init__(self, memory: HostMemory, wait: Callable[[], None]) -> None:
         self.failures: list[tuple[Path, Exception]] = []
         self._memory = memory
+        self._wait = wait
         # Tensors that are plain memory.
         self._tensors: list[torch.Tensor] = []
+        self._places: list[torch.Tensor] = []
         self._shapes: list[_Shape] = []
         # As copy.deepcopy's: id of an original -> its copy.
         self._memo: dict[int, Any] = {}
@@ -141,15 +145,21 @@ class _Taker:
         self._alive.append(value)
 
     def _add(self, tensor: torch.Tensor, path: Path) -> None:
-        if id(tensor) in self._seen or not is_plain_memory(tensor):
+        seen = self._seen
+        if id(tensor) in seen or not is_plain_memory(tensor):
             return
         # Not _see: the list of tensors keeps it alive.
-        self._seen.add(id(tensor))
+        seen.add(id(tensor))
         start = 0
-        if (tensor.is_cpu or tensor.is_cuda) and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
+        dtype = tensor.dtype
+        if (
+            (tensor.is_cpu or tensor.is_cuda)
+            and tensor.is_contiguous()
+            and not (tensor.is_neg() or (dtype.is_complex and tensor.is_conj()))
+        ):
             start = tensor.data_ptr()
         self._tensors.append(tensor)
-        self._shapes.append((start, tensor.nbytes, tensor.dtype, tensor.shape, path))
+        self._shapes.append((start, tensor.nbytes, dtype, tensor.shape, path))
 
     def place(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Give every tensor its place in host memory; return the targets and sources of the copies that fill them."""
@@ -158,10 +168,19 @@ class _Taker:
             self._memory.repeat_round()
         else:
             layout = self._memory.layout = self._lay_out()
+        self._places = layout.places
         tensors, places = self._tensors, layout.places
-        for tensor, place in zip(tensors, places, strict=True):
-            self._place(tensor, place)
         return [places[number] for number in layout.copied], [tensors[number] for number in layout.copied]
+
+    def dress(self) -> None:
+        """Make each tensor's place what it is to be in the snapshot; its bytes need not be there yet."""
+        memo = self._memo
+        for tensor, place in zip(self._tensors, self._places, strict=True):
+            # Nearly all, of perhaps very many.
+            if type(tensor) is torch.Tensor and not tensor.requires_grad and not tensor.__dict__:
+                memo[id(tensor)] = place
+            else:
+                self._place(tensor, place)
 
     def _lay_out(self) -> _Layout:
         shapes = self._shapes
@@ -246,7 +265,9 @@ class _Taker:
         made: Any
         try:
             if isinstance(value, torch.Tensor):
-                made = rebuild(value, _name(path), lambda name, part: self.build(part, (*path, name)), self._memo)
+                made = rebuild(
+                    value, _name(path), lambda name, part: self.build(part, (*path, name)), self._memo, self._wait
+                )
             else:
                 # Filled first, so that deepcopy finds in the memo what is inside.
                 items = {key: self.build(item, (*path, key)) for key, item in _items(value)}

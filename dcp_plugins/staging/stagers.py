@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dcp_plugins.contract import AsyncStager
-from dcp_plugins.errors import UnsupportedValueError, listing
+from dcp_plugins.errors import StagingMemoryError, UnsupportedValueError, listing
 from dcp_plugins.staging.memory import HostMemory
 from dcp_plugins.staging.snapshot import take_snapshot
 from dcp_plugins.staging.streams import Copies
@@ -21,6 +21,7 @@ from dcp_plugins.staging.streams import Copies
 __all__ = [
     "BlockingAsyncStager",
     "DefaultStager",
+    "HandoverStager",
     "StagingOptions",
     "release_staging_memory",
     "shared_stager",
@@ -139,7 +140,68 @@ class DefaultStager(KeptMemoryStager):
 
     def _stage(self, state_dict: StateDict) -> StateDict:
         try:
-            return take_snapshot(state_dict, self._memory, self._copies.start)
+            return take_snapshot(state_dict, self._memory, self._copies.start, self._copies.wait)
+        finally:
+            # After a failure too: nothing may write into the memory, or read the tensors, any longer.
+            self._copies.wait()
+
+
+class HandoverStager(KeptMemoryStager):
+    """Stage on the calling thread into memory that another process can map; the first time in two steps.
+
+    Shared memory comes in small pages, whose first touch takes several times longer than that of private memory in
+    huge ones. So the first snapshot is taken into private memory, and ``hand_over``, which is for the background,
+    moves it into shared memory, where later ones are taken to directly. For that while there are two copies, unless
+    memory is short.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(HostMemory(shared=True), Copies(non_blocking=torch.accelerator.is_available()), executor=None)
+        # There has to be room for the shared memory as well.
+        self._first = HostMemory(times_needed=2)
+        self._is_private = False
+
+    @property
+    def staging_nbytes(self) -> int:
+        """Bytes of host memory kept for the next stage, and of a first snapshot that is not handed over yet."""
+        return self._memory.nbytes + self._first.nbytes
+
+    def stage(self, state_dict: StateDict) -> StateDict:
+        """Return a snapshot, valid until the next stage; for ``hand_over``."""
+        self._require_open()
+        self._copies.mark()
+        self._is_private = not self._memory.nbytes
+        if self._is_private:
+            try:
+                return self._take(state_dict, self._first)
+            except StagingMemoryError:
+                self._is_private = False
+        return self._take(state_dict, self._memory)
+
+    def hand_over(self, staged: StateDict) -> StateDict:
+        """Return what was staged last, in shared memory if there is any.
+
+        Called once for each ``stage``, on any thread, before the next ``stage``.
+        """
+        if not self._is_private:
+            return staged
+        self._is_private = False
+        try:
+            return self._take(staged, self._memory)
+        except StagingMemoryError as exc:
+            logger.warning("no shared memory for the snapshot (%s): its bytes are sent to the checkpoint process", exc)
+            return staged
+        finally:
+            # Freed when the last reference to what was staged is gone.
+            self._first.close()
+
+    def close(self) -> None:
+        super().close()
+        self._first.close()
+
+    def _take(self, state_dict: StateDict, memory: HostMemory) -> StateDict:
+        try:
+            return take_snapshot(state_dict, memory, self._copies.start, self._copies.wait)
         finally:
             # After a failure too: nothing may write into the memory, or read the tensors, any longer.
             self._copies.wait()
@@ -193,21 +255,22 @@ class BlockingAsyncStager(AsyncStager):
             self._stager = None
 
 
-# By whether another process can map what they stage.
-_shared_stagers: dict[bool, DefaultStager] = {}
+# One of each class at most.
+_shared_stagers: dict[type[KeptMemoryStager], DefaultStager | HandoverStager] = {}
 _lock = threading.Lock()
 
 
-def shared_stager(*, for_process: bool = False) -> DefaultStager:
+def shared_stager(*, for_process: bool = False) -> DefaultStager | HandoverStager:
     """Return the stager of this process for asynchronous saves that bring none; its memory is kept between them.
 
     Args:
-        for_process: Stage where another process can map it.
+        for_process: Stage where another process can map it, with a ``HandoverStager``.
     """
+    kind = HandoverStager if for_process else DefaultStager
     with _lock:
-        stager = _shared_stagers.get(for_process)
+        stager = _shared_stagers.get(kind)
         if stager is None:
-            stager = _shared_stagers[for_process] = DefaultStager(_plain_options(shared=for_process))
+            stager = _shared_stagers[kind] = HandoverStager() if for_process else DefaultStager(_plain_options())
         return stager
 
 
@@ -232,12 +295,11 @@ def release_staging_memory() -> None:
         stager.close()
 
 
-def _plain_options(*, shared: bool = False) -> StagingOptions:
+def _plain_options() -> StagingOptions:
     """Return the options for staging on the calling thread, as fast as this machine can."""
     return StagingOptions(
-        # Page-locked memory is this process's own.
-        use_pinned_memory=torch.cuda.is_available() and not shared,
-        use_shared_memory=shared,
+        use_pinned_memory=torch.cuda.is_available(),
+        use_shared_memory=False,
         use_async_staging=False,
         use_non_blocking_copy=torch.accelerator.is_available(),
     )

@@ -52,8 +52,13 @@ def parts(tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, getattr(tensor, name)
 
 
-def rebuild(tensor: torch.Tensor, fqn: str, build: Build, memo: dict[int, Any]) -> torch.Tensor:
+def rebuild(
+    tensor: torch.Tensor, fqn: str, build: Build, memo: dict[int, Any], wait: Callable[[], None]
+) -> torch.Tensor:
     """Return a copy of a tensor that is not plain memory.
+
+    Args:
+        wait: Called before bytes of the parts' copies are looked at.
 
     Raises:
         UnsupportedValueError: Its class copies itself wrongly; better no checkpoint than one with other values.
@@ -80,7 +85,7 @@ def rebuild(tensor: torch.Tensor, fqn: str, build: Build, memo: dict[int, Any]) 
         made = unflatten(inner, context, tensor.size(), tensor.stride())
     else:
         made = copy.deepcopy(tensor.detach() if not tensor.is_leaf else tensor, memo)
-    _check(tensor, made, fqn)
+    _check(tensor, made, fqn, wait)
     return made
 
 
@@ -110,7 +115,7 @@ def _rebuild_sharded(tensor: ShardedTensor, build: Build) -> torch.Tensor:
     return made
 
 
-def _check(tensor: torch.Tensor, made: Any, fqn: str) -> None:
+def _check(tensor: torch.Tensor, made: Any, fqn: str, wait: Callable[[], None]) -> None:
     """Compare a copy that a class of unknown quality has made of itself with the original."""
     problem = None
     if type(made) is not type(tensor):
@@ -118,6 +123,7 @@ def _check(tensor: torch.Tensor, made: Any, fqn: str) -> None:
     elif made.shape != tensor.shape or made.dtype is not tensor.dtype:
         problem = f"expected {tuple(tensor.shape)} {tensor.dtype}, found {tuple(made.shape)} {made.dtype}"
     elif has_hooks(tensor):
+        wait()
         problem = _difference_of_shards(tensor, made, fqn)
     if problem is not None:
         raise UnsupportedValueError(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import heapq
 import os
-from collections.abc import Callable, Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from contextlib import contextmanager
+from typing import Generic, TypeVar
 
-__all__ = ["default_thread_count", "run_all", "split_by_bytes"]
+__all__ = ["SharedWork", "beside_training", "default_thread_count", "run_all", "split_by_bytes"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -18,6 +21,10 @@ _MAX_DEFAULT_THREADS = 8
 _MIN_BYTES_PER_THREAD = 16 * 1024 * 1024
 # Smaller pieces are bound by the interpreter, which one thread at a time holds: they do not ask for more threads.
 _MIN_PARALLEL_PIECE_BYTES = 256 * 1024
+# Gives a thread 3 % of a processor that an ordinary one wants too, and all of one that nobody wants.
+_POLITE_NICENESS = 15
+
+_here = threading.local()
 
 
 def default_thread_count() -> int:
@@ -52,16 +59,67 @@ def split_by_bytes(pieces: Sequence[T], sizes_bytes: Sequence[int], max_parts: i
     return [[pieces[position] for position in sorted(part)] for part in members if part]
 
 
+@contextmanager
+def beside_training() -> Iterator[None]:
+    """Let this thread's calls of ``run_all`` take one processor from the training, and of the others what is idle."""
+    _here.is_beside_training = True
+    try:
+        yield
+    finally:
+        _here.is_beside_training = False
+
+
+class SharedWork(Generic[T]):
+    """Pieces shared out to threads, each of which takes from the others' shares when its own is done.
+
+    So no thread waits for one that has got no processor.
+    """
+
+    def __init__(self, shares: Sequence[Sequence[T]]) -> None:
+        # Their ends are popped from without a lock.
+        self._shares = [deque(share) for share in shares]
+
+    def take(self, share: int) -> Iterator[T]:
+        """Yield the pieces of one share in order, then those at the other shares' ends, until none is left."""
+        own = self._shares[share]
+        while own:
+            # Another thread may have taken the last one by now.
+            try:
+                yield own.popleft()
+            except IndexError:
+                break
+        for other in self._shares:
+            while other:
+                try:
+                    yield other.pop()
+                except IndexError:
+                    break
+
+    def drop(self) -> None:
+        """Let nobody take what is left."""
+        for share in self._shares:
+            share.clear()
+
+
 def run_all(function: Callable[[T], R], work: Sequence[T]) -> list[R]:
     """Call ``function`` on each element, each in its own thread, and return the results in order.
+
+    The first element is the calling thread's.
 
     Raises:
         BaseException: The first failure in the order of ``work``, once all have ended; none is lost or left running.
     """
     if len(work) <= 1:
         return [function(element) for element in work]
-    with ThreadPoolExecutor(len(work) - 1, thread_name_prefix="dcp-io") as pool:
+    make_polite = _lower_priority if getattr(_here, "is_beside_training", False) else None
+    with ThreadPoolExecutor(len(work) - 1, thread_name_prefix="dcp-io", initializer=make_polite) as pool:
         futures = [pool.submit(function, element) for element in work[1:]]
         # The calling thread would only wait: it takes the first part.
         first = function(work[0])
         return [first, *(future.result() for future in futures)]
+
+
+def _lower_priority() -> None:
+    """Let this thread run where a processor would be idle; on Linux priorities are a thread's own."""
+    if hasattr(os, "setpriority"):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _POLITE_NICENESS)

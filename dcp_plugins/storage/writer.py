@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import logging
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -44,7 +45,7 @@ from dcp_plugins.format.names import (
 from dcp_plugins.storage.datafile import DataFile
 from dcp_plugins.storage.host_blocks import host_blocks
 from dcp_plugins.storage.local import litter, make_directory, publish, remove_files, sync_directory
-from dcp_plugins.storage.threads import default_thread_count, run_all, split_by_bytes
+from dcp_plugins.storage.threads import SharedWork, default_thread_count, run_all, split_by_bytes
 from dcp_plugins.storage.transforms import encode_stream
 
 __all__ = ["DCP_VERSION", "FileSystemWriter", "check_against_plan", "check_results", "local_path_is_usable"]
@@ -153,28 +154,47 @@ class FileSystemWriter(StorageWriter):
         ]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        prefix = plan.storage_data.prefix
         if self.single_file_per_rank:
-            parts = split_by_bytes(plan.items, [_nbytes(item) for item in plan.items], self.thread_count)
+            shares = split_by_bytes(plan.items, [_nbytes(item) for item in plan.items], self.thread_count)
         else:
-            parts = [[item] for item in plan.items]
-        names = [data_file_name(prefix, index, self.save_id) for index in range(len(parts))]
-        self._written = names
-        files = list(zip(names, parts, strict=True))
-        lanes = [files[lane :: self.thread_count] for lane in range(min(self.thread_count, len(files)))]
+            # What counts then is the number of files that are synced at the same time.
+            shares = [
+                plan.items[first :: self.thread_count] for first in range(min(self.thread_count, len(plan.items)))
+            ]
+        work = SharedWork(shares)
+        numbers = itertools.count()
 
-        def write_lane(lane: list[tuple[str, list[WriteItem]]]) -> list[WriteResult]:
-            return [result for name, items in lane for result in self._write_file(name, items, planner)]
+        def new_name() -> str:
+            return data_file_name(plan.storage_data.prefix, next(numbers), self.save_id)
 
-        results = [result for lane_results in run_all(write_lane, lanes) for result in lane_results]
+        def write_share(number: int) -> list[WriteResult]:
+            items = work.take(number)
+            try:
+                if self.single_file_per_rank:
+                    return self._write_file(new_name, items, planner)
+                return [result for item in items for result in self._write_file(new_name, iter([item]), planner)]
+            except BaseException:
+                # Nothing will be committed: the other threads need not write what is left.
+                work.drop()
+                raise
+
+        results = [result for part in run_all(write_share, range(len(shares))) for result in part]
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
 
-    def _write_file(self, name: str, items: list[WriteItem], planner: SavePlanner) -> list[WriteResult]:
+    def _write_file(
+        self, new_name: Callable[[], str], items: Iterator[WriteItem], planner: SavePlanner
+    ) -> list[WriteResult]:
+        """Write items into a new file; make none if there are none."""
+        first = next(items, None)
+        if first is None:
+            return []
+        name = new_name()
+        self._written.append(name)
         results = []
         with DataFile(self.path / name, sync=self.sync_files) as file:
-            for item in items:
+            for item in itertools.chain([first], items):
                 data = planner.resolve_data(item)
                 if isinstance(data, torch.Tensor):
                     check_against_plan(item, data)

@@ -32,6 +32,7 @@ from dcp_plugins.errors import UnsupportedValueError
 from dcp_plugins.staging import (
     BlockingAsyncStager,
     DefaultStager,
+    HandoverStager,
     StagingOptions,
     release_staging_memory,
     shared_stager,
@@ -418,10 +419,10 @@ def test_memory_that_is_released_is_unmapped_there_too(tmp_path: Path) -> None:
 
 
 def test_a_skeleton_holds_places_and_no_bytes() -> None:
-    stager = shared_stager(for_process=True)
+    stager = HandoverStager()
     state_dict = {"a": torch.ones(1_000_000), "b": {"c": [torch.ones(5), 3, torch.ones(2)]}}
     table = BlockTable()
-    first, second = (pack(stager.stage(state_dict), table) for _ in range(2))
+    first, second = (pack(stager.hand_over(stager.stage(state_dict)), table) for _ in range(2))
     assert first.skeleton == second.skeleton
     assert len(first.skeleton) < 2000
     assert not first.private

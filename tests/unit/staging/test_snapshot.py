@@ -23,7 +23,7 @@ from dcp_plugins.tensors import CheckpointableTensor
 
 def snapshot(state_dict: dict[str, Any], memory: HostMemory | None = None) -> dict[str, Any]:
     copies = Copies(non_blocking=False)
-    staged = take_snapshot(state_dict, HostMemory() if memory is None else memory, copies.start)
+    staged = take_snapshot(state_dict, HostMemory() if memory is None else memory, copies.start, copies.wait)
     copies.wait()
     return staged
 
@@ -372,7 +372,9 @@ def test_more_than_is_allowed_is_refused_before_anything_is_copied() -> None:
     memory = HostMemory(max_bytes=1000)
     copied: list[int] = []
     with pytest.raises(StagingMemoryError, match=r"takes 1200 bytes, and max_staging_bytes allows 1000"):
-        take_snapshot({"a": torch.ones(300)}, memory, lambda targets, sources: copied.append(len(targets)))
+        take_snapshot(
+            {"a": torch.ones(300)}, memory, lambda targets, sources: copied.append(len(targets)), lambda: None
+        )
     assert copied == []
     assert torch.equal(snapshot({"a": torch.ones(250)}, memory)["a"], torch.ones(250))
 

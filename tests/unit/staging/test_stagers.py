@@ -17,7 +17,15 @@ import torch.distributed.checkpoint.staging as torch_staging
 
 from dcp_plugins import staging
 from dcp_plugins.errors import UnsupportedValueError
-from dcp_plugins.staging import AsyncStager, BlockingAsyncStager, DefaultStager, StagingOptions, stagers
+from dcp_plugins.staging import (
+    AsyncStager,
+    BlockingAsyncStager,
+    DefaultStager,
+    HandoverStager,
+    StagingOptions,
+    memory,
+    stagers,
+)
 
 
 def plain() -> StagingOptions:
@@ -207,4 +215,47 @@ def test_a_device_is_staged_through_pinned_memory(asynchronous: bool) -> None:
     original.zero_()
     assert result["t"].is_pinned()
     assert torch.equal(result["t"], expected)
+    stager.close()
+
+
+def test_a_first_snapshot_for_a_process_is_private_and_moved_into_shared_memory_when_handed_over() -> None:
+    stager = HandoverStager()
+    source = torch.arange(3_000_000.0)
+    tied = source[1_000_000:]
+    first = stager.stage({"a": source, "b": {"tied": tied, "step": 3}})
+    assert not first["a"].is_shared()
+    source.zero_()
+    moved = stager.hand_over(first)
+    assert moved["a"].is_shared()
+    assert torch.equal(moved["a"], torch.arange(3_000_000.0))
+    assert torch.equal(moved["b"]["tied"], torch.arange(1_000_000.0, 3_000_000.0))
+    assert moved["b"]["tied"].untyped_storage().data_ptr() == moved["a"].untyped_storage().data_ptr()
+    assert moved["b"]["step"] == 3
+    # Of the two copies one is kept.
+    assert stager.staging_nbytes == source.nbytes
+    stager.close()
+
+
+def test_later_snapshots_for_a_process_are_taken_where_the_first_was_moved_to() -> None:
+    stager = HandoverStager()
+    source = torch.zeros(3_000_000)
+    moved = stager.hand_over(stager.stage({"a": source}))
+    address = moved["a"].data_ptr()
+    source += 1
+    second = stager.stage({"a": source})
+    assert second["a"].data_ptr() == address
+    assert stager.hand_over(second) is second
+    assert torch.equal(second["a"], source)
+    stager.close()
+
+
+def test_a_snapshot_for_a_process_is_taken_once_where_there_is_no_memory_for_two(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    nbytes = 100 * 1024 * 1024
+    monkeypatch.setattr(memory, "available_bytes", lambda: nbytes * 3 // 2)
+    stager = HandoverStager()
+    staged = stager.stage({"a": torch.ones(nbytes, dtype=torch.uint8)})
+    assert staged["a"].is_shared()
+    assert stager.hand_over(staged) is staged
     stager.close()
