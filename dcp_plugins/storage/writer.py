@@ -153,14 +153,8 @@ class FileSystemWriter(StorageWriter):
         ]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        prefix = plan.storage_data.prefix
-        if self.single_file_per_rank:
-            parts = split_by_bytes(plan.items, [_nbytes(item) for item in plan.items], self.thread_count)
-        else:
-            parts = [[item] for item in plan.items]
-        names = [data_file_name(prefix, index, self.save_id) for index in range(len(parts))]
-        self._written = names
-        files = list(zip(names, parts, strict=True))
+        files = self.files_for(plan.items, plan.storage_data.prefix)
+        self._written = [name for name, _ in files]
         lanes = [files[lane :: self.thread_count] for lane in range(min(self.thread_count, len(files)))]
 
         def write_lane(lane: list[tuple[str, list[WriteItem]]]) -> list[WriteResult]:
@@ -170,6 +164,14 @@ class FileSystemWriter(StorageWriter):
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
+
+    def files_for(self, items: list[WriteItem], prefix: str) -> list[tuple[str, list[WriteItem]]]:
+        """Divide this rank's items among files, and name these by their paths below the checkpoint's directory."""
+        if self.single_file_per_rank:
+            parts = split_by_bytes(items, [_nbytes(item) for item in items], self.thread_count)
+        else:
+            parts = [[item] for item in items]
+        return [(data_file_name(prefix, index, self.save_id), part) for index, part in enumerate(parts)]
 
     def _write_file(self, name: str, items: list[WriteItem], planner: SavePlanner) -> list[WriteResult]:
         results = []
