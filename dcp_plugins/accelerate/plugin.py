@@ -20,7 +20,7 @@ from accelerate.commands.launch import launch_command_parser
 
 from dcp_plugins.manager import SaveOptions
 
-__all__ = ["CONFIG_FILE_VARIABLE", "SECTION", "DCPPlugin", "section_of", "variable_of"]
+__all__ = ["CONFIG_FILE_VARIABLE", "SECTION", "DCPPlugin", "read_config", "section_of", "variable_of"]
 
 SECTION = "dcp"
 """The section of the YAML file: inside ``fsdp_config``, where stock Accelerate tolerates it, or at the top level."""
@@ -65,7 +65,7 @@ class DCPPlugin(SaveOptions):
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> DCPPlugin:
         """Make options of the section in a YAML file of Accelerate; the defaults if it has none."""
-        return cls.from_mapping(section_of(_read(Path(path))), where=f"section {SECTION!r} of {os.fspath(path)}")
+        return cls.from_mapping(section_of(read_config(Path(path))), where=f"section {SECTION!r} of {os.fspath(path)}")
 
     @classmethod
     def from_launch(cls) -> DCPPlugin:
@@ -78,7 +78,7 @@ class DCPPlugin(SaveOptions):
         options: dict[str, Any] = {}
         file = launchers_file()
         if file is not None:
-            options.update(section_of(_read(file)))
+            options.update(section_of(read_config(file)))
             cls.from_mapping(options, where=f"section {SECTION!r} of {file}")
         for field in dataclasses.fields(cls):
             text = os.environ.get(variable_of(field.name))
@@ -158,7 +158,8 @@ def _ancestors() -> Iterator[tuple[list[str], Path]]:
         process = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("PPid:"))
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def read_config(path: Path) -> Mapping[str, Any]:
+    """Return what a configuration file of Accelerate says, YAML or JSON; an empty one says nothing."""
     with path.open(encoding="utf-8") as stream:
         config = yaml.safe_load(stream)
     return config if isinstance(config, Mapping) else {}

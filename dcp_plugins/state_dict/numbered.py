@@ -10,7 +10,8 @@ from torch.distributed.fsdp import FlatParameter
 from torch.optim import Optimizer
 
 from dcp_plugins.errors import PlanError
-from dcp_plugins.state_dict.api import get_model_state_dict, get_optimizer_state_dict
+from dcp_plugins.state_dict.api import get_optimizer_state_dict
+from dcp_plugins.state_dict.names import names_of
 
 __all__ = ["by_name"]
 
@@ -50,6 +51,11 @@ def _names_in_order(model: nn.Module, optimizer: Optimizer) -> list[str]:
     )
     if not is_flat:
         return [name for group in groups for name in group["params"]]
-    # Of FSDP1's flat parameters the outermost unit's come first; what is unsharded is listed in the model's order.
-    places = {name: place for place, name in enumerate(get_model_state_dict(model))}
-    return [name for group in groups for name in sorted(group["params"], key=places.__getitem__)]
+    # FSDP1 lists the parameters of its outermost unit first. Without it they are listed by module, in the order of the
+    # modules, and those of one module in the order that the unit keeps, too.
+    places: dict[str, int] = {}
+    for canonical in names_of(model).canonical_paths.values():
+        places.setdefault(canonical, len(places))
+    return [
+        name for group in groups for name in sorted(group["params"], key=lambda name: places[name.rpartition(".")[0]])
+    ]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ProjectConfiguration
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -103,9 +103,9 @@ def accelerator_for(
     )
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin, project_config=project)
     # On the CPU Accelerate never takes its own FSDP path. From here on it does, on torch's CPU implementation.
-    accelerator.state.device = torch.device("cpu")
     accelerator.state.fsdp_plugin = plugin
-    accelerator.state.distributed_type = DistributedType.FSDP
+    for shared in (PartialState._shared_state, accelerator.state.__dict__):
+        shared.update(device=torch.device("cpu"), distributed_type=DistributedType.FSDP)
     return accelerator
 
 
