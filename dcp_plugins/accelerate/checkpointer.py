@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,7 +32,8 @@ from dcp_plugins.accelerate.plugin import DCPPlugin
 from dcp_plugins.accelerate.stock import load_stock_model, load_stock_optimizer
 from dcp_plugins.coord import Ranks
 from dcp_plugins.errors import CheckpointError, CheckpointNotFoundError, PlanError, listing
-from dcp_plugins.manager import Saver, expected_warnings, verify_checkpoint
+from dcp_plugins.manager import KeepPolicy, Saver, expected_warnings, verify_checkpoint
+from dcp_plugins.manager.record import RECORD_KEY, record_item
 from dcp_plugins.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -97,8 +99,8 @@ class Checkpointer:
             ),
         )
         if accelerator.is_main_process:
-            limit = accelerator.project_configuration.total_limit if self._is_naming else None
-            self._saver.after_commit(lambda: self._follow_up(path, limit))
+            policy = self.plugin.keep_policy(accelerator.project_configuration.total_limit)
+            self._saver.after_commit(lambda: self._follow_up(path, policy))
         accelerator.project_configuration.iteration += 1
         return path
 
@@ -203,14 +205,17 @@ class Checkpointer:
         left = list(shown)
         for hook in accelerator._save_model_state_pre_hook.values():
             hook(accelerator._models, left, str(path))
-        return state_of(accelerator, shown, before, left)
+        state = state_of(accelerator, shown, before, left)
+        if accelerator.is_main_process:
+            state[RECORD_KEY] = record_item(accelerator.save_iteration, time.time(), None)
+        return state
 
-    def _follow_up(self, path: Path, limit: int | None) -> None:
+    def _follow_up(self, path: Path, policy: KeepPolicy | None) -> None:
         """Do what may only be done once the checkpoint at ``path`` is committed. Runs on the main process."""
         try:
             layout.write_stock_files(path)
             if self._is_naming:
-                layout.remove_old(path.parent, total_limit=limit, keep_every=self.plugin.keep_every, keep=[path])
+                layout.remove_old(path.parent, policy)
         # The checkpoint exists: it must not look as if it did not.
         except Exception:
             log.warning(

@@ -19,7 +19,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,9 +29,17 @@ from accelerate.utils.constants import FSDP_MODEL_NAME, MODEL_NAME, OPTIMIZER_NA
 
 import dcp_plugins as dcp
 from dcp_plugins.contract import Metadata
-from dcp_plugins.errors import CheckpointNotFoundError, PlanError, UnsafeCheckpointError
+from dcp_plugins.errors import CheckpointError, CheckpointNotFoundError, PlanError, UnsafeCheckpointError
 from dcp_plugins.format.names import METADATA_NAME, save_id_of
-from dcp_plugins.manager import delete_checkpoint, is_committed
+from dcp_plugins.manager import (
+    KeepPolicy,
+    SaveRecord,
+    StepNames,
+    delete_checkpoint,
+    is_committed,
+    read_record,
+    steps_to_delete,
+)
 from dcp_plugins.storage.parts import is_view, publish_view
 
 __all__ = [
@@ -59,6 +68,7 @@ _PART = re.compile(rf"({FSDP_MODEL_NAME}|{OPTIMIZER_NAME})_([0-9]+)")
 _FILE = re.compile(
     r"(scheduler|sampler|dl_state_dict)(_[0-9]+)?\.bin|scaler\.pt|random_states_[0-9]+\.pkl|custom_checkpoint_[0-9]+\.pkl"
 )
+_NAMES = StepNames(prefix="checkpoint_")
 _NUMBER = re.compile(r"([0-9]+)(?=[^0-9/]*$)")
 
 
@@ -193,30 +203,34 @@ def refuse_unless_checkpoint(path: Path) -> Literal["ours", "stock"]:
     )
 
 
-def remove_old(folder: Path, *, total_limit: int | None, keep_every: int | None, keep: Iterable[Path]) -> None:
-    """Delete checkpoints beyond the limit, the lowest numbers first, and what killed saves left below the newest.
+def remove_old(folder: Path, policy: KeepPolicy | None) -> None:
+    """Delete checkpoints that a policy lets go, and what killed saves left below the newest.
 
-    Only ``checkpoint_<n>`` is looked at.
-
-    Args:
-        folder: Where they are.
-        total_limit: How many to keep; None deletes none.
-        keep_every: Numbers whose multiples are kept beyond the limit.
-        keep: Never deleted, whatever their numbers.
+    Only ``checkpoint_<n>`` is looked at. To be called after a commit, while nothing else is saved there.
     """
-    spared = {path.resolve() for path in keep}
-    named = [path for path in numbered(folder) if re.fullmatch(r"checkpoint_[0-9]+", path.name)]
-    counted = [path for path in reversed(named) if kind_of(path) is not None]
-    newest = _place(counted[-1])[0] if counted else -1
-    for path in named:
-        if path not in counted and _place(path)[0] < newest and _is_litter(path):
-            shutil.rmtree(path)
-            log.info("Removed %s, left by a save that was never committed", path)
-    if total_limit is None:
-        return
-    for path in counted[: max(0, len(counted) - max(1, total_limit))]:
-        if path.resolve() not in spared and (keep_every is None or _place(path)[0] % keep_every):
-            delete_checkpoint(path)
+    named = {path: _NAMES.step_of(path.name) for path in numbered(folder)}
+    records = []
+    litter = []
+    for path, number in named.items():
+        kind = kind_of(path)
+        if number is not None and kind is not None:
+            records.append(_record_of(path, number) if kind == "ours" else SaveRecord(number))
+        elif number is not None and records and _is_litter(path):
+            litter.append(path)
+    for path in litter:
+        shutil.rmtree(path)
+        log.info("Removed %s, left by a save that was never committed", path)
+    for number in steps_to_delete(policy, records, now=time.time()):
+        delete_checkpoint(folder / _NAMES.name(number))
+
+
+def _record_of(path: Path, number: int) -> SaveRecord:
+    try:
+        return read_record(path, number)
+    except (CheckpointError, OSError):
+        # One that is damaged must not keep the others from being deleted.
+        log.warning("Could not read when %s was saved", path, exc_info=True)
+        return SaveRecord(number)
 
 
 def _is_litter(path: Path) -> bool:

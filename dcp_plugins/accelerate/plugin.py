@@ -11,6 +11,7 @@ import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import yaml
 from accelerate.commands.config.config_args import default_config_file
 from accelerate.commands.launch import launch_command_parser
 
-from dcp_plugins.manager import SaveOptions
+from dcp_plugins.manager import KeepEvery, KeepLatest, KeepNewerThan, KeepPolicy, SaveOptions
 
 __all__ = ["CONFIG_FILE_VARIABLE", "SECTION", "DCPPlugin", "read_config", "section_of", "variable_of"]
 
@@ -40,6 +41,8 @@ class DCPPlugin(SaveOptions):
     keep_every: int | None = None
     """With automatic checkpoint naming and a ``total_limit``: keep, beyond the limit, each checkpoint whose number is a
     multiple of this."""
+    keep_newer_than_hours: float | None = None
+    """With automatic checkpoint naming and a ``total_limit``: keep, beyond the limit, what was saved less long ago."""
     weights_only: bool = True
     """Whether the states of registered objects load as plain data only. False unpickles them, which can run code: for
     checkpoints that you trust."""
@@ -53,6 +56,22 @@ class DCPPlugin(SaveOptions):
             raise TypeError(f"keep_every must be a number or None, got {self.keep_every!r}")
         if self.keep_every is not None and self.keep_every < 1:
             raise ValueError(f"keep_every must be at least 1, or None, got {self.keep_every}")
+        hours = self.keep_newer_than_hours
+        if hours is not None and (isinstance(hours, bool) or not isinstance(hours, (int, float))):
+            raise TypeError(f"keep_newer_than_hours must be a number or None, got {hours!r}")
+        if hours is not None and not hours > 0:
+            raise ValueError(f"keep_newer_than_hours must be more than 0, or None, got {hours}")
+
+    def keep_policy(self, total_limit: int | None) -> KeepPolicy | None:
+        """Return what to keep of the checkpoints that are named automatically; None keeps all."""
+        if total_limit is None:
+            return None
+        policy: KeepPolicy = KeepLatest(max(1, total_limit))
+        if self.keep_every is not None:
+            policy |= KeepEvery(self.keep_every)
+        if self.keep_newer_than_hours is not None:
+            policy |= KeepNewerThan(timedelta(hours=self.keep_newer_than_hours))
+        return policy
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any], *, where: str) -> DCPPlugin:

@@ -55,7 +55,7 @@ def start(launcher: list[str], folder: Path, *options: str, python_path: str = "
 
 
 def losses(process: subprocess.Popen[str], *, succeeds: bool = True) -> dict[int, float]:
-    output, errors = process.communicate(timeout=90)
+    output, errors = process.communicate(timeout=200)
     assert (process.returncode == 0) is succeeds, output + errors
     found = {int(step): float(loss) for step, loss in re.findall(r"step (\d+): loss (\S+)", output)}
     if succeeds:
@@ -64,6 +64,7 @@ def losses(process: subprocess.Popen[str], *, succeeds: bool = True) -> dict[int
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_the_example_goes_on_from_a_kill_in_mid_save_on_any_number_of_processes(tmp_path: Path) -> None:
     stock = [*STOCK, "--config_file", str(CONFIG)]
     (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE)

@@ -109,25 +109,62 @@ def test_stocks_files_with_full_tensors_are_loaded(tmp_path: Path) -> None:
         assert counters == (3, 7, 6)
 
 
-def load_with_stock(root: Path) -> dict[str, tuple[State, int, list[float]]]:
+def load_with_stock(root: Path, sources: tuple[str, ...]) -> dict[tuple[str, str], Any]:
     loaded = {}
-    for kind in ("fsdp1", "fsdp2"):
-        one = run(kind, plugin=None, seed=5)
-        # Of FSDP1, stock loads no optimizer state into an optimizer that has none, not even its own checkpoint's.
-        one.train(1)
-        one.accelerator.load_state(str(root / kind))
-        loaded[kind] = one.whole_state(), one.counter.counted, one.train(2)
+    for source in sources:
+        for kind in ("fsdp1", "fsdp2"):
+            one = run(kind, plugin=None, seed=5)
+            # Of FSDP1, stock loads no optimizer state into an optimizer that has none, not even its own checkpoint's.
+            one.train(1)
+            one.accelerator.load_state(str(root / source))
+            loaded[source, kind] = one.whole_state(), one.counter.counted, one.train(2)
     return loaded
 
 
 def test_stock_accelerate_loads_ours_and_goes_on_alike(tmp_path: Path) -> None:
-    saved = run_ranks(2, save_each, tmp_path, ("fsdp1", "fsdp2"))
-    loaded = run_ranks(2, load_with_stock, tmp_path)
+    saved = run_ranks(2, save_each, tmp_path)
+    loaded = run_ranks(2, load_with_stock, tmp_path, KINDS)
     for rank in range(2):
-        for kind, (state, counted, losses) in loaded[rank].items():
-            assert same(state, saved[rank][kind][0]), kind
+        for (source, kind), (state, counted, losses) in loaded[rank].items():
+            assert same(state, saved[rank][source][0]), (source, kind)
             assert counted == 3
-            assert losses == saved[rank][kind][1]
+            assert losses == saved[rank][source][1] or source != kind, kind
+
+
+class Loader:
+    """What the adapter sees of a stateful data loader: each process has its own position."""
+
+    use_stateful_dataloader = True
+    dataset: tuple[int, ...] = ()
+
+    def __init__(self, position: int) -> None:
+        self.position = position
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
+def save_positions(path: Path) -> None:
+    one = run("plain")
+    one.accelerator._dataloaders.append(Loader(10 + dist.get_rank()))
+    one.accelerator.save_state(path)
+
+
+def load_positions(path: Path) -> int:
+    one = run("plain", seed=5)
+    loader = Loader(0)
+    one.accelerator._dataloaders.append(loader)
+    one.accelerator.load_state(path)
+    return loader.position
+
+
+def test_each_process_has_its_position_in_the_data_back_and_on_another_number_the_first_ones(tmp_path: Path) -> None:
+    run_ranks(2, save_positions, tmp_path / "a")
+    assert run_ranks(2, load_positions, tmp_path / "a") == [10, 11]
+    assert run_ranks(3, load_positions, tmp_path / "a") == [10, 10, 10]
 
 
 def go_back_to_stock(root: Path) -> tuple[State, State]:
