@@ -1,4 +1,4 @@
-"""`Checkpointer`: what ``save_state``, ``load_state`` and ``end_training`` of one accelerator do instead of stock's."""
+"""`Checkpointer`: what ``save_state``, ``load_state`` and two others do for one accelerator, instead of stock's."""
 
 from __future__ import annotations
 
@@ -167,6 +167,14 @@ class Checkpointer:
             self.close()
         finally:
             Accelerator.end_training(self._accelerator)
+
+    def free_memory(self, *objects: Any) -> Any:
+        """Finish the save in flight, which holds the optimizers, free its memory, and do as stock."""
+        try:
+            self.close()
+        finally:
+            released = Accelerator.free_memory(self._accelerator, *objects)
+        return released
 
     def close(self) -> None:
         """Finish the save in flight, and free the memory that it was staged in."""

@@ -1,9 +1,9 @@
 """Where this package takes the place of ``save_state`` and ``load_state`` in a stock ``Accelerator``, and leaves it.
 
 Accelerate's hooks come too late: under FSDP models and optimizers are written before the save hooks run, and optimizers
-are never handed to a hook. So three methods are rebound, on the one instance: ``save_state``, ``load_state`` and
-``end_training``. What they need of Accelerate beyond its public interface is listed here and looked for before anything
-is changed.
+are never handed to a hook. So methods are rebound, on the one instance: ``save_state`` and ``load_state``, and two that
+must finish the save in flight, ``end_training`` and ``free_memory``. What they need of Accelerate beyond its public
+interface is listed here, and looked for before anything is changed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dcp_plugins.errors import MissingExtraError, listing
 
 __all__ = ["disable", "enable"]
 
-_METHODS = ("save_state", "load_state", "end_training")
+_METHODS = ("save_state", "load_state", "end_training", "free_memory")
 
 _ATTRIBUTES = (
     *("_models", "_optimizers", "_schedulers", "_dataloaders", "_custom_objects", "scaler", "step"),

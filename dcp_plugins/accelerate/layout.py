@@ -40,6 +40,7 @@ from dcp_plugins.manager import (
     read_record,
     steps_to_delete,
 )
+from dcp_plugins.storage.local import remove_files
 from dcp_plugins.storage.parts import is_view, publish_view
 
 __all__ = [
@@ -259,12 +260,24 @@ def write_stock_files(path: str | os.PathLike[str]) -> None:
     files: dict[str, bytes] = {}
     for rank, own in rest.items():
         files.update((name, data) for name, data in own.items() if rank == "0" or is_random_state(name))
+    parts = [*(optimizer_part(index) for index in sorted(contents.optimizers)), *models]
     for name in os.listdir(path):
         if _FILE.fullmatch(name) is not None and name not in files:
             (path / name).unlink()
+        elif _PART.fullmatch(name) is not None and name not in parts:
+            _remove_part(path / name)
     for name, data in files.items():
         fresh = path / f"{check_file_name(name)}.new"
         fresh.write_bytes(data)
         fresh.replace(path / name)
-    for part in [*(optimizer_part(index) for index in sorted(contents.optimizers)), *models]:
+    for part in parts:
         publish_view(path, part)
+
+
+def _remove_part(folder: Path) -> None:
+    """Delete what an earlier save, of more models or optimizers, left in the directory of one; nobody else's files."""
+    if is_committed(folder) and is_view(folder):
+        (folder / METADATA_NAME).unlink()
+    remove_files(folder, [name for name in os.listdir(folder) if save_id_of(name) is not None])
+    if not any(folder.iterdir()):
+        folder.rmdir()

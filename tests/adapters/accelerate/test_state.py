@@ -192,12 +192,15 @@ def test_objects_of_the_users_load_as_plain_data_unless_he_says_otherwise(tmp_pa
 def test_files_for_stock_follow_the_checkpoint_that_is_saved_again(tmp_path: Path) -> None:
     one = run("plain")
     one.accelerator.register_for_checkpointing(Counter())
+    one.accelerator.prepare(torch.optim.SGD(one.model.parameters()))
     path = one.accelerator.save_state(tmp_path / "a")
+    assert (path / "optimizer_1").exists()
     assert (path / "custom_checkpoint_1.pkl").exists()
     one = run("plain", seed=2)
     one.train(1)
     one.accelerator.save_state(path)
     assert not (path / "custom_checkpoint_1.pkl").exists()
+    assert not (path / "optimizer_1").exists()
     assert len(list(path.rglob("*.distcp"))) == 3, "data of the first save is gone, in the parts too"
     # As if it had been killed after the commit.
     (path / "pytorch_model_fsdp_0" / ".metadata").unlink()
@@ -244,6 +247,12 @@ def test_the_plugin_is_switched_off_and_on(tmp_path: Path) -> None:
     assert disable(accelerator) is accelerator
     assert accelerator.save_state == stock
     assert disable(accelerator) is accelerator
+    enable(accelerator, DCPPlugin(asynchronous="thread"))
+    (model,) = [accelerator.prepare(nn.Linear(2, 2))]
+    accelerator.save_state(tmp_path / "a")
+    assert accelerator.free_memory(model) == [None]
+    assert is_committed(tmp_path / "a")
+    assert accelerator._models == []
     accelerator.state.__dict__["distributed_type"] = "DEEPSPEED"
     with pytest.raises(ValueError, match="whose checkpoints are its own"):
         enable(accelerator, DCPPlugin())
