@@ -189,7 +189,8 @@ class CheckpointManager:
     ) -> bool:
         """Save a step, if it is time to; in the background where the options say so.
 
-        A save that a signal has asked for is made in the foreground: there is nothing to go on with.
+        A save that a signal has asked for is made in the foreground, for there is nothing to go on with, and whatever
+        has become of the save before it.
 
         Args:
             step: The number of the step, which names the directory.
@@ -219,8 +220,14 @@ class CheckpointManager:
         if may_skip and ranks.any_of("in flight", [self._saver.is_busy])[0]:
             log.info("step %d is not saved: the save before it is still being written", step)
             return False
-        # The failure of the save before comes first, and nothing is noted of this one.
-        self._saver.finish()
+        try:
+            # The failure of the save before comes first, and nothing is noted of this one.
+            self._saver.finish()
+        except CheckpointException:
+            if not is_last:
+                raise
+            # All ranks have it. There will be no later save to make good for it, so this one is made.
+            log.exception("the save before failed; the last one, which a signal has asked for, is made all the same")
         record = on_rank_zero(ranks, "record", lambda: record_item(step, time.time(), metrics))
         self._cleaner.begin(step)
         self._saver.save(

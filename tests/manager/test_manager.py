@@ -176,6 +176,7 @@ def test_a_run_does_not_begin_anew_beside_damaged_checkpoints(tmp_path: Path) ->
         assert manager.restore(target()) is None
     manager.save(4, value(4))
     flip_a_bit(tmp_path / "step_4")
+    (tmp_path / "step_3").rmdir()
     with (
         pytest.warns(UserWarning, match="whose data is damaged"),
         pytest.raises(CorruptCheckpointError, match="every committed .* damaged: steps 4"),
