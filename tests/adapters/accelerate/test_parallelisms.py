@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader as TorchReader
 from torch.distributed.checkpoint import load as torch_load
 
-from dcp_plugins.accelerate import DCPPlugin, disable
+from dcp_plugins.accelerate import DCPPlugin, disable, enable
 from dcp_plugins.manager import verify_checkpoint
 from dcp_plugins.testing.ranks import run_ranks
-from tests.adapters.accelerate.trainers import run, same
+from tests.adapters.accelerate.trainers import Net, accelerator_for, run, same
 
 KINDS = ("plain", "fsdp1", "fsdp1-flat", "fsdp2")
 State = dict[str, torch.Tensor]
@@ -129,6 +129,61 @@ def test_stock_accelerate_loads_ours_and_goes_on_alike(tmp_path: Path) -> None:
             assert same(state, saved[rank][source][0]), (source, kind)
             assert counted == 3
             assert losses == saved[rank][source][1] or source != kind, kind
+
+
+def two_models(kind: str, seed: int) -> tuple[Any, list[Any]]:
+    accelerator = enable(accelerator_for(kind), DCPPlugin())
+    torch.manual_seed(seed)
+    generator, critic = Net(), torch.nn.Linear(3, 2)
+    ours = torch.optim.AdamW(generator.parameters(), lr=0.1)
+    theirs = torch.optim.SGD(critic.parameters(), lr=0.1, momentum=0.9)
+    generator, ours = accelerator.prepare(generator, ours)
+    critic, theirs = accelerator.prepare(critic, theirs)
+    # Over both models, and made after they have been wrapped, which `prepare` refuses under FSDP2.
+    both = accelerator.prepare_optimizer(torch.optim.Adagrad([*generator.parameters(), *critic.parameters()], lr=0.01))
+    return accelerator, [generator, critic, ours, theirs, both]
+
+
+def steps_of_two_models(accelerator: Any, prepared: list[Any], num_steps: int) -> list[float]:
+    losses = []
+    for step in range(num_steps):
+        generator, critic, *optimizers = prepared
+        torch.manual_seed(10 * step + accelerator.process_index)
+        loss = critic(generator(torch.randn(4, 5))).square().mean()
+        accelerator.backward(loss)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def save_two_models(root: Path) -> dict[str, list[float]]:
+    losses = {}
+    for kind in ("plain", "fsdp1", "fsdp2"):
+        accelerator, prepared = two_models(kind, 0)
+        steps_of_two_models(accelerator, prepared, 2)
+        accelerator.save_state(root / kind)
+        losses[kind] = steps_of_two_models(accelerator, prepared, 2)
+    return losses
+
+
+def load_two_models(root: Path) -> dict[str, list[float]]:
+    losses = {}
+    for kind, source in (("plain", "fsdp1"), ("fsdp1", "fsdp2"), ("fsdp1", "fsdp1"), ("fsdp2", "fsdp2")):
+        accelerator, prepared = two_models(kind, 1)
+        accelerator.load_state(root / source)
+        losses[f"{kind} from {source}"] = steps_of_two_models(accelerator, prepared, 2)
+    return losses
+
+
+def test_several_models_and_an_optimizer_over_both_go_on_under_any_kind(tmp_path: Path) -> None:
+    saved = run_ranks(2, save_two_models, tmp_path)
+    for rank, losses in enumerate(run_ranks(2, load_two_models, tmp_path)):
+        for name, again in losses.items():
+            kind, _, source = name.partition(" from ")
+            expected = saved[rank][source]
+            assert again == (expected if kind == source else pytest.approx(expected, rel=1e-5)), name
 
 
 class Loader:
