@@ -100,7 +100,9 @@ class Checkpointer:
         )
         if accelerator.is_main_process:
             policy = self.plugin.keep_policy(accelerator.project_configuration.total_limit)
-            self._saver.after_commit(lambda: self._follow_up(path, policy))
+            # The program may have changed its directory by then.
+            where = path.absolute()
+            self._saver.after_commit(lambda: self._follow_up(where, policy))
         accelerator.project_configuration.iteration += 1
         return path
 

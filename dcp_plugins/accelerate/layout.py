@@ -69,6 +69,8 @@ _PART = re.compile(rf"({FSDP_MODEL_NAME}|{OPTIMIZER_NAME})_([0-9]+)")
 _FILE = re.compile(
     r"(scheduler|sampler|dl_state_dict)(_[0-9]+)?\.bin|scaler\.pt|random_states_[0-9]+\.pkl|custom_checkpoint_[0-9]+\.pkl"
 )
+_REPLACED = re.compile(rf"({OPTIMIZER_NAME}|{FSDP_MODEL_NAME})(_[0-9]+)?\.bin")
+"""Of a stock checkpoint that ours has replaced. Its model.safetensors may be the user's own: hooks write that, too."""
 _NAMES = StepNames(prefix="checkpoint_")
 _NUMBER = re.compile(r"([0-9]+)(?=[^0-9/]*$)")
 
@@ -262,7 +264,7 @@ def write_stock_files(path: str | os.PathLike[str]) -> None:
         files.update((name, data) for name, data in own.items() if rank == "0" or is_random_state(name))
     parts = [*(optimizer_part(index) for index in sorted(contents.optimizers)), *models]
     for name in os.listdir(path):
-        if _FILE.fullmatch(name) is not None and name not in files:
+        if (_FILE.fullmatch(name) is not None and name not in files) or _REPLACED.fullmatch(name) is not None:
             (path / name).unlink()
         elif _PART.fullmatch(name) is not None and name not in parts:
             _remove_part(path / name)

@@ -211,6 +211,27 @@ def test_files_for_stock_follow_the_checkpoint_that_is_saved_again(tmp_path: Pat
     assert (path / "scheduler.bin").exists()
 
 
+def test_a_stock_checkpoint_is_replaced_in_place_and_nothing_of_it_is_taken_for_ours(tmp_path: Path) -> None:
+    stock = run("plain", plugin=None)
+    stock.train(1)
+    stock.accelerator.save_state(str(tmp_path / "a"))
+    before = stock.whole_state()
+    failing = run("plain", seed=4)
+    failing.accelerator.register_save_state_pre_hook(lambda *_: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        failing.accelerator.save_state(tmp_path / "a")
+    other = run("plain", seed=5)
+    other.accelerator.load_state(tmp_path / "a")
+    assert same(other.whole_state(), before), "until ours is committed, stock's is there"
+    other.train(1)
+    other.accelerator.save_state(tmp_path / "a")
+    again = run("plain", seed=6)
+    again.accelerator.load_state(tmp_path / "a")
+    assert same(again.whole_state(), other.whole_state())
+    with pytest.raises(FileNotFoundError, match=r"optimizer\.bin"):
+        run("plain", plugin=None).accelerator.load_state(str(tmp_path / "a"))
+
+
 def test_what_does_not_fit_is_said_before_anything_is_changed(tmp_path: Path) -> None:
     one = run("plain")
     one.accelerator.save_state(tmp_path / "a")
