@@ -30,7 +30,7 @@ from dcp_plugins.manager.cleaner import Cleaner
 from dcp_plugins.manager.directory import StepNames, committed_steps, good_steps, verify_checkpoint
 from dcp_plugins.manager.guard import reading_checkpoint
 from dcp_plugins.manager.options import SaveOptions
-from dcp_plugins.manager.policies import EverySteps, SavePolicy
+from dcp_plugins.manager.policies import SavePolicy, Whenever
 from dcp_plugins.manager.preemption import Preemption
 from dcp_plugins.manager.rank_bound import load_state
 from dcp_plugins.manager.record import RECORD_KEY, SaveRecord, record_item
@@ -99,7 +99,7 @@ class CheckpointManager:
             raise ValueError(f"agree_every_steps must be at least 1, got {agree_every_steps}")
         self.root = Path(root)
         self.names = names
-        self.save_policy = save_policy
+        self.save_policy = Whenever() if save_policy is None else save_policy
         self.keep_policy = keep_policy
         self.preemption = preemption
         self._in_flight_policy = in_flight
@@ -321,7 +321,7 @@ class CheckpointManager:
         return deciding_ranks(self._process_group, no_dist=self._no_dist)
 
     def _decide(self, step: int) -> bool:
-        policy = self.save_policy or EverySteps(1)
+        policy = self.save_policy
         is_asked = self.preempted
         if (self.preemption is None and not policy.uses_clock) or step % self._agree_every_steps:
             is_due = policy.is_due(step, 0.0)

@@ -91,6 +91,7 @@ def test_a_run_saves_when_it_is_due_and_the_next_one_goes_on_from_the_newest(
 
 def test_a_step_is_saved_once_unless_it_is_forced(tmp_path: Path) -> None:
     manager = CheckpointManager(tmp_path, options=SYNC)
+    assert manager.save(0, value(0))
     assert manager.should_save(1)
     assert manager.should_save(1)
     assert manager.save(1, value(1), {"loss": 1.0})
