@@ -160,6 +160,18 @@ def test_names_are_automatic_and_old_checkpoints_go_after_the_commit(tmp_path: P
         other.accelerator.save_state()
 
 
+def test_what_is_new_stays_beyond_the_limit(tmp_path: Path) -> None:
+    one = run("plain", folder=tmp_path, total_limit=1, plugin=DCPPlugin(keep_newer_than_hours=1))
+    for _ in range(3):
+        one.accelerator.save_state()
+    assert len(os.listdir(tmp_path / "checkpoints")) == 3
+    # One that cannot say when it was saved stays, and hinders nothing.
+    (tmp_path / "checkpoints" / "checkpoint_0" / ".metadata").write_bytes(b"no pickle")
+    enable(one.accelerator, DCPPlugin())
+    one.accelerator.save_state()
+    assert os.listdir(tmp_path / "checkpoints") == ["checkpoint_3"]
+
+
 def test_an_uncommitted_directory_is_refused_and_the_newest_committed_one_named(tmp_path: Path) -> None:
     one = run("plain")
     for number in (9, 10, 11):
