@@ -168,14 +168,15 @@ class Checkpointer:
         try:
             self.close()
         finally:
-            Accelerator.end_training(self._accelerator)
+            # A subclass's own, if there is one.
+            type(self._accelerator).end_training(self._accelerator)
 
     def free_memory(self, *objects: Any) -> Any:
         """Finish the save in flight, which holds the optimizers, free its memory, and do as stock."""
         try:
             self.close()
         finally:
-            released = Accelerator.free_memory(self._accelerator, *objects)
+            released = type(self._accelerator).free_memory(self._accelerator, *objects)
         return released
 
     def close(self) -> None:
@@ -189,6 +190,8 @@ class Checkpointer:
     @property
     def _folder(self) -> Path:
         """Where checkpoints are that are named automatically."""
+        if self._accelerator.project_dir is None:
+            raise ValueError("automatic_checkpoint_naming needs project_dir in the ProjectConfiguration, found None")
         return Path(self._accelerator.project_dir, "checkpoints")
 
     def _make_room(self, output_dir: _PathLike | None) -> Path:

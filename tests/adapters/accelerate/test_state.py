@@ -253,6 +253,9 @@ def test_what_does_not_fit_is_said_before_anything_is_changed(tmp_path: Path) ->
         one.accelerator.save_state()
     with pytest.raises(ValueError, match="needs input_dir"):
         one.accelerator.load_state()
+    one.accelerator.project_configuration.automatic_checkpoint_naming = True
+    with pytest.raises(ValueError, match="needs project_dir"):
+        one.accelerator.save_state()
     other = enable(accelerator_for("plain"), DCPPlugin())
     model = other.prepare(nn.Linear(2, 2))
     before = {name: value.clone() for name, value in model.state_dict().items()}
