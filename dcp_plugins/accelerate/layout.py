@@ -66,6 +66,8 @@ REST = "accelerate"
 """The key of what is neither model nor optimizer: by rank, by file name, the bytes of the file."""
 
 _PART = re.compile(rf"({FSDP_MODEL_NAME}|{OPTIMIZER_NAME})_([0-9]+)")
+# Wider than what is known, for files that a later Accelerate may add.
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*\.(bin|pt|pkl)")
 _FILE = re.compile(
     r"(scheduler|sampler|dl_state_dict)(_[0-9]+)?\.bin|scaler\.pt|random_states_[0-9]+\.pkl|custom_checkpoint_[0-9]+\.pkl"
 )
@@ -138,13 +140,15 @@ def contents_of(metadata: Metadata, path: Path) -> Contents:
 
 
 def check_file_name(name: str) -> str:
-    """Return a name if it is one that stock Accelerate gives to a file in a checkpoint.
+    """Return a name if it can be one that stock Accelerate gives to a file beside models and optimizers.
 
     Raises:
         UnsafeCheckpointError: It is not. Names come from the checkpoint, and files are written by them.
     """
-    if _FILE.fullmatch(name) is None:
-        raise UnsafeCheckpointError(f"the checkpoint names a file {name!r}, which no save of Accelerate writes")
+    if _FILE_NAME.fullmatch(name) is None:
+        raise UnsafeCheckpointError(
+            f"expected the name of a file that Accelerate writes (scheduler.bin, scaler.pt, ...), found {name!r}"
+        )
     return name
 
 

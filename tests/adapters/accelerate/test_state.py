@@ -14,12 +14,14 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
+import dcp_plugins as dcp
 from dcp_plugins.accelerate import DCPPlugin, disable, enable, newest_checkpoint, write_stock_files
 from dcp_plugins.errors import (
     CheckpointException,
     CheckpointNotFoundError,
     MissingExtraError,
     PlanError,
+    UnsafeCheckpointError,
     UnsupportedValueError,
 )
 from dcp_plugins.manager import is_committed
@@ -272,6 +274,24 @@ def test_what_does_not_fit_is_said_before_anything_is_changed(tmp_path: Path) ->
     (tmp_path / "c" / "optimizer_0").touch()
     with pytest.raises(CheckpointException, match="optimizer_0"):
         failing.accelerator.save_state(tmp_path / "c")
+
+
+@pytest.mark.parametrize("name", ["../outside.bin", "/tmp/outside.bin", ".metadata", "a/b.pkl"])
+def test_file_names_in_a_checkpoint_cannot_lead_out_of_it(tmp_path: Path, name: str) -> None:
+    with pytest.warns(UserWarning, match="torch.distributed is disabled"):
+        dcp.save({"accelerate": {"0": {name: b"harm"}}}, checkpoint_id=tmp_path / "a")
+    with pytest.raises(UnsafeCheckpointError, match="expected the name of a file"):
+        run("plain").accelerator.load_state(tmp_path / "a")
+    with pytest.raises(UnsafeCheckpointError, match="expected the name of a file"):
+        write_stock_files(tmp_path / "a")
+    assert not (tmp_path / "outside.bin").exists()
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="torch.distributed is disabled"):
+        dcp.save({"model": {"w": torch.ones(2)}}, checkpoint_id=tmp_path / "a")
+    with pytest.raises(PlanError, match="Expected a checkpoint of Accelerate"):
+        run("plain").accelerator.load_state(tmp_path / "a")
 
 
 def test_the_plugin_is_switched_off_and_on(tmp_path: Path) -> None:
