@@ -31,7 +31,7 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime
-	$(PIP_INSTALL) --editable '.[dev,lightning]'
+	$(PIP_INSTALL) --editable '.[dev,lightning,accelerate,transformers]'
 	touch $@
 
 venv: $(VENV)/.dev

@@ -13,6 +13,7 @@ import click
 import torch
 
 from dcp_plugins.cli.bench import bench
+from dcp_plugins.cli.launch import launch
 
 __all__ = ["main"]
 
@@ -42,3 +43,4 @@ def main() -> None:
 
 
 main.add_command(bench)
+main.add_command(launch)

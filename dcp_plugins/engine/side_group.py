@@ -1,8 +1,9 @@
-"""The process group that background saves talk over, apart from the one that training uses.
+"""The process groups that background saves, and decisions about saving, talk over, apart from the one of the training.
 
 Collectives of two threads on one group meet in any order, and ranks would mistake one for another. So each group that
 saves in the background gets a twin with the same ranks, over gloo: a device backend would also queue the save's small
-messages behind the training's kernels, or have no way to carry them.
+messages behind the training's kernels, or have no way to carry them. What ranks decide on the thread that trains, while
+a save is in flight, needs another.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import logging
 import weakref
 from datetime import timedelta
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -19,16 +21,24 @@ __all__ = ["cpu_timeout", "side_group"]
 
 logger = logging.getLogger(__name__)
 
-_twins: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = weakref.WeakKeyDictionary()
+Use = Literal["saves", "decisions"]
+
+_twins: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[Use, dist.ProcessGroup]] = weakref.WeakKeyDictionary()
 
 
-def side_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    """Return the twin of a group, None for the default one; made at the first call, by all of the group's ranks."""
+def side_group(group: dist.ProcessGroup | None, use: Use = "saves") -> dist.ProcessGroup:
+    """Return the twin of a group, None for the default one; made at the first call, by all of the group's ranks.
+
+    Args:
+        group: The group whose ranks the twin has.
+        use: What it carries: "saves" for the background's thread, "decisions" for the thread that trains.
+    """
     parent = dist.group.WORLD if group is None else group
     assert parent is not None
-    twin = _twins.get(parent)
+    twins = _twins.setdefault(parent, {})
+    twin = twins.get(use)
     if twin is None or not _exists(twin):
-        twin = _twins[parent] = _make_twin(parent)
+        twin = twins[use] = _make_twin(parent, use)
     return twin
 
 
@@ -41,7 +51,7 @@ def _exists(group: dist.ProcessGroup) -> bool:
     return True
 
 
-def _make_twin(parent: dist.ProcessGroup) -> dist.ProcessGroup:
+def _make_twin(parent: dist.ProcessGroup, use: Use) -> dist.ProcessGroup:
     is_default = parent is dist.group.WORLD
     if not is_default:
         _level_group_counts(parent)
@@ -51,10 +61,10 @@ def _make_twin(parent: dist.ProcessGroup) -> dist.ProcessGroup:
         backend="gloo",
         # Ranks outside of the group know nothing of its saves and do not come.
         use_local_synchronization=not is_default,
-        group_desc="dcp_async_save",
+        group_desc="dcp_async_save" if use == "saves" else "dcp_decisions",
         sort_ranks=False,
     )
-    logger.info("made a gloo group of %d ranks for saves in the background", dist.get_world_size(twin))
+    logger.info("made a gloo group of %d ranks for %s", dist.get_world_size(twin), use)
     return twin
 
 

@@ -24,13 +24,14 @@ except ImportError as exc:
 
 from dcp_plugins.lightning.checkpoint_io import DCPCheckpointIO
 from dcp_plugins.lightning.fsdp1 import DCPFSDPStrategy
-from dcp_plugins.lightning.layout import is_committed, last_checkpoint, remove_uncommitted
+from dcp_plugins.lightning.layout import last_checkpoint, remove_uncommitted
 from dcp_plugins.lightning.strategies import (
     DCPDDPStrategy,
     DCPFSDP2Strategy,
     DCPSingleDeviceStrategy,
     register_strategies,
 )
+from dcp_plugins.manager import is_committed
 
 __all__ = [
     "DCPCheckpointIO",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,15 +22,11 @@ from torch.optim import Optimizer
 
 import dcp_plugins as dcp
 from dcp_plugins.contract import Metadata, WriteResult
-from dcp_plugins.engine import AsyncSaveResponse, await_staging_before_step
-from dcp_plugins.engine.thread_runner import thread_runner
-from dcp_plugins.format.names import METADATA_NAME
 from dcp_plugins.lightning import layout
-from dcp_plugins.lightning.in_flight import InFlight
 from dcp_plugins.lightning.layout import ModelKey
 from dcp_plugins.lightning.links import lead_away
 from dcp_plugins.lightning.load import load_directory, load_file
-from dcp_plugins.staging import BlockingAsyncStager, OverlappedStager
+from dcp_plugins.manager import SaveOptions, Saver, delete_checkpoint, is_committed
 from dcp_plugins.storage.local import sync_directory
 
 __all__ = ["DCPCheckpointIO"]
@@ -72,16 +67,14 @@ class DCPCheckpointIO(CheckpointIO):
             raise ValueError(f"model_key must be one of {layout.MODEL_KEYS} or None, got {model_key!r}")
         self.model_key = model_key
         self.weights_only = weights_only
-        self.sync_files = sync_files
-        self.thread_count = thread_count
-        self.overlap_staging = overlap_staging
+        self.options = SaveOptions(
+            asynchronous="thread", sync_files=sync_files, thread_count=thread_count, overlap_staging=overlap_staging
+        )
         self.single_process = False
         """Set by a strategy whose trainer is one process, whatever process group may exist around it."""
         self.stock_model_key: ModelKey = "state_dict"
         """Set by the strategy: the ``model_key`` of its stock counterpart."""
-        self._in_flight = InFlight()
-        self._stager: BlockingAsyncStager | OverlappedStager | None = None
-        self._newest: Path | None = None  # the last to be saved, committed or not
+        self._saver = Saver(self.options)
 
     @property
     def no_dist(self) -> bool:
@@ -95,11 +88,9 @@ class DCPCheckpointIO(CheckpointIO):
         committed; or every rank raises.
         """
         _refuse(storage_options)
-        self._in_flight.finish()
+        self._saver.finish()
         state, writer = self._prepare(checkpoint, path)
-        with layout.expected_warnings():
-            dcp.save(state, storage_writer=writer, no_dist=self.no_dist)
-        self._newest = Path(path)
+        self._saver.save(state, path, writer=writer, blocking=True)
 
     def begin_save(
         self,
@@ -118,59 +109,45 @@ class DCPCheckpointIO(CheckpointIO):
         Args:
             checkpoint: As Lightning makes it.
             path: The same on every rank.
-            optimizers: Those that train. They must be the same ones until `teardown`.
+            optimizers: Those that train.
             changed_by_forward: Parameters of theirs that the forward pass changes.
             storage_options: None: there are no options.
 
         Raises:
-            CheckpointException: The save before this one failed; raised on every rank.
+            CheckpointException: The save before this one failed, or some rank could not begin this one; raised on every
+                rank.
         """
         _refuse(storage_options)
-        self._in_flight.finish()
+        self._saver.finish()
         state, writer = self._prepare(checkpoint, path)
-        optimizers = list(optimizers)
-        if self._stager is None:
-            self._stager = (
-                OverlappedStager(optimizers, changed_by_forward=changed_by_forward)
-                if self.overlap_staging
-                else BlockingAsyncStager(cache_staged_state_dict=True)
-            )
-        try:
-            with layout.expected_warnings():
-                begun = dcp.async_save(state, storage_writer=writer, no_dist=self.no_dist, async_stager=self._stager)
-        except BaseException:
-            # The engine tells the other ranks in the background, which the end of this process must not cut off.
-            thread_runner.wait()
-            raise
-        if isinstance(begun, AsyncSaveResponse):
-            await_staging_before_step(optimizers, begun.staging_completion)
-            begun = begun.upload_completion
-        self._in_flight.began(begun)
-        self._newest = Path(path)
+        self._saver.save(
+            state,
+            path,
+            writer=writer,
+            optimizers=optimizers,
+            changed_by_forward=changed_by_forward,
+            blocking=False,
+        )
 
     def finish(self) -> None:
         """Wait until the save in the background is committed and what follows is done; raise its failure, once."""
-        self._in_flight.finish()
+        self._saver.finish()
 
     def wait(self) -> None:
         """Wait for the save in the background, whatever comes of it."""
-        self._in_flight.wait()
+        self._saver.wait()
 
     def after_commit(self, step: Callable[[], None]) -> None:
         """Do something once the save in the background is committed, and not at all if it fails; or now."""
-        self._in_flight.after_commit(step)
+        self._saver.after_commit(step)
 
     def teardown(self) -> None:
         """Finish the save in the background, and free the memory that it was staged in."""
-        try:
-            self._in_flight.finish()
-        finally:
-            if self._stager is not None:
-                self._stager.close()
-                self._stager = None
+        self._saver.close()
 
     def _prepare(self, checkpoint: dict[str, Any], path: _PathLike) -> tuple[dict[str, Any], _LightningWriter]:
         """Return what the engine is to save, and the writer, with the non-tensor part in it as it is now."""
+        self._saver.no_dist = self.single_process
         meta = dict(checkpoint)
         state: dict[str, Any] = {self.model_key or self.stock_model_key: meta.pop("state_dict")}
         for index, optimizer_state in enumerate(meta.pop("optimizer_states", ())):
@@ -184,7 +161,8 @@ class DCPCheckpointIO(CheckpointIO):
                 state[layout.META_KEY] = layout.meta_item(meta, encoded)
             except Exception as exc:  # the writer raises it where the other ranks will hear of it
                 encoded = exc
-        return state, _LightningWriter(path, encoded, sync_files=self.sync_files, thread_count=self.thread_count)
+        options = self.options
+        return state, _LightningWriter(path, encoded, sync_files=options.sync_files, thread_count=options.thread_count)
 
     def load_checkpoint(
         self,
@@ -234,17 +212,10 @@ class DCPCheckpointIO(CheckpointIO):
         self.after_commit(partial(self._remove, Path(path)))
 
     def _remove(self, path: Path) -> None:
-        if path.is_symlink() or path.is_file():
-            path.unlink()
-        elif path.is_dir():
-            if self._newest is not None and layout.is_committed(self._newest):
-                lead_away(path, self._newest)
-            (path / METADATA_NAME).unlink(missing_ok=True)
-            sync_directory(path)
-            shutil.rmtree(path)
-        else:
-            return
-        log.debug("Removed checkpoint %s", path)
+        newest = self._saver.newest
+        if path.is_dir() and not path.is_symlink() and newest is not None and is_committed(newest):
+            lead_away(path, newest)
+        delete_checkpoint(path)
 
 
 class _LightningWriter(dcp.FileSystemWriter):

@@ -24,8 +24,9 @@ from torch.optim import Optimizer
 
 from dcp_plugins.errors import CheckpointNotFoundError
 from dcp_plugins.lightning.checkpoint_io import DCPCheckpointIO
-from dcp_plugins.lightning.layout import ModelKey, is_committed, last_checkpoint, remove_if_uncommitted
+from dcp_plugins.lightning.layout import META_FILES, ModelKey, last_checkpoint
 from dcp_plugins.lightning.model_checkpoint import link_after_commit
+from dcp_plugins.manager import is_committed, remove_if_uncommitted
 from dcp_plugins.state_dict import get_model_state_dict, get_optimizer_state_dict
 from dcp_plugins.storage.local import make_directory
 
@@ -112,7 +113,7 @@ class CheckpointsOnEveryRank(Strategy):
         plugin = self.checkpoint_io
         # Its failure is raised before anything is made ready for this save.
         plugin.finish()
-        path, aside = self._decide_on_rank_zero(lambda: _make_room(Path(filepath), sync=plugin.sync_files))
+        path, aside = self._decide_on_rank_zero(lambda: _make_room(Path(filepath), sync=plugin.options.sync_files))
         if self.asynchronous and self._is_fitting:
             self._begin_save(checkpoint, path, storage_options)
         else:
@@ -121,26 +122,16 @@ class CheckpointsOnEveryRank(Strategy):
             plugin.after_commit(aside.unlink)
 
     def _begin_save(self, checkpoint: dict[str, Any], path: Path, storage_options: Any | None) -> None:
-        """Save in the background; if a rank cannot even begin, every rank raises."""
-        module, plugin = self.lightning_module, self.checkpoint_io
+        module = self.lightning_module
         assert module is not None
         link_after_commit(module.trainer.checkpoint_callbacks)
-        failure: BaseException | None = None
-        try:
-            plugin.begin_save(
-                checkpoint,
-                path,
-                optimizers=self.optimizers,
-                changed_by_forward=_renormed(self._stateful_module),
-                storage_options=storage_options,
-            )
-        except BaseException as exc:  # the other ranks hear of it first
-            failure = exc
-        all_began = self.reduce_boolean_decision(failure is None)
-        if failure is not None:
-            raise failure
-        if not all_began:
-            plugin.finish()
+        self.checkpoint_io.begin_save(
+            checkpoint,
+            path,
+            optimizers=self.optimizers,
+            changed_by_forward=_renormed(self._stateful_module),
+            storage_options=storage_options,
+        )
 
     @property
     def _is_fitting(self) -> bool:
@@ -228,7 +219,7 @@ def _find_checkpoint(path: Path, *, is_fitting: bool) -> Path | None:
         )
         if is_fitting:
             # So that the name is free for the next checkpoint that is to have it.
-            remove_if_uncommitted(path)
+            remove_if_uncommitted(path, META_FILES)
         return beside
     if path.is_dir():
         what = f"{path} is not a checkpoint: it has no .metadata, so the save into it never finished"

@@ -17,12 +17,9 @@ Lightning, which sees no checkpoint (rather than a mixed one) in the instants wh
 from __future__ import annotations
 
 import io
-import logging
 import os
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -34,10 +31,11 @@ from torch.distributed.tensor import DTensor
 import dcp_plugins as dcp
 from dcp_plugins.contract import BytesStorageMetadata, Metadata
 from dcp_plugins.errors import PlanError, UnsupportedValueError, listing
-from dcp_plugins.format.names import METADATA_NAME
+from dcp_plugins.manager import is_committed, remove_if_uncommitted
 
 __all__ = [
     "META_FILE",
+    "META_FILES",
     "META_KEY",
     "MODEL_KEYS",
     "PICKLE",
@@ -46,17 +44,16 @@ __all__ = [
     "contents_of",
     "decode_meta",
     "encode_meta",
-    "expected_warnings",
-    "is_committed",
     "last_checkpoint",
     "meta_item",
     "optimizer_key",
-    "remove_if_uncommitted",
     "remove_uncommitted",
     "saved_step",
 ]
 
 META_FILE = "meta.pt"
+META_FILES = (META_FILE, f"{META_FILE}.new")
+"""What a save may leave beside the files of DCP."""
 META_KEY = "lightning_meta"
 ModelKey = Literal["state_dict", "model"]
 MODEL_KEYS: tuple[ModelKey, ...] = get_args(ModelKey)
@@ -64,8 +61,6 @@ MODEL_KEYS: tuple[ModelKey, ...] = get_args(ModelKey)
 PICKLE = "pickle"
 _STEP = "global_step"
 _EPOCH = "epoch"
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,20 +158,6 @@ def meta_item(meta: dict[str, Any], encoded: bytes) -> dict[str, Any]:
     return {PICKLE: encoded, _STEP: int(meta.get(_STEP, 0)), _EPOCH: int(meta.get(_EPOCH, 0))}
 
 
-def is_committed(path: str | os.PathLike[str]) -> bool:
-    """Tell whether ``path`` is a checkpoint: a directory whose ``.metadata`` has been published."""
-    return Path(path, METADATA_NAME).is_file()
-
-
-@contextmanager
-def expected_warnings() -> Iterator[None]:
-    """Silence what the engine warns of and a trainer does on purpose: a process alone, ``last.ckpt`` saved again."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        warnings.filterwarnings("ignore", "Detected an existing checkpoint")
-        yield
-
-
 def saved_step(path: str | os.PathLike[str]) -> int:
     """Read the ``global_step`` at which the committed checkpoint at ``path`` was saved."""
     path = Path(path)
@@ -219,20 +200,5 @@ def remove_uncommitted(dirpath: str | os.PathLike[str]) -> list[Path]:
     being saved there: a save in progress looks the same as one that was killed.
     """
     root = Path(dirpath)
-    return [path for path in (sorted(root.iterdir()) if root.is_dir() else ()) if remove_if_uncommitted(path)]
-
-
-def remove_if_uncommitted(path: Path) -> bool:
-    """Delete the directory of one killed save, as `remove_uncommitted` does; return whether it was one."""
-    if path.is_symlink() or not path.is_dir() or is_committed(path):
-        return False
-    if not all(_is_litter(entry) for entry in path.iterdir()):
-        return False
-    shutil.rmtree(path)
-    log.info("Removed %s, left by a save that was never committed", path)
-    return True
-
-
-def _is_litter(entry: Path) -> bool:
-    name = entry.name
-    return entry.is_file() and (name.endswith(".distcp") or name.startswith((METADATA_NAME, META_FILE)))
+    entries = sorted(root.iterdir()) if root.is_dir() else ()
+    return [path for path in entries if remove_if_uncommitted(path, META_FILES)]

@@ -17,6 +17,7 @@ from dcp_plugins.contract import Metadata
 from dcp_plugins.errors import PlanError, listing
 from dcp_plugins.lightning import layout
 from dcp_plugins.lightning.layout import Contents
+from dcp_plugins.manager import expected_warnings
 from dcp_plugins.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -68,7 +69,7 @@ def load_directory(
         state[layout.optimizer_key(index)] = get_optimizer_state_dict(module, optimizer)
     if contents.has_meta:
         state[layout.META_KEY] = {layout.PICKLE: b""}
-    with layout.expected_warnings():
+    with expected_warnings():
         dcp.load(state, storage_reader=reader, no_dist=no_dist)
     # Tensors are in place by now. This carries over what is not a tensor, and runs the modules' own load hooks.
     set_model_state_dict(module, state[contents.model_key], options=StateDictOptions(strict=strict))

@@ -9,7 +9,8 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -154,34 +155,46 @@ class FileSystemWriter(StorageWriter):
         ]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        if self.single_file_per_rank:
-            shares = split_by_bytes(plan.items, [_nbytes(item) for item in plan.items], self.thread_count)
-        else:
-            # What counts then is the number of files that are synced at the same time.
-            shares = [
-                plan.items[first :: self.thread_count] for first in range(min(self.thread_count, len(plan.items)))
-            ]
-        work = SharedWork(shares)
         numbers = itertools.count()
 
-        def new_name() -> str:
-            return data_file_name(plan.storage_data.prefix, next(numbers), self.save_id)
+        def new_name(folder: str) -> str:
+            return os.path.join(folder, data_file_name(plan.storage_data.prefix, next(numbers), self.save_id))
+
+        results: list[WriteResult] = []
+        for folder, items in self.folders(plan.items):
+            results += self._write_items(items, partial(new_name, folder), planner)
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+    def folders(self, items: list[WriteItem]) -> Iterable[tuple[str, list[WriteItem]]]:
+        """Divide this rank's items among folders of the checkpoint's directory, which is the folder ""."""
+        return [("", items)]
+
+    def _write_items(
+        self, items: list[WriteItem], new_name: Callable[[], str], planner: SavePlanner
+    ) -> list[WriteResult]:
+        """Write items into files of one folder, each thread into its own."""
+        if self.single_file_per_rank:
+            shares = split_by_bytes(items, [_nbytes(item) for item in items], self.thread_count)
+        else:
+            # What counts then is the number of files that are synced at the same time.
+            num_shares = min(self.thread_count, len(items))
+            shares = [items[first::num_shares] for first in range(num_shares)]
+        work = SharedWork(shares)
 
         def write_share(number: int) -> list[WriteResult]:
-            items = work.take(number)
+            taken = work.take(number)
             try:
                 if self.single_file_per_rank:
-                    return self._write_file(new_name, items, planner)
-                return [result for item in items for result in self._write_file(new_name, iter([item]), planner)]
+                    return self._write_file(new_name, taken, planner)
+                return [result for item in taken for result in self._write_file(new_name, iter([item]), planner)]
             except BaseException:
                 # Nothing will be committed: the other threads need not write what is left.
                 work.drop()
                 raise
 
-        results = [result for part in run_all(write_share, range(len(shares))) for result in part]
-        done: Future[list[WriteResult]] = Future()
-        done.set_result(results)
-        return done
+        return [result for part in run_all(write_share, range(len(shares))) for result in part]
 
     def _write_file(
         self, new_name: Callable[[], str], items: Iterator[WriteItem], planner: SavePlanner

@@ -186,7 +186,7 @@ def test_removal_takes_the_commit_first_and_of_a_link_the_link_only(
     def fail(path: Path) -> None:
         raise OSError("killed here")
 
-    monkeypatch.setattr("dcp_plugins.lightning.checkpoint_io.shutil.rmtree", fail)
+    monkeypatch.setattr("dcp_plugins.manager.directory.shutil.rmtree", fail)
     with pytest.raises(OSError, match="killed here"):
         plugin.remove_checkpoint(tmp_path / "a")
     assert not is_committed(tmp_path / "a")

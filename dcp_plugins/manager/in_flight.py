@@ -1,8 +1,8 @@
 """The save that goes on in the background, and what may only happen once it is committed.
 
-Deleting the checkpoint that a save replaces, or pointing ``last.ckpt`` at the new one, is noted here and done, in that
-order, after the commit; if the save fails it is not done at all. So at every instant, a kill's too, the paths that
-Lightning knows lead to checkpoints that exist.
+Deleting the checkpoint that a save replaces, or pointing a link at the new one, is noted here and done, in the order of
+the calls, after the commit; if the save fails it is not done at all. So at every instant, a kill's too, the paths that
+a framework knows lead to checkpoints that exist.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class InFlight:
-    """The last save of one `DCPCheckpointIO`; called on the thread that trains."""
+    """The last save of one `Saver`; called on the thread that trains."""
 
     def __init__(self) -> None:
         self._save: Future[Metadata] | None = None
@@ -30,6 +30,11 @@ class InFlight:
     def began(self, save: Future[Metadata]) -> None:
         """Note a save; the one before has been finished."""
         self._save = save
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a save has begun and not ended."""
+        return self._save is not None and not self._save.done()
 
     def after_commit(self, step: Callable[[], None]) -> None:
         """Do something once the save in flight is committed, or now if there is none.

@@ -1,0 +1,383 @@
+"""`Checkpointer`: what ``save_state``, ``load_state`` and two others do for one accelerator, instead of stock's."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import nn
+from torch.optim import Optimizer
+
+import dcp_plugins as dcp
+from dcp_plugins.accelerate import layout
+from dcp_plugins.accelerate.collect import (
+    changed_by_forward,
+    is_fsdp,
+    optimizers_of,
+    owner_of,
+    restore_files,
+    state_of,
+    weights_of,
+)
+from dcp_plugins.accelerate.layout import Contents
+from dcp_plugins.accelerate.plugin import DCPPlugin
+from dcp_plugins.accelerate.stock import load_stock_model, load_stock_optimizer
+from dcp_plugins.coord import Ranks
+from dcp_plugins.errors import CheckpointError, CheckpointNotFoundError, PlanError, listing
+from dcp_plugins.manager import KeepPolicy, Saver, expected_warnings, verify_checkpoint
+from dcp_plugins.manager.record import RECORD_KEY, record_item
+from dcp_plugins.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from dcp_plugins.storage.parts import PartsWriter
+
+__all__ = ["Checkpointer"]
+
+log = logging.getLogger(__name__)
+
+_PathLike = str | os.PathLike[str]
+_Answer = TypeVar("_Answer")
+
+
+class Checkpointer:
+    """Saves and loads everything that one accelerator was given; its methods are called on every process together."""
+
+    def __init__(self, accelerator: Accelerator, plugin: DCPPlugin) -> None:
+        self._accelerator = accelerator
+        self._is_alone = accelerator.num_processes == 1
+        self.plugin = plugin
+        self._saver = Saver(plugin, no_dist=self._is_alone)
+
+    def save_state(
+        self, output_dir: _PathLike | None = None, safe_serialization: bool = True, **save_model_func_kwargs: Any
+    ) -> Path:
+        """Save models, optimizers, schedulers, scaler, samplers, random states and registered objects.
+
+        A previous checkpoint in the directory stays loadable until the new one is committed. With ``asynchronous`` off
+        that is so on return; otherwise training goes on while it is written, and what fails is raised by the next save
+        or by ``end_training``, on every process.
+
+        Args:
+            output_dir: The same on every process; not needed with automatic checkpoint naming.
+            safe_serialization: Has no effect: tensors are in DCP's format either way.
+            save_model_func_kwargs: Have no effect: stock Accelerate gives them to DeepSpeed.
+
+        Returns:
+            The checkpoint's directory.
+        """
+        accelerator = self._accelerator
+        self._saver.finish()
+        path = self._decide(lambda: self._make_room(output_dir))
+        try:
+            state = self._collect(path)
+        # Whatever hooks and objects of the user raise, the other ranks hear of it from the engine.
+        except Exception as exc:
+            if self._is_alone:
+                raise
+            state = {layout.REST: _Failed(exc)}
+        parts = [layout.model_part(index) for index in range(len(accelerator._models))]
+        parts += [layout.optimizer_part(index) for index in range(len(accelerator._optimizers))]
+        self._saver.save(
+            state,
+            path,
+            optimizers=optimizers_of(accelerator),
+            changed_by_forward=changed_by_forward(accelerator._models),
+            writer=PartsWriter(
+                path, parts=parts, sync_files=self.plugin.sync_files, thread_count=self.plugin.thread_count
+            ),
+        )
+        if accelerator.is_main_process:
+            policy = self.plugin.keep_policy(accelerator.project_configuration.total_limit)
+            # The program may have changed its directory by then.
+            where = path.absolute()
+            self._saver.after_commit(lambda: self._follow_up(where, policy))
+        accelerator.project_configuration.iteration += 1
+        return path
+
+    def load_state(
+        self,
+        input_dir: _PathLike | None = None,
+        load_kwargs: dict[str, Any] | None = None,
+        **load_model_func_kwargs: Any,
+    ) -> None:
+        """Load what ``save_state`` saved, ours or stock's, on however many processes there are now.
+
+        Args:
+            input_dir: The checkpoint's directory; None takes the newest one of automatic checkpoint naming.
+            load_kwargs: For ``torch.load``, of everything that is neither model nor optimizer. ``weights_only=False``
+                unpickles the states of registered objects, which can run code.
+            load_model_func_kwargs: ``strict=False`` loads what models and checkpoint share; ``map_location`` as in
+                Accelerate.
+
+        Raises:
+            CheckpointNotFoundError: There is no committed checkpoint; names the newest one beside it.
+            CheckpointException: Some process failed; raised on every process.
+        """
+        accelerator = self._accelerator
+        options = dict(load_model_func_kwargs)
+        strict, map_location = options.pop("strict", True), options.pop("map_location", None)
+        if options:
+            raise TypeError(f"load_state takes strict and map_location for the models, found {listing(options)} too")
+        self._saver.wait()
+        path, kind = self._decide(lambda: self._find(input_dir))
+        models = list(accelerator._models)
+        if not is_fsdp(accelerator):
+            # They take out what they load themselves. Under FSDP stock calls them after models and optimizers.
+            self._call_load_hooks(models, path)
+        with tempfile.TemporaryDirectory(prefix="dcp_accelerate_") as folder:
+            if kind == "ours":
+                self._load_ours(path, models, Path(folder), strict=strict)
+            else:
+                for index, model in enumerate(models):
+                    load_stock_model(path, index, model, strict=strict, no_dist=self._is_alone)
+                for index, optimizer in enumerate(optimizers_of(accelerator)):
+                    load_stock_optimizer(path, index, optimizer, accelerator._models, no_dist=self._is_alone)
+            if is_fsdp(accelerator):
+                self._call_load_hooks([], path)
+            kwargs = dict(load_kwargs or {})
+            self._together(
+                "restore",
+                lambda: restore_files(
+                    accelerator,
+                    Path(folder) if kind == "ours" else path,
+                    map_location=map_location,
+                    load_kwargs=kwargs,
+                    weights_only=kwargs.get("weights_only", self.plugin.weights_only),
+                ),
+            )
+        number = layout.number_of(path.name)
+        if self._is_naming and path.parent == self._folder and number is not None:
+            # Where stock leaves it to the script to choose the next number, and refuses to save if it forgets.
+            configuration = accelerator.project_configuration
+            configuration.iteration = max(configuration.iteration, number + 1)
+
+    def end_training(self) -> None:
+        """Finish the save in flight, then do as stock; a save that failed is raised, on every process."""
+        try:
+            self.close()
+        finally:
+            # A subclass's own, if there is one.
+            type(self._accelerator).end_training(self._accelerator)
+
+    def free_memory(self, *objects: Any) -> Any:
+        """Finish the save in flight, which holds the optimizers, free its memory, and do as stock."""
+        try:
+            self.close()
+        finally:
+            released = type(self._accelerator).free_memory(self._accelerator, *objects)
+        return released
+
+    def close(self) -> None:
+        """Finish the save in flight, and free the memory that it was staged in."""
+        self._saver.close()
+
+    @property
+    def _is_naming(self) -> bool:
+        return bool(self._accelerator.project_configuration.automatic_checkpoint_naming)
+
+    @property
+    def _folder(self) -> Path:
+        """Where checkpoints are that are named automatically."""
+        if self._accelerator.project_dir is None:
+            raise ValueError("automatic_checkpoint_naming needs project_dir in the ProjectConfiguration, found None")
+        return Path(self._accelerator.project_dir, "checkpoints")
+
+    def _make_room(self, output_dir: _PathLike | None) -> Path:
+        """Choose the directory to save into and see that it is there. Runs on the main process."""
+        if self._is_naming:
+            number = self._accelerator.save_iteration
+            path = self._folder / f"checkpoint_{number}"
+            if layout.kind_of(path) is not None:
+                raise ValueError(
+                    f"Checkpoint directory {path} ({number}) already exists. Set"
+                    " accelerator.project_configuration.iteration to the number to go on with."
+                )
+        elif output_dir is None:
+            raise ValueError("save_state needs output_dir, or automatic_checkpoint_naming in the ProjectConfiguration")
+        else:
+            path = Path(output_dir).expanduser()
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def _collect(self, path: Path) -> dict[str, Any]:
+        accelerator = self._accelerator
+        shown = weights_of(accelerator)
+        before = [dict(weights) for weights in shown]
+        left = list(shown)
+        for hook in accelerator._save_model_state_pre_hook.values():
+            hook(accelerator._models, left, str(path))
+        state = state_of(accelerator, shown, before, left)
+        if accelerator.is_main_process:
+            state[RECORD_KEY] = record_item(accelerator.save_iteration, time.time(), None)
+        return state
+
+    def _follow_up(self, path: Path, policy: KeepPolicy | None) -> None:
+        """Do what may only be done once the checkpoint at ``path`` is committed. Runs on the main process."""
+        try:
+            layout.write_stock_files(path)
+            if self._is_naming:
+                layout.remove_old(path.parent, policy)
+        # The checkpoint exists: it must not look as if it did not.
+        except Exception:
+            log.warning(
+                "What follows the commit of %s failed: files for stock Accelerate, or the deletion of old checkpoints",
+                path,
+                exc_info=True,
+            )
+
+    def _find(self, input_dir: _PathLike | None) -> tuple[Path, str]:
+        """Return the checkpoint to load and its kind. Runs on the main process."""
+        if input_dir is not None:
+            path = Path(input_dir).expanduser()
+            if not path.is_dir():
+                beside = layout.newest_checkpoint(path.parent)
+                hint = f". The newest committed checkpoint beside it is {beside}" if beside is not None else ""
+                raise ValueError(f"Tried to find {path} but folder does not exist{hint}")
+            return path, layout.refuse_unless_checkpoint(path)
+        if not self._is_naming:
+            raise ValueError("load_state needs input_dir, or automatic_checkpoint_naming in the ProjectConfiguration")
+        skipped = []
+        for path in layout.numbered(self._folder):
+            kind = layout.kind_of(path)
+            try:
+                if kind == "ours":
+                    verify_checkpoint(path)
+            except (CheckpointError, OSError) as exc:
+                skipped.append(f"{path.name} ({exc})")
+                continue
+            if kind is None:
+                skipped.append(f"{path.name} (never committed)")
+                continue
+            if skipped:
+                warnings.warn(f"Loading {path}: newer ones are no good checkpoints: {listing(skipped)}", stacklevel=2)
+            return path, kind
+        raise CheckpointNotFoundError(
+            f"Expected a committed checkpoint in {self._folder}, found {listing(skipped) or 'none'}"
+        )
+
+    def _call_load_hooks(self, models: list[nn.Module], path: Path) -> None:
+        def call() -> None:
+            for hook in self._accelerator._load_model_state_pre_hook.values():
+                hook(models, str(path))
+
+        if self._accelerator._load_model_state_pre_hook:
+            self._together("load hooks", call)
+
+    def _load_ours(self, path: Path, models: Sequence[nn.Module], folder: Path, *, strict: bool) -> None:
+        """Load models and optimizers, and put the other files into a folder."""
+        accelerator = self._accelerator
+        reader = dcp.FileSystemReader(path)
+        optimizers = [(owner_of(one, accelerator._models), one) for one in optimizers_of(accelerator)]
+
+        def prepare() -> dict[str, Any]:
+            contents = layout.contents_of(reader.read_metadata(), path)
+            state = _wanted(contents, models, optimizers, strict=strict, path=path)
+            rest: dict[str, dict[str, bytes]] = {}
+            for name, rank in contents.files_for(accelerator.process_index, accelerator.num_processes).items():
+                rest.setdefault(str(rank), {})[name] = b""
+            state[layout.REST] = rest
+            return state
+
+        state = self._together("prepare", prepare)
+        with expected_warnings():
+            dcp.load(state, storage_reader=reader, no_dist=self._is_alone)
+
+        def apply() -> None:
+            # Tensors are in place by now. This carries over what is not a tensor, and runs the modules' own load hooks.
+            for index, model in enumerate(models):
+                loaded = state[layout.model_part(index)]["model"]
+                set_model_state_dict(model, loaded, options=StateDictOptions(strict=strict))
+            for index, (owner, optimizer) in enumerate(optimizers):
+                set_optimizer_state_dict(owner, optimizer, state[layout.optimizer_part(index)]["optimizer"])
+            for own in state[layout.REST].values():
+                for name, data in own.items():
+                    (folder / name).write_bytes(data)
+
+        self._together("apply", apply)
+
+    def _together(self, step: str, local: Callable[[], _Answer]) -> _Answer:
+        """Run something on every process; if it fails on one, every process raises."""
+        if self._is_alone:
+            return local()
+        return Ranks(None, distributed=True).settle(step, local)
+
+    def _decide(self, decide: Callable[[], _Answer]) -> _Answer:
+        """Run something on the main process and return its answer, or raise its error, on every process."""
+        if self._is_alone:
+            return decide()
+        outcome: list[Any] = [None]
+        if self._accelerator.is_main_process:
+            try:
+                outcome = [(True, decide())]
+            except Exception as exc:  # whatever it is, the other processes are waiting to hear of it
+                outcome = [(False, exc)]
+        broadcast_object_list(outcome)
+        succeeded, value = outcome[0]
+        if not succeeded:
+            raise value
+        answer: _Answer = value
+        return answer
+
+
+class _Failed:
+    """Stands in a state dict for what this process could not collect: raises where the engine tells the other ranks."""
+
+    def __init__(self, failure: Exception) -> None:
+        self._failure = failure
+
+    def state_dict(self) -> dict[str, Any]:
+        raise self._failure
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Do nothing: it is never loaded."""
+
+
+def _wanted(
+    contents: Contents,
+    models: Sequence[nn.Module],
+    optimizers: Sequence[tuple[nn.Module, Optimizer]],
+    *,
+    strict: bool,
+    path: Path,
+) -> dict[str, Any]:
+    """Return what to load of models and optimizers.
+
+    Raises:
+        PlanError: They are not those of the checkpoint; lists everything that differs.
+    """
+    state: dict[str, Any] = {}
+    problems = []
+    for index, model in enumerate(models):
+        model_state = get_model_state_dict(model)
+        saved = contents.model_names.get(index)
+        if saved is None:
+            problems.append(f"model {index} was not saved (a hook may have: register the one that loads it)")
+            continue
+        for what, names in (("Missing", model_state.keys() - saved), ("Unexpected", saved - model_state.keys())):
+            if strict and names:
+                problems.append(f"{what} key(s) of model {index}: {listing(names)}")
+        wanted = {name: value for name, value in model_state.items() if name in saved}
+        state[layout.model_part(index)] = {"model": wanted}
+    for index, (owner, optimizer) in enumerate(optimizers):
+        if index not in contents.optimizers:
+            problems.append(f"optimizer {index} was not saved")
+            continue
+        state[layout.optimizer_part(index)] = {"optimizer": get_optimizer_state_dict(owner, optimizer)}
+    if problems:
+        raise PlanError(
+            f"What was prepared is not what the checkpoint {path} holds: {'. '.join(problems)}."
+            " load_state(strict=False) loads the keys that they share."
+        )
+    return state

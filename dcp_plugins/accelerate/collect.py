@@ -1,0 +1,192 @@
+"""What makes up the state of an ``Accelerator``: models, optimizers by the names of parameters, and small files.
+
+Schedulers, samplers, scaler, random states and registered objects are written and read by Accelerate's own functions,
+into and from a temporary directory, so that they are what stock Accelerate would have saved, whatever devices it knows.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.checkpointing import load_accelerator_state, save_accelerator_state, save_custom_state
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType
+from accelerate.utils.constants import RNG_STATE_NAME
+from accelerate.utils.other import load as load_file
+from torch import nn
+from torch.optim import Optimizer
+
+from dcp_plugins.accelerate import layout
+from dcp_plugins.errors import UnsupportedValueError
+from dcp_plugins.state_dict import get_model_state_dict, get_optimizer_state_dict
+from dcp_plugins.state_dict.names import names_of
+
+__all__ = [
+    "changed_by_forward",
+    "is_fsdp",
+    "optimizers_of",
+    "owner_of",
+    "restore_files",
+    "small_files",
+    "state_of",
+    "weights_of",
+]
+
+
+def is_fsdp(accelerator: Accelerator) -> bool:
+    """Tell whether Accelerate takes its own way with models and optimizers, and hands none to the hooks."""
+    return bool(accelerator.distributed_type == DistributedType.FSDP)
+
+
+def optimizers_of(accelerator: Accelerator) -> list[Optimizer]:
+    """Return the prepared optimizers without Accelerate's wrappers."""
+    return [
+        optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+        for optimizer in accelerator._optimizers
+    ]
+
+
+def owner_of(optimizer: Optimizer, models: Sequence[nn.Module]) -> nn.Module:
+    """Return the model whose parameters an optimizer has; a module around them if it has several's, or others too."""
+    walked = [names_of(model) for model in models]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    owners = [index for index, names in enumerate(walked) if any(names.fqns(parameter) for parameter in parameters)]
+    loose = [parameter for parameter in parameters if not any(names.fqns(parameter) for names in walked)]
+    if len(owners) == 1 and not loose:
+        return models[owners[0]]
+    together = nn.Module()
+    for index in owners:
+        together.add_module(str(index), models[index])
+    if loose:
+        together.add_module("parameters_of_no_model", nn.ParameterList(loose))
+    return together
+
+
+def weights_of(accelerator: Accelerator) -> list[dict[str, Any]]:
+    """Return the state dicts that hooks are shown, as stock Accelerate makes them: none under FSDP."""
+    if is_fsdp(accelerator):
+        return []
+    return [accelerator.get_state_dict(model, unwrap=False) for model in accelerator._models]
+
+
+def state_of(
+    accelerator: Accelerator, shown: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]], left: Sequence[Any]
+) -> dict[str, Any]:
+    """Return what is to be saved.
+
+    Args:
+        accelerator: Everything that was prepared and registered.
+        shown: What `weights_of` returned.
+        before: Copies of these, made before the hooks ran.
+        left: What the hooks have left in the list: they take out what they save themselves.
+    """
+    models = accelerator._models
+    state: dict[str, Any] = {}
+    if is_fsdp(accelerator):
+        saved: list[Any] = [get_model_state_dict(model) for model in models]
+    else:
+        saved = []
+        for place, weights in enumerate(left):
+            index = next((index for index, original in enumerate(shown) if original is weights), None)
+            model = models[place if index is None else index]
+            is_untouched = index is not None and _are_same(weights, before[index])
+            names = names_of(model)
+            saved.append(
+                get_model_state_dict(model)
+                if is_untouched
+                else {names.canonical(key): value for key, value in weights.items()}
+            )
+    for index, model_state in enumerate(saved):
+        state[layout.model_part(index)] = {"model": model_state}
+    for index, optimizer in enumerate(optimizers_of(accelerator)):
+        optimizer_state = get_optimizer_state_dict(owner_of(optimizer, models), optimizer)
+        state[layout.optimizer_part(index)] = {"optimizer": optimizer_state}
+    state[layout.REST] = {str(accelerator.process_index): small_files(accelerator)}
+    return state
+
+
+def _are_same(weights: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+    return weights.keys() == before.keys() and all(value is before[key] for key, value in weights.items())
+
+
+def small_files(accelerator: Accelerator) -> dict[str, bytes]:
+    """Return what stock Accelerate would write on this process beside models and optimizers, by file name."""
+    with tempfile.TemporaryDirectory(prefix="dcp_accelerate_") as folder:
+        save_accelerator_state(
+            folder,
+            [],
+            [],
+            accelerator._schedulers,
+            accelerator._dataloaders,
+            accelerator.process_index,
+            accelerator.step,
+            accelerator.scaler,
+        )
+        for index, value in enumerate(accelerator._custom_objects):
+            save_custom_state(value, folder, index)
+        return {layout.check_file_name(path.name): path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def restore_files(
+    accelerator: Accelerator,
+    folder: Path,
+    *,
+    map_location: Any,
+    load_kwargs: Mapping[str, Any],
+    weights_only: bool,
+) -> None:
+    """Restore what `small_files` returned from a directory that holds the files.
+
+    Raises:
+        RuntimeError: There are states of more or of fewer objects than are registered.
+        UnsupportedValueError: The state of a registered object is more than plain data.
+    """
+    objects = accelerator._custom_objects
+    found = sorted(folder.glob("custom_checkpoint_*.pkl"))
+    if len(found) != len(objects):
+        raise RuntimeError(
+            f"Expected the states of {len(objects)} registered objects in {folder}, found {len(found)}. Register the"
+            " same objects as when it was saved."
+        )
+    restored = load_accelerator_state(
+        str(folder),
+        [],
+        [],
+        accelerator._schedulers,
+        accelerator._dataloaders,
+        accelerator.process_index,
+        accelerator.scaler,
+        map_location,
+        dict(load_kwargs),
+    )
+    first = folder / f"{RNG_STATE_NAME}_0.pkl"
+    if "step" not in restored and first.is_file():
+        # Saved on fewer processes: there is no random state of this one, which keeps its own. The count is everybody's.
+        restored = load_file(first)
+    accelerator.step = restored.get("step", accelerator.step)
+    for index, value in enumerate(objects):
+        path = folder / f"custom_checkpoint_{index}.pkl"
+        try:
+            state = load_file(path, map_location="cpu", weights_only=weights_only)
+        except Exception as exc:
+            if not weights_only:
+                raise
+            raise UnsupportedValueError(
+                f"The state of the registered object {index}, a {type(value).__name__}, is more than plain data:"
+                f" {str(exc).strip().splitlines()[0]}. If you trust this checkpoint, set weights_only to false in"
+                " DCPPlugin (or in the section of the YAML file), or pass load_kwargs={'weights_only': False}."
+            ) from exc
+        value.load_state_dict(state)
+
+
+def changed_by_forward(models: Sequence[nn.Module]) -> Iterator[torch.Tensor]:
+    """Yield the parameters that a forward pass changes: embeddings whose rows are kept below a norm."""
+    for model in models:
+        for child in model.modules():
+            if isinstance(child, (nn.Embedding, nn.EmbeddingBag)) and child.max_norm is not None:
+                yield child.weight

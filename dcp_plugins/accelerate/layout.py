@@ -1,0 +1,289 @@
+"""What a checkpoint directory holds, which directories are checkpoints, and which of them go.
+
+::
+
+    .metadata                       the commit: the checkpoint exists from the instant this file does
+    pytorch_model_fsdp_0/*.distcp   the first model, under "pytorch_model_fsdp_0.model"
+    optimizer_0/*.distcp            the first optimizer, under "optimizer_0.optimizer"
+    __<rank>_<n>-<id>.distcp        everything else, under "accelerate": the bytes of the files that stock writes
+
+After the commit comes what stock Accelerate and its tools look for, made from what is committed and never read back::
+
+    pytorch_model_fsdp_0/.metadata, optimizer_0/.metadata
+    scheduler.bin, random_states_<rank>.pkl, custom_checkpoint_<n>.pkl, ...
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from accelerate.utils.constants import FSDP_MODEL_NAME, MODEL_NAME, OPTIMIZER_NAME, RNG_STATE_NAME, SAFE_MODEL_NAME
+
+import dcp_plugins as dcp
+from dcp_plugins.contract import Metadata
+from dcp_plugins.errors import CheckpointError, CheckpointNotFoundError, PlanError, UnsafeCheckpointError
+from dcp_plugins.format.names import METADATA_NAME, save_id_of
+from dcp_plugins.manager import (
+    KeepPolicy,
+    SaveRecord,
+    StepNames,
+    delete_checkpoint,
+    is_committed,
+    read_record,
+    steps_to_delete,
+)
+from dcp_plugins.storage.local import remove_files
+from dcp_plugins.storage.parts import is_view, publish_view
+
+__all__ = [
+    "REST",
+    "Contents",
+    "check_file_name",
+    "contents_of",
+    "is_random_state",
+    "kind_of",
+    "model_part",
+    "newest_checkpoint",
+    "number_of",
+    "numbered",
+    "optimizer_part",
+    "refuse_unless_checkpoint",
+    "remove_old",
+    "write_stock_files",
+]
+
+log = logging.getLogger(__name__)
+
+REST = "accelerate"
+"""The key of what is neither model nor optimizer: by rank, by file name, the bytes of the file."""
+
+_PART = re.compile(rf"({FSDP_MODEL_NAME}|{OPTIMIZER_NAME})_([0-9]+)")
+# Wider than what is known, for files that a later Accelerate may add.
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*\.(bin|pt|pkl)")
+_FILE = re.compile(
+    r"(scheduler|sampler|dl_state_dict)(_[0-9]+)?\.bin|scaler\.pt|random_states_[0-9]+\.pkl|custom_checkpoint_[0-9]+\.pkl"
+)
+_REPLACED = re.compile(rf"({OPTIMIZER_NAME}|{FSDP_MODEL_NAME})(_[0-9]+)?\.bin")
+"""Of a stock checkpoint that ours has replaced. Its model.safetensors may be the user's own: hooks write that, too."""
+_NAMES = StepNames(prefix="checkpoint_")
+_NUMBER = re.compile(r"([0-9]+)(?=[^0-9/]*$)")
+
+
+def model_part(index: int) -> str:
+    """Name the directory of a model, as stock Accelerate names it under FSDP."""
+    return f"{FSDP_MODEL_NAME}_{index}"
+
+
+def optimizer_part(index: int) -> str:
+    """Name the directory of an optimizer, as stock Accelerate names it under FSDP."""
+    return f"{OPTIMIZER_NAME}_{index}"
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What a committed checkpoint of ours says that it holds."""
+
+    model_names: Mapping[int, frozenset[str]]
+    """Of each model that was saved, its parameters and buffers."""
+    optimizers: frozenset[int]
+    files: Mapping[int, frozenset[str]]
+    """Of each rank that saved, the names of the files that stock Accelerate would have written there."""
+
+    def files_for(self, rank: int, num_processes: int) -> dict[str, int]:
+        """Say which files this process restores from, and of which rank.
+
+        Rank 0's are everybody's, as in stock Accelerate. Its own go before them on as many processes as saved; on
+        another number, that is only the random state of its number, if there is one.
+        """
+        chosen = dict.fromkeys(self.files[0], 0)
+        for name in self.files.get(rank, ()):
+            if num_processes == len(self.files) or is_random_state(name):
+                chosen[name] = rank
+        return chosen
+
+
+def contents_of(metadata: Metadata, path: Path) -> Contents:
+    """Read off the metadata what is in a checkpoint.
+
+    Raises:
+        PlanError: It is a checkpoint, but not one that ``save_state`` wrote.
+    """
+    models: dict[int, set[str]] = {}
+    optimizers: set[int] = set()
+    files: dict[int, set[str]] = {}
+    for keys in (metadata.planner_data or {}).values():
+        part = _PART.fullmatch(str(keys[0]))
+        if part is not None and part[1] == FSDP_MODEL_NAME:
+            models.setdefault(int(part[2]), set()).add(str(keys[2]))
+        elif part is not None:
+            optimizers.add(int(part[2]))
+        elif keys[0] == REST:
+            files.setdefault(int(keys[1]), set()).add(check_file_name(str(keys[2])))
+    if 0 not in files:
+        raise PlanError(
+            f"Expected a checkpoint of Accelerate in {path}, found one without the key '{REST}.0'. Use dcp_plugins.load"
+            " for a checkpoint that save_state did not write."
+        )
+    return Contents(
+        {index: frozenset(names) for index, names in models.items()},
+        frozenset(optimizers),
+        {rank: frozenset(names) for rank, names in files.items()},
+    )
+
+
+def check_file_name(name: str) -> str:
+    """Return a name if it can be one that stock Accelerate gives to a file beside models and optimizers.
+
+    Raises:
+        UnsafeCheckpointError: It is not. Names come from the checkpoint, and files are written by them.
+    """
+    if _FILE_NAME.fullmatch(name) is None:
+        raise UnsafeCheckpointError(
+            f"expected the name of a file that Accelerate writes (scheduler.bin, scaler.pt, ...), found {name!r}"
+        )
+    return name
+
+
+def is_random_state(name: str) -> bool:
+    """Tell whether a file holds the state of a rank's random numbers."""
+    return name.startswith(RNG_STATE_NAME)
+
+
+def kind_of(path: Path) -> Literal["ours", "stock"] | None:
+    """Tell what wrote the checkpoint at ``path``; None if it is not one, or a save of ours was never committed."""
+    if is_committed(path):
+        return "ours"
+    parts = [path / model_part(0), path / optimizer_part(0)]
+    published = [part for part in parts if is_committed(part)]
+    if any(is_view(part) for part in published):
+        return None  # what is left of a checkpoint of ours that was being deleted
+    files = (f"{SAFE_MODEL_NAME}.safetensors", f"{MODEL_NAME}.bin", f"{FSDP_MODEL_NAME}.bin", f"{RNG_STATE_NAME}_0.pkl")
+    return "stock" if published or any((path / name).is_file() for name in files) else None
+
+
+def number_of(name: str) -> int | None:
+    """Return the number at the end of a checkpoint's name (``checkpoint_12``, ``step_100``, ``epoch_3``)."""
+    found = _NUMBER.search(name)
+    return int(found[1]) if found is not None else None
+
+
+def newest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
+    """Find the checkpoint with the highest number in its name, ours if committed or stock's; None if there is none."""
+    return next((path for path in numbered(Path(folder)) if kind_of(path) is not None), None)
+
+
+def numbered(folder: Path) -> list[Path]:
+    """Return the directories with a number at the end of their names, checkpoints or not, the highest first."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    named = (path for path in found if path.is_dir() and number_of(path.name) is not None)
+    return sorted(named, key=_place, reverse=True)
+
+
+def _place(path: Path) -> tuple[int, str]:
+    number = number_of(path.name)
+    assert number is not None
+    return number, path.name
+
+
+def refuse_unless_checkpoint(path: Path) -> Literal["ours", "stock"]:
+    """Return the kind of checkpoint at ``path``.
+
+    Raises:
+        CheckpointNotFoundError: It is none; names the newest one beside it.
+    """
+    kind = kind_of(path)
+    if kind is not None:
+        return kind
+    beside = newest_checkpoint(path.parent)
+    hint = f"The newest committed checkpoint beside it is {beside}." if beside else "There is no checkpoint beside it."
+    raise CheckpointNotFoundError(
+        f"Expected a committed checkpoint in {path}, but it has no {METADATA_NAME}: the save into it never finished, or"
+        f" another program wrote it. {hint}"
+    )
+
+
+def remove_old(folder: Path, policy: KeepPolicy | None) -> None:
+    """Delete checkpoints that a policy lets go, and what killed saves left below the newest.
+
+    Only ``checkpoint_<n>`` is looked at. To be called after a commit, while nothing else is saved there.
+    """
+    named = {path: _NAMES.step_of(path.name) for path in numbered(folder)}
+    records = []
+    litter = []
+    for path, number in named.items():
+        kind = kind_of(path)
+        if number is not None and kind is not None:
+            records.append(_record_of(path, number) if kind == "ours" else SaveRecord(number))
+        elif number is not None and records and _is_litter(path):
+            litter.append(path)
+    for path in litter:
+        shutil.rmtree(path)
+        log.info("Removed %s, left by a save that was never committed", path)
+    for number in steps_to_delete(policy, records, now=time.time()):
+        delete_checkpoint(folder / _NAMES.name(number))
+
+
+def _record_of(path: Path, number: int) -> SaveRecord:
+    try:
+        return read_record(path, number)
+    except (CheckpointError, OSError):
+        # One that is damaged must not keep the others from being deleted.
+        log.warning("Could not read when %s was saved", path, exc_info=True)
+        return SaveRecord(number)
+
+
+def _is_litter(path: Path) -> bool:
+    """Tell whether a directory holds nothing but data of a save that was killed before its commit."""
+    for entry in path.iterdir():
+        is_part = entry.is_dir() and not entry.is_symlink() and _PART.fullmatch(entry.name) is not None
+        for file in entry.iterdir() if is_part else [entry]:
+            if not file.is_file() or save_id_of(file.name) is None:
+                return False
+    return True
+
+
+def write_stock_files(path: str | os.PathLike[str]) -> None:
+    """Write into a committed checkpoint what stock Accelerate and ``accelerate merge-weights`` look for.
+
+    Every ``save_state`` does so, after its commit. Call it to make up for one that was killed in between. Runs on one
+    process.
+    """
+    path = Path(path)
+    contents = contents_of(dcp.FileSystemReader(path).read_metadata(), path)
+    rest: dict[str, Any] = dcp.load_from_keys(REST, checkpoint_id=path)[REST]
+    # Stock reads the models first. Without theirs, it cannot take files of two saves for one checkpoint.
+    models = [model_part(index) for index in sorted(contents.model_names)]
+    for part in models:
+        (path / part / METADATA_NAME).unlink(missing_ok=True)
+    files: dict[str, bytes] = {}
+    for rank, own in rest.items():
+        files.update((name, data) for name, data in own.items() if rank == "0" or is_random_state(name))
+    parts = [*(optimizer_part(index) for index in sorted(contents.optimizers)), *models]
+    for name in os.listdir(path):
+        if (_FILE.fullmatch(name) is not None and name not in files) or _REPLACED.fullmatch(name) is not None:
+            (path / name).unlink()
+        elif _PART.fullmatch(name) is not None and name not in parts:
+            _remove_part(path / name)
+    for name, data in files.items():
+        fresh = path / f"{check_file_name(name)}.new"
+        fresh.write_bytes(data)
+        fresh.replace(path / name)
+    for part in parts:
+        publish_view(path, part)
+
+
+def _remove_part(folder: Path) -> None:
+    """Delete what an earlier save, of more models or optimizers, left in the directory of one; nobody else's files."""
+    if is_committed(folder) and is_view(folder):
+        (folder / METADATA_NAME).unlink()
+    remove_files(folder, [name for name in os.listdir(folder) if save_id_of(name) is not None])
+    if not any(folder.iterdir()):
+        folder.rmdir()

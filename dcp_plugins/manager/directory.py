@@ -1,0 +1,187 @@
+"""Directories of checkpoints: which names are steps, which of them count, and how one is deleted.
+
+A checkpoint counts from the instant its ``.metadata`` is there. File times are never asked: copies and restored backups
+have others.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dcp_plugins.contract import StorageInfo
+from dcp_plugins.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, listing
+from dcp_plugins.format.metadata import decode_with_extras
+from dcp_plugins.format.names import METADATA_NAME, metadata_rank, safe_join
+from dcp_plugins.storage.local import litter, sync_directory
+
+__all__ = [
+    "StepNames",
+    "committed_steps",
+    "delete_checkpoint",
+    "good_steps",
+    "is_committed",
+    "newest_good",
+    "remove_if_uncommitted",
+    "uncommitted_steps",
+    "verify_checkpoint",
+]
+
+log = logging.getLogger(__name__)
+
+_PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, slots=True)
+class StepNames:
+    """How the checkpoint of a step is called: a prefix and the step in decimal digits; no other name is a step's."""
+
+    prefix: str = "step_"
+    """What comes before the number, such as "checkpoint-"."""
+
+    def __post_init__(self) -> None:
+        if not self.prefix or "/" in self.prefix or "\0" in self.prefix or self.prefix[-1].isdigit():
+            raise ValueError(
+                "prefix must be part of a file name that does not end in a digit, such as 'step_' or 'checkpoint-',"
+                f" got {self.prefix!r}"
+            )
+
+    def name(self, step: int) -> str:
+        """Name the directory of a step."""
+        if step < 0:
+            raise ValueError(f"step must not be negative, got {step}")
+        return f"{self.prefix}{step}"
+
+    def step_of(self, name: str) -> int | None:
+        """Return the step whose directory is called ``name``; None if it is no step's."""
+        match = re.fullmatch(rf"{re.escape(self.prefix)}(0|[1-9][0-9]*)", name, re.ASCII)
+        return int(match.group(1)) if match is not None else None
+
+
+def is_committed(path: _PathLike) -> bool:
+    """Tell whether ``path`` is a checkpoint: a directory whose ``.metadata`` has been published."""
+    return Path(path, METADATA_NAME).is_file()
+
+
+def delete_checkpoint(path: _PathLike) -> None:
+    """Delete a checkpoint, the commit first; of a link, the link only. What is not there is no error.
+
+    Killed half-way, it leaves a directory that is no checkpoint.
+    """
+    path = Path(path)
+    if path.is_symlink() or path.is_file():
+        path.unlink(missing_ok=True)
+    elif path.is_dir():
+        (path / METADATA_NAME).unlink(missing_ok=True)
+        sync_directory(path)
+        shutil.rmtree(path)
+    else:
+        return
+    log.debug("Deleted checkpoint %s", path)
+
+
+def verify_checkpoint(path: _PathLike) -> None:
+    """Check that a checkpoint is whole: its metadata can be read, and every data file is there with its size.
+
+    No data is read: a flipped bit in a data file is found by the load, which compares checksums.
+
+    Raises:
+        CheckpointNotFoundError: It has never been committed.
+        CorruptCheckpointError: The metadata is damaged, or files are missing or too short; lists all of them.
+    """
+    path = Path(path)
+    source = path / METADATA_NAME
+    try:
+        content = source.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as exc:
+        raise CheckpointNotFoundError(
+            f"expected a committed checkpoint in {path}, but it has no {METADATA_NAME}: the save into it never finished"
+        ) from exc
+    decoded = decode_with_extras(content, str(source))
+    exact: Any = decoded.extras.get("files")
+    sizes: dict[str, int] = dict(exact) if isinstance(exact, dict) else {}
+    ends: dict[str, int] = {}
+    for info in (decoded.metadata.storage_data or {}).values():
+        if isinstance(info, StorageInfo):
+            ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+    problems = []
+    for name in sorted(sizes.keys() | ends.keys()):
+        file = safe_join(path, name)
+        if not file.is_file():
+            problems.append(f"{name} is missing")
+            continue
+        found = file.stat().st_size
+        if name in sizes and found != sizes[name]:
+            problems.append(f"{name} has {found} bytes, it was written with {sizes[name]}")
+        elif found < ends.get(name, 0):
+            problems.append(f"{name} has {found} bytes, the metadata names bytes up to {ends[name]}")
+    if problems:
+        raise CorruptCheckpointError(f"{path}: data files do not fit the metadata: {listing(problems)}")
+
+
+def committed_steps(root: _PathLike, names: StepNames = StepNames()) -> list[int]:
+    """Return the steps of which a committed checkpoint is in ``root``, ascending."""
+    return [step for step in _steps(Path(root), names) if is_committed(Path(root, names.name(step)))]
+
+
+def uncommitted_steps(root: _PathLike, names: StepNames = StepNames()) -> list[int]:
+    """Return the steps of which a directory without a commit is in ``root``, ascending."""
+    return [step for step in _steps(Path(root), names) if not is_committed(Path(root, names.name(step)))]
+
+
+def good_steps(root: _PathLike, names: StepNames = StepNames()) -> Iterator[int]:
+    """Yield the steps whose checkpoints are committed and whole, the newest first; warn of each one skipped."""
+    for step in reversed(_steps(Path(root), names)):
+        path = Path(root, names.name(step))
+        try:
+            verify_checkpoint(path)
+        except (CheckpointError, OSError) as exc:
+            warnings.warn(f"Skipped {path}, which is no good checkpoint: {exc}", stacklevel=2)
+            continue
+        yield step
+
+
+def newest_good(root: _PathLike, names: StepNames = StepNames()) -> Path | None:
+    """Find the checkpoint of the highest step that is committed and whole, or None; warn of newer ones skipped."""
+    for step in good_steps(root, names):
+        return Path(root, names.name(step))
+    return None
+
+
+def remove_if_uncommitted(path: _PathLike, also: Collection[str] = ()) -> bool:
+    """Delete the directory of one killed save, and return whether it was one.
+
+    Only a directory without a commit that holds nothing but files of checkpoints is deleted. Call it while nothing is
+    being saved there: a save in progress looks the same as one that was killed.
+
+    Args:
+        path: The directory.
+        also: Names of further files that the saves in question leave.
+    """
+    path = Path(path)
+    if path.is_symlink() or not path.is_dir():
+        return False
+    names = os.listdir(path)
+    # What a rank has saved without collectives is committed, too, by metadata of its own.
+    if any(name == METADATA_NAME or metadata_rank(name) is not None for name in names):
+        return False
+    if set(names) - set(also) - set(litter(path, ())):
+        return False
+    shutil.rmtree(path)
+    log.info("Removed %s, left by a save that was never committed", path)
+    return True
+
+
+def _steps(root: Path, names: StepNames) -> list[int]:
+    """Return the steps of which there is a directory, committed or not, ascending."""
+    if not root.is_dir():
+        return []
+    found = ((names.step_of(name), name) for name in os.listdir(root))
+    return sorted(step for step, name in found if step is not None and (root / name).is_dir())

@@ -1,0 +1,73 @@
+"""How checkpoints are saved: the options that every adapter takes, in code or from a file of its framework."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from dcp_plugins.errors import listing
+
+__all__ = ["Asynchronous", "SaveOptions"]
+
+Asynchronous = Literal["off", "thread", "process"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveOptions:
+    """How a `Saver` saves; checked when it is made.
+
+    Raises:
+        ValueError: A value is not one of those that are possible; names the field.
+        TypeError: A value is of another type than its field.
+    """
+
+    asynchronous: Asynchronous = "off"
+    """Whether training goes on while a checkpoint is written: "off" writes before the save returns, "thread" writes on
+    a thread, "process" in a process of each rank's own, beside which training keeps the interpreter to itself."""
+    thread_count: int | None = None
+    """Number of I/O threads of each rank; None takes what the storage finds best."""
+    sync_files: bool = True
+    """Whether data and directory are synced before the commit. False is faster and survives a killed process, but not a
+    loss of power."""
+    overlap_staging: bool = True
+    """For saves in the background: whether parameters and the optimizers' state are copied while the next step is
+    computed, which waits for the copy before it changes them. False copies them before training goes on: for code that
+    changes parameters elsewhere than in an optimizer's step."""
+
+    def __post_init__(self) -> None:
+        if self.asynchronous not in get_args(Asynchronous):
+            raise ValueError(
+                f"asynchronous must be one of {listing(get_args(Asynchronous))}, got {self.asynchronous!r}"
+            )
+        if self.thread_count is not None and (
+            isinstance(self.thread_count, bool) or not isinstance(self.thread_count, int)
+        ):
+            raise TypeError(f"thread_count must be a number or None, got {self.thread_count!r}")
+        if self.thread_count is not None and self.thread_count < 1:
+            raise ValueError(f"thread_count must be at least 1, or None, got {self.thread_count}")
+        for name in ("sync_files", "overlap_staging"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}")
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any], *, where: str) -> SaveOptions:
+        """Make options of what a configuration says.
+
+        Args:
+            mapping: Names of fields and their values; those that are missing keep their defaults.
+            where: The file and section it stands in, for messages.
+
+        Raises:
+            ValueError: A name is not a field's, or a value is impossible; says where.
+            TypeError: A value is of the wrong type; says where.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        unknown = [name for name in mapping if name not in names]
+        if unknown:
+            raise ValueError(f"{where}: unknown option(s) {listing(unknown)}. Valid names: {listing(names)}")
+        try:
+            return cls(**mapping)
+        except (TypeError, ValueError) as exc:
+            raise type(exc)(f"{where}: {exc}") from exc

@@ -1,0 +1,224 @@
+"""`Saver`: one save after another, in the foreground or the background, and what must follow each of them."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.optim import Optimizer
+
+from dcp_plugins.engine import AsyncCheckpointerType, AsyncSaveResponse, async_save, await_staging_before_step, save
+from dcp_plugins.engine.thread_runner import thread_runner
+from dcp_plugins.manager.agreement import deciding_ranks, is_alone
+from dcp_plugins.manager.in_flight import InFlight
+from dcp_plugins.manager.options import SaveOptions
+from dcp_plugins.staging import BlockingAsyncStager, DefaultStager, OverlappedStager, StagingOptions
+from dcp_plugins.storage import FileSystemWriter
+
+__all__ = ["Saver", "expected_warnings"]
+
+_Stager = BlockingAsyncStager | DefaultStager | OverlappedStager
+
+
+class Saver:
+    """Saves into one directory after another, at most one save in flight, and does after each commit what must follow.
+
+    All ranks of the group call its methods together and in the same order, on the thread that trains, with one
+    exception: `after_commit` concerns the calling rank alone. It may be used again after `close`.
+
+    Args:
+        options: How to save.
+        no_dist: Save from this process alone, whatever process group may exist.
+        process_group: The ranks that save; None takes the default group, if there is one when a save is made.
+    """
+
+    def __init__(
+        self,
+        options: SaveOptions = SaveOptions(),  # noqa: B008 - frozen
+        *,
+        no_dist: bool = False,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.options = options
+        self.no_dist = no_dist
+        """May be changed between saves."""
+        self.process_group = process_group
+        self.newest: Path | None = None
+        """The last directory that a save was begun into, committed or not."""
+        self._in_flight = InFlight()
+        self._stager: _Stager | None = None
+        self._staged_kind: AsyncCheckpointerType | None = None
+        self._staged_tensors: tuple[Sequence[Any], Sequence[Any]] = ((), ())
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a save is in flight on this rank; others may differ."""
+        return self._in_flight.is_busy
+
+    def save(
+        self,
+        state_dict: dict[str, Any],
+        path: str | os.PathLike[str],
+        *,
+        optimizers: Iterable[Optimizer] = (),
+        changed_by_forward: Iterable[torch.Tensor] = (),
+        writer: FileSystemWriter | None = None,
+        blocking: bool | None = None,
+    ) -> None:
+        """Save to the directory ``path``, whose previous checkpoint stays loadable until the new one is committed.
+
+        In the foreground the checkpoint is committed on return, or every rank raises. In the background this returns
+        while the writing goes on: values may be changed from then on, except for the parameters and the state of
+        ``optimizers``, whose next step waits until they are copied. A save that fails in the background is raised by
+        the next call that finishes it. If a rank cannot even begin, every rank raises, now.
+
+        Args:
+            state_dict: As for ``dcp_plugins.save``.
+            path: The same on every rank.
+            optimizers: Those whose parameters and state are in the state dict. Others than in the last save cost a new
+                allocation of staging memory.
+            changed_by_forward: Parameters of theirs that the forward pass changes.
+            writer: Writes to ``path``; None makes one by the options.
+            blocking: True saves in the foreground, False in the background, whatever the options say (in a thread, if
+                they say "off").
+
+        Raises:
+            CheckpointException: This save, or the one before it, failed; raised on every rank.
+        """
+        path = Path(path)
+        if writer is not None and writer.path != path:
+            raise ValueError(f"path and the writer's path must be the same, got {path} and {writer.path}")
+        self.finish()
+        if writer is None:
+            writer = _Writer(path, sync_files=self.options.sync_files, thread_count=self.options.thread_count)
+        if self.options.asynchronous == "off" if blocking is None else blocking:
+            with expected_warnings():
+                save(
+                    state_dict,
+                    storage_writer=writer,
+                    process_group=self.process_group,
+                    no_dist=is_alone(no_dist=self.no_dist),
+                )
+            self.newest = path
+        else:
+            self._begin(state_dict, path, writer, list(optimizers), list(changed_by_forward))
+
+    def after_commit(self, step: Callable[[], None]) -> None:
+        """Do something once the save in flight is committed, and not at all if it fails; now if there is none.
+
+        What is put off runs on a thread, in the order of the calls; what fails there is logged.
+        """
+        self._in_flight.after_commit(step)
+
+    def wait(self) -> None:
+        """Wait for the save in flight and what follows it, whatever comes of it; a failure stays to be raised."""
+        self._in_flight.wait()
+
+    def finish(self) -> None:
+        """Wait until the save in flight is committed and what follows it is done; raise its failure, once."""
+        self._in_flight.finish()
+
+    def close(self) -> None:
+        """Finish the save in flight, and free the memory that it was staged in."""
+        try:
+            self.finish()
+        finally:
+            self._free_stager()
+
+    def _begin(
+        self,
+        state_dict: dict[str, Any],
+        path: Path,
+        writer: FileSystemWriter,
+        optimizers: list[Optimizer],
+        changed_by_forward: list[torch.Tensor],
+    ) -> None:
+        """Save in the background; if a rank cannot begin, every rank raises."""
+        alone = is_alone(no_dist=self.no_dist)
+        ranks = deciding_ranks(self.process_group, no_dist=alone)
+        in_process = self.options.asynchronous == "process"
+        kind = AsyncCheckpointerType.PROCESS if in_process else AsyncCheckpointerType.THREAD
+        stager = self._stager_for(kind, optimizers, changed_by_forward)
+        failure: BaseException | None = None
+        try:
+            with expected_warnings():
+                begun = async_save(
+                    state_dict,
+                    storage_writer=writer,
+                    process_group=self.process_group,
+                    no_dist=alone,
+                    async_checkpointer_type=kind,
+                    async_stager=stager,
+                )
+            if isinstance(begun, AsyncSaveResponse):
+                await_staging_before_step(optimizers, begun.staging_completion)
+                begun = begun.upload_completion
+            self._in_flight.began(begun)
+            self.newest = path
+        except BaseException as exc:  # the other ranks hear of it first
+            failure = exc
+            # The engine tells the other ranks in the background, which the end of this process must not cut off.
+            thread_runner.wait()
+        all_began = all(ranks.all_gather("begin", lambda: failure is None))
+        if failure is not None:
+            raise failure
+        if not all_began:
+            self.finish()
+
+    def _stager_for(
+        self, kind: AsyncCheckpointerType, optimizers: list[Optimizer], changed_by_forward: list[torch.Tensor]
+    ) -> _Stager:
+        """Return the stager of the last save, with its memory, unless it was made for something else."""
+        tensors = (optimizers, changed_by_forward) if self.options.overlap_staging else ((), ())
+        earlier = self._staged_tensors
+        is_same = _are_identical(tensors[0], earlier[0]) and _are_identical(tensors[1], earlier[1])
+        if self._stager is None or kind is not self._staged_kind or not is_same:
+            self._free_stager()
+            self._stager = self._new_stager(kind, optimizers, changed_by_forward)
+            self._staged_kind, self._staged_tensors = kind, tensors
+        return self._stager
+
+    def _new_stager(
+        self, kind: AsyncCheckpointerType, optimizers: list[Optimizer], changed_by_forward: list[torch.Tensor]
+    ) -> _Stager:
+        in_process = kind is AsyncCheckpointerType.PROCESS
+        if self.options.overlap_staging:
+            return OverlappedStager(optimizers, changed_by_forward=changed_by_forward, use_shared_memory=in_process)
+        if in_process:
+            on_device = torch.accelerator.is_available()
+            return DefaultStager(
+                StagingOptions(use_pinned_memory=False, use_async_staging=False, use_non_blocking_copy=on_device)
+            )
+        return BlockingAsyncStager(cache_staged_state_dict=True)
+
+    def _free_stager(self) -> None:
+        stager, self._stager = self._stager, None
+        # What it was made for would otherwise live as long as this object.
+        self._staged_tensors = ((), ())
+        if stager is not None:
+            stager.close()
+
+
+class _Writer(FileSystemWriter):
+    """Replaces a checkpoint without a warning: whoever saves in numbered steps or under "last" does so on purpose."""
+
+    warns_of_replacing = False
+
+
+@contextmanager
+def expected_warnings() -> Iterator[None]:
+    """Silence what the engine warns of and a trainer does on purpose: a process alone, a checkpoint saved again."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        warnings.filterwarnings("ignore", "Detected an existing checkpoint")
+        yield
+
+
+def _are_identical(left: Sequence[Any], right: Sequence[Any]) -> bool:
+    return len(left) == len(right) and all(one is other for one, other in zip(left, right, strict=True))

@@ -1,0 +1,155 @@
+"""Where options come from: code, environment, Accelerate's YAML file; and what is wrong in them is said."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+
+from dcp_plugins.accelerate import DCPPlugin, plugin
+from dcp_plugins.manager import KeepEvery, KeepLatest, KeepNewerThan
+
+ROOT = Path(__file__).parents[3]
+
+# As `accelerate config` writes it.
+STOCK: dict[str, Any] = {
+    "compute_environment": "LOCAL_MACHINE",
+    "debug": False,
+    "distributed_type": "FSDP",
+    "downcast_bf16": "no",
+    "enable_cpu_affinity": False,
+    "fsdp_config": {"fsdp_version": 2, "fsdp_state_dict_type": "SHARDED_STATE_DICT", "fsdp_offload_params": False},
+    "machine_rank": 0,
+    "main_training_function": "main",
+    "mixed_precision": "bf16",
+    "num_machines": 1,
+    "num_processes": 8,
+    "rdzv_backend": "static",
+    "same_network": True,
+    "use_cpu": False,
+}
+
+
+def write(path: Path, *, inside: Any = None, top: Any = None) -> Path:
+    config = {**STOCK, "fsdp_config": dict(STOCK["fsdp_config"])}
+    if inside is not None:
+        config["fsdp_config"]["dcp"] = inside
+    if top is not None:
+        config["dcp"] = top
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _launched_with_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(plugin, "_ancestors", lambda: iter(()))
+    for name in [name for name in os.environ if name.startswith("DCP_PLUGINS_")]:
+        monkeypatch.delenv(name)
+
+
+def test_the_section_is_read_in_either_place_and_stock_accepts_the_inner_one(tmp_path: Path) -> None:
+    options = {"asynchronous": "process", "thread_count": 3, "sync_files": False, "keep_every": 10}
+    inner, outer = write(tmp_path / "a.yaml", inside=options), write(tmp_path / "b.yaml", top=options)
+    assert DCPPlugin.from_file(inner) == DCPPlugin.from_file(outer) == DCPPlugin(**options)
+    assert load_config_from_file(str(inner)).num_processes == 8
+    with pytest.raises(ValueError, match="unknown keys"):
+        load_config_from_file(str(outer))
+    assert DCPPlugin.from_file(write(tmp_path / "c.yaml")) == DCPPlugin()
+    (tmp_path / "off.yaml").write_text("dcp:\n  asynchronous: off\n")
+    assert DCPPlugin.from_file(tmp_path / "off.yaml").asynchronous == "off", "which YAML reads as false"
+    (tmp_path / "empty.yaml").write_text("")
+    assert DCPPlugin.from_file(tmp_path / "empty.yaml") == DCPPlugin()
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"async": "thread"}, r"section 'dcp' of .*x\.yaml: unknown option\(s\) async. Valid names: asynchronous, "),
+        ({"asynchronous": "yes"}, r"x\.yaml: asynchronous must be one of off, process, thread, got 'yes'"),
+        ({"thread_count": 0}, "thread_count must be at least 1"),
+        ({"keep_every": 0}, "keep_every must be at least 1"),
+        ({"keep_newer_than_hours": -1}, "keep_newer_than_hours must be more than 0"),
+        ([1], "to hold names and values"),
+    ],
+)
+def test_a_wrong_section_is_refused_with_the_valid_names(tmp_path: Path, section: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DCPPlugin.from_file(write(tmp_path / "x.yaml", inside=section))
+
+
+@pytest.mark.parametrize("option", ["weights_only", "keep_every", "keep_newer_than_hours", "sync_files"])
+def test_a_value_of_another_type_is_refused(option: str) -> None:
+    with pytest.raises(TypeError, match=f"{option} must be"):
+        DCPPlugin(**{option: "three"})
+
+
+def test_two_sections_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="found one at the top level and one inside fsdp_config"):
+        DCPPlugin.from_file(write(tmp_path / "x.yaml", inside={}, top={}))
+
+
+def test_the_environment_goes_before_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert DCPPlugin.from_launch() == DCPPlugin()
+    path = write(tmp_path / "a.yaml", inside={"asynchronous": "thread", "thread_count": 3})
+    monkeypatch.setenv(plugin.CONFIG_FILE_VARIABLE, str(path))
+    assert DCPPlugin.from_launch() == DCPPlugin(asynchronous="thread", thread_count=3)
+    monkeypatch.setenv("DCP_PLUGINS_ASYNCHRONOUS", "off")
+    monkeypatch.setenv("DCP_PLUGINS_SYNC_FILES", "false")
+    assert DCPPlugin.from_launch() == DCPPlugin(thread_count=3, sync_files=False)
+    monkeypatch.setenv("DCP_PLUGINS_THREAD_COUNT", "many")
+    with pytest.raises(TypeError, match="environment variable DCP_PLUGINS_THREAD_COUNT: thread_count must be a number"):
+        DCPPlugin.from_launch()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python /env/bin/accelerate launch --num_processes 2 --config_file a.yaml train.py --config_file b.yaml",
+        "/env/bin/accelerate-launch --config-file=a.yaml train.py",
+        "python -u -m accelerate.commands.launch --config_file a.yaml -m package.train",
+        "python -m accelerate.commands.accelerate_cli launch --config_file a.yaml train.py",
+        "python /site-packages/accelerate/commands/launch.py --config_file a.yaml train.py",
+    ],
+)
+def test_the_launchers_file_is_found_in_its_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    write(tmp_path / "a.yaml", inside={"thread_count": 3})
+    others = [(["numactl", "python", "train.py"], Path("/"))]
+    monkeypatch.setattr(plugin, "_ancestors", lambda: iter([*others, (command.split(), tmp_path)]))
+    assert DCPPlugin.from_launch() == DCPPlugin(thread_count=3)
+
+
+def test_without_a_file_of_its_own_the_launcher_reads_the_default_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    default = write(tmp_path / "default_config.yaml", inside={"thread_count": 3})
+    monkeypatch.setattr(plugin, "default_config_file", str(default))
+    monkeypatch.setattr(plugin, "_ancestors", lambda: iter([(["accelerate", "launch", "train.py"], tmp_path)]))
+    assert DCPPlugin.from_launch() == DCPPlugin(thread_count=3)
+    monkeypatch.setattr(plugin, "_ancestors", lambda: iter([(["python", "train.py"], tmp_path)]))
+    assert DCPPlugin.from_launch() == DCPPlugin(), "a script that nothing launched reads no file"
+
+
+def test_the_limit_is_accelerates_and_what_goes_beyond_it_ours() -> None:
+    options = DCPPlugin(keep_every=5, keep_newer_than_hours=1.5)
+    assert options.keep_policy(None) is None
+    policy: Any = options.keep_policy(3)
+    assert [type(member) for member in policy.members] == [KeepLatest, KeepEvery, KeepNewerThan]
+    assert DCPPlugin().keep_policy(0) == KeepLatest(1), "the newest is always kept"
+
+
+def test_our_launcher_refuses_a_wrong_name_before_it_starts_anything(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.yaml", top={"threads": 2})
+    command = [sys.executable, "-m", "dcp_plugins.cli", "launch", "--config_file", str(path), "no-such-script.py"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, env=environment)
+    assert done.returncode == 1
+    assert "unknown option(s) threads. Valid names: asynchronous, keep_every" in done.stderr
+    assert "Traceback" not in done.stderr
