@@ -164,7 +164,7 @@ def rotate(run_dir: Path, limit: int, keep: Collection[Path]) -> None:
         if is_committed(path) or is_stock(path):
             complete.append((step, path))
         elif step < newest and path.resolve() not in kept:
-            remove_if_uncommitted(path, also=(f"{TRAINER_STATE_NAME}.new",))
+            remove_if_uncommitted(path, also=(TRAINER_STATE_NAME, f"{TRAINER_STATE_NAME}.new"))
     surplus = len(complete) - max(limit, len(kept))
     for _, path in sorted(complete):
         if surplus <= 0:

@@ -10,14 +10,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import Trainer
 
 import dcp_plugins as dcp
-from dcp_plugins.errors import PlanError, UnsupportedValueError, listing
+from dcp_plugins.errors import PlanError, UnsafeCheckpointError, listing
 from dcp_plugins.manager import OptimizerState, RandomState, load_state
 from dcp_plugins.manager.agreement import deciding_ranks
+from dcp_plugins.plan.values import load_value
 from dcp_plugins.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from dcp_plugins.transformers.adapters import has_adapters, only_adapters
 from dcp_plugins.transformers.layout import MODEL, OPTIMIZER, RANDOM, TRAINER
@@ -88,14 +88,8 @@ def _names(path: Path) -> dict[str, set[str]]:
     return parts
 
 
-def _decoded(data: bytes, what: str, path: Path, *, weights_only: bool) -> Any:
+def _decoded(data: bytes, name: str, path: Path, *, weights_only: bool) -> Any:
     try:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=weights_only)
-    except Exception as exc:
-        if not weights_only:
-            raise
-        raise UnsupportedValueError(
-            f"The {what}'s state in {path} holds objects that are not plain data: {str(exc).strip().splitlines()[0]}."
-            " If you trust this checkpoint, use DCPCallback(weights_only=False), or allow their classes with"
-            " torch.serialization.add_safe_globals([...])."
-        ) from exc
+        return load_value(f"{path}: {TRAINER}.{name}", io.BytesIO(data), weights_only=weights_only)
+    except UnsafeCheckpointError as exc:
+        raise UnsafeCheckpointError(f"{exc}; for a Trainer that is DCPCallback(weights_only=False)") from exc

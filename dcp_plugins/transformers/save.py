@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -20,6 +18,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from dcp_plugins.manager import OptimizerState, RandomState, Saver, is_committed
 from dcp_plugins.manager.agreement import deciding_ranks
+from dcp_plugins.plan.values import dump_value
 from dcp_plugins.state_dict import StateDictOptions, get_model_state_dict
 from dcp_plugins.storage.local import make_directory
 from dcp_plugins.transformers.adapters import only_adapters
@@ -172,18 +171,12 @@ def _state_of(trainer: Trainer, optimizer: Optimizer | None, text: str | None) -
     if optimizer is not None:
         state[OPTIMIZER] = OptimizerState(model, [optimizer], options=FLAT)
         state[RANDOM] = RandomState()
-        rest[SCHEDULER] = _encoded(scheduler_of(trainer).state_dict())
+        # Serialised whole: their keys need not be known to load them.
+        rest[SCHEDULER] = dump_value(scheduler_of(trainer).state_dict()).getvalue()
         scaler = getattr(trainer.accelerator, "scaler", None)
         if scaler is not None:
-            rest[SCALER] = _encoded(scaler.state_dict())
+            rest[SCALER] = dump_value(scaler.state_dict()).getvalue()
     return state
-
-
-def _encoded(state: Mapping[str, Any]) -> bytes:
-    """Serialise a state dict whole: its keys need not be known to load it."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getvalue()
 
 
 def _renormed(model: nn.Module) -> Iterator[Tensor]:
