@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -219,21 +218,16 @@ def _agreed_checkpoint(trainer: Trainer, requested: str | bool | None) -> Path |
     if requested is None or requested is False:
         return None
 
-    def choose() -> tuple[Path | None, Exception | None, list[str]]:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            try:
-                path = find_checkpoint(requested, str(trainer.args.output_dir))
-                if path is not None:
-                    restore_state(path)
-                return path, None, [str(warning.message) for warning in caught]
-            except Exception as exc:  # every rank raises it
-                return None, exc, [str(warning.message) for warning in caught]
+    def choose() -> tuple[Path | None, Exception | None]:
+        try:
+            path = find_checkpoint(requested, str(trainer.args.output_dir))
+            if path is not None:
+                restore_state(path)
+            return path, None
+        except Exception as exc:  # every rank raises it, as itself
+            return None, exc
 
-    path, failure, messages = deciding_ranks().all_reduce("resume", lambda: None, lambda _: choose())
-    if trainer.is_world_process_zero():
-        for message in messages:
-            warnings.warn(message, stacklevel=2)
+    path, failure = deciding_ranks().all_reduce("resume", lambda: None, lambda _: choose())
     if failure is not None:
         raise failure
     return path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -87,6 +88,7 @@ def save_checkpoint(
         blocking=True if push or not trainer.is_in_train else None,
     )
     if is_first:
+        saver.after_commit(partial(shutil.rmtree, path.with_name(f"{path.name}.replaced"), ignore_errors=True))
         saver.after_commit(partial(publish_state, path, text, sync=saver.options.sync_files))
     if push:
         trainer._push_from_checkpoint(str(path))
@@ -141,10 +143,12 @@ def _prepare(trainer: Trainer, path: Path, saver: Saver) -> str:
     fresh: Any = TrainerState(stateful_callbacks=stateful)
     state.stateful_callbacks = {**(state.stateful_callbacks or {}), **fresh.stateful_callbacks}
     text = json.dumps(dataclasses.asdict(state), indent=2, sort_keys=True) + "\n"
-    make_directory(path, sync=saver.options.sync_files)
     if is_stock(path):
-        # It stays loadable until the commit, after which what it holds is not looked at.
-        return text
+        # Its files must not be taken for those of the new checkpoint.
+        aside = path.with_name(f"{path.name}.replaced")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+    make_directory(path, sync=saver.options.sync_files)
     forget_state(path)
     if is_committed(path):
         # Weights of two saves must not stand beside each other.

@@ -14,7 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from dcp_plugins.errors import CheckpointNotFoundError, CorruptCheckpointError, MissingExtraError
 from dcp_plugins.transformers import DCPCallback, last_checkpoint, seam
 from dcp_plugins.transformers.layout import find_checkpoint, restore_state, rotate
-from tests.adapters.transformers.trainers import StopAt, checkpoints, fit, outcome
+from tests.adapters.transformers.trainers import StopAt, checkpoints, files, fit, outcome
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +105,12 @@ def test_a_resumed_run_takes_over_from_stock_and_counts_its_checkpoints(folder: 
     runner = fit(folder, DCPCallback(asynchronous="thread"), resume=True, save_total_limit=1)
     assert outcome(runner) == expected
     assert checkpoints(folder) == ["checkpoint-8"]
+
+
+def test_a_checkpoint_that_replaces_one_of_stock_has_none_of_its_files(folder: Path) -> None:
+    fit(folder, DCPCallback(asynchronous="thread"), resume=folder / "checkpoint-4", max_steps=6)
+    assert checkpoints(folder) == [f"checkpoint-{step}" for step in (2, 4, 6, 8)]
+    assert files(folder / "checkpoint-6") == [".metadata", "data", "trainer_state.json"]
 
 
 def test_a_future_version_that_moves_the_seam_is_refused_in_one_line() -> None:

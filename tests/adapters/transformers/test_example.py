@@ -46,7 +46,7 @@ def run(folder: Path, ranks: int) -> str:
         output, _ = process.communicate(timeout=RUN_SECONDS)
     finally:
         kill(process.pid)
-    # Gloo's threads may outlive the interpreter, and abort a process that has done its work (torch 2.13, Python < 3.14).
+    # Gloo's threads may outlive the interpreter, and abort a process that has done its work (torch 2.13).
     assert process.returncode == 0 or "terminate called without an active exception" in output, output
     return output
 

@@ -72,7 +72,9 @@ def test_gradient_accumulation_and_epochs_resume_exactly(tmp_path: Path) -> None
     }
     expected = outcome(fit(tmp_path / "whole", **{**options, "save_strategy": "no"}))
     fit(tmp_path / "run", StopAt(6), DCPCallback(asynchronous="thread"), **options)
-    assert checkpoints(tmp_path / "run") == ["checkpoint-4", "checkpoint-6"], "4 steps are an epoch; stopped in the next"
+    assert checkpoints(tmp_path / "run") == ["checkpoint-4", "checkpoint-6"], (
+        "4 steps are an epoch; stopped in the next"
+    )
     # From an epoch's end, and from its middle.
     for step in (4, 6):
         resumed = fit(tmp_path / "run", DCPCallback(), resume=tmp_path / "run" / f"checkpoint-{step}", **options)
@@ -111,7 +113,9 @@ def test_the_best_checkpoint_is_kept_and_loaded_at_the_end(tmp_path: Path, async
     )
     assert runner.state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
     assert digest(runner.model) == seen.at[4] != seen.at[8]
-    assert checkpoints(tmp_path) == ["checkpoint-4"], "with a limit of one the Trainer deletes all but the best, at the end"
+    assert checkpoints(tmp_path) == ["checkpoint-4"], (
+        "with a limit of one the Trainer deletes all but the best, at the end"
+    )
 
 
 def test_save_strategy_best_saves_what_is_better_and_the_limit_spares_best_and_newest(tmp_path: Path) -> None:
@@ -186,7 +190,9 @@ def test_with_hf_weights_a_checkpoint_is_loaded_by_from_pretrained(tmp_path: Pat
 def test_other_trainers_of_the_process_are_left_alone(tmp_path: Path, whole: Any) -> None:
     DCPCallback()
     fit(tmp_path, StopAt(6))
-    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"} <= set(files(tmp_path / "checkpoint-6"))
+    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"} <= set(
+        files(tmp_path / "checkpoint-6")
+    )
     assert outcome(fit(tmp_path, resume=True)) == whole
 
 

@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.trainer_callback import ExportableState
 
-from dcp_plugins.state_dict import StateDictOptions, get_model_state_dict
+from dcp_plugins.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 from dcp_plugins.transformers import DCPCallback
 
 STEPS = 8
@@ -73,10 +73,14 @@ class Counting(TrainerCallback, ExportableState):
 
 
 class Digests(TrainerCallback):
-    """Notes the weights at every save."""
+    """Notes the weights at every save, and weights and optimizer when training begins."""
 
     def __init__(self) -> None:
         self.at: dict[int, dict[str, str]] = {}
+        self.begun_with: dict[str, str] = {}
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.begun_with = digest(kwargs["model"], kwargs["optimizer"].optimizer)
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.at[state.global_step] = digest(kwargs["model"])
@@ -174,9 +178,12 @@ def losses(runner: Trainer) -> dict[int, tuple[float, float, float]]:
     }
 
 
-def digest(model: Any) -> dict[str, str]:
-    """Map every parameter and buffer to the hash of its bits; every rank calls it."""
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+def digest(model: Any, optimizer: Any = None) -> dict[str, str]:
+    """Map every tensor of a model, and of an optimizer, to the hash of its bits; every rank calls it."""
+    options = StateDictOptions(full_state_dict=True, flatten_optimizer_state_dict=True)
+    state = get_model_state_dict(model, options=options)
+    if optimizer is not None:
+        state = {**state, **get_optimizer_state_dict(model, optimizer, options=options)}
     return {
         name: hashlib.sha256(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
         for name, value in state.items()
