@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.import_utils import is_sagemaker_mp_enabled, is_torch_xla_available
 
+from dcp_plugins.errors import CorruptCheckpointError
 from dcp_plugins.manager import SaveOptions, Saver, is_committed
 from dcp_plugins.manager.agreement import deciding_ranks
 from dcp_plugins.manager.options import Asynchronous
@@ -169,7 +170,8 @@ class DCPCallback(TrainerCallback):
             stock(checkpoint)
 
     def load_best_model(self, trainer: Trainer, stock_load: Callable[..., Any]) -> None:
-        path = Path(trainer.state.best_model_checkpoint or "")
+        assert trainer.state.best_model_checkpoint is not None
+        path = Path(trainer.state.best_model_checkpoint)
         directory = path if is_committed(path) else stock.fsdp_model_directory(path)
         if directory is None:
             stock_load()
@@ -224,7 +226,8 @@ def _agreed_checkpoint(trainer: Trainer, requested: str | bool | None) -> Path |
             if path is not None:
                 restore_state(path)
             return path, None
-        except Exception as exc:  # every rank raises it, as itself
+        except (ValueError, OSError, CorruptCheckpointError) as exc:
+            # What the user has to know: every rank raises it as it is.
             return None, exc
 
     path, failure = deciding_ranks().all_reduce("resume", lambda: None, lambda _: choose())

@@ -43,7 +43,7 @@ def load_model(model: nn.Module, path: Path) -> None:
             f" but these keys are missing: {listing(missing)}. It holds {listing(saved) or 'no model'}."
         )
     for what, names in (("missing from", missing), ("unexpected in", unexpected)):
-        if names:
+        if names and deciding_ranks().is_coordinator:
             warnings.warn(f"Keys {what} the checkpoint {path}, left as they are: {listing(names)}", stacklevel=2)
     state = {MODEL: {name: value for name, value in wanted.items() if name in saved}}
     load_state(state, path)
@@ -55,9 +55,10 @@ def load_optimizer_and_scheduler(trainer: Trainer, path: Path, *, weights_only: 
     """Load what optimizer, scheduler and scaler were at the checkpoint, if it was not of weights alone."""
     parts = _names(path)
     if OPTIMIZER not in parts:
-        warnings.warn(
-            f"{path} was saved with save_only_model: optimizer and learning-rate schedule begin anew.", stacklevel=2
-        )
+        if trainer.is_world_process_zero():
+            warnings.warn(
+                f"{path} was saved with save_only_model: optimizer and learning-rate schedule begin anew.", stacklevel=2
+            )
         return
     scaler: Any = getattr(trainer.accelerator, "scaler", None)
     rest = [SCHEDULER] if scaler is None or SCALER not in parts[TRAINER] else [SCHEDULER, SCALER]

@@ -82,7 +82,9 @@ def save_checkpoint(
     saver.save(
         _state_of(trainer, optimizer, text if is_first else None),
         path,
-        optimizers=[] if optimizer is None else [optimizer],
+        # Of others everything is copied before training goes on: those that have a mode (schedule-free ones) change
+        # parameters not only in a step, but also when training goes on after an evaluation.
+        optimizers=[] if optimizer is None or hasattr(optimizer, "train") else [optimizer],
         changed_by_forward=_renormed(model_of(trainer)),
         # An upload reads the files, and the Trainer begins it on the thread that trains.
         blocking=True if push or not trainer.is_in_train else None,

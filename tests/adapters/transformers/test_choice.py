@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +128,13 @@ def test_a_future_version_that_moves_the_seam_is_refused_in_one_line() -> None:
     assert "transformers>=5.23,<6" in message
     assert "Trainer._save_checkpoint now takes (model, trial, metrics)" in message
     assert "Trainer._load_best_model is gone" in message
+
+
+def test_without_transformers_the_extra_is_named() -> None:
+    program = "import sys; sys.modules['transformers'] = None; import dcp_plugins.transformers"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert "MissingExtraError" in done.stderr
+    assert "pip install 'dcp_plugins[transformers]'" in done.stderr
 
 
 def test_importing_the_adapter_changes_nothing_and_the_seam_is_put_in_once() -> None:
