@@ -93,10 +93,10 @@ class Cleaner:
         return self._records[step]
 
     def _clean(self) -> None:
-        # It must not look as if the save had failed, whatever it is that could not be deleted.
         try:
             with self._turn:
                 self._delete_unkept()
+        # It must not look as if the save had failed, whatever it is that could not be deleted.
         except Exception:
             log.warning("could not delete what is not kept in %s; the next save tries again", self._root, exc_info=True)
 

@@ -91,6 +91,7 @@ def test_a_run_saves_when_it_is_due_and_the_next_one_goes_on_from_the_newest(
 
 def test_a_step_is_saved_once_unless_it_is_forced(tmp_path: Path) -> None:
     manager = CheckpointManager(tmp_path, options=SYNC)
+    assert manager.save(0, value(0))
     assert manager.should_save(1)
     assert manager.should_save(1)
     assert manager.save(1, value(1), {"loss": 1.0})
@@ -176,6 +177,7 @@ def test_a_run_does_not_begin_anew_beside_damaged_checkpoints(tmp_path: Path) ->
         assert manager.restore(target()) is None
     manager.save(4, value(4))
     flip_a_bit(tmp_path / "step_4")
+    (tmp_path / "step_3").rmdir()
     with (
         pytest.warns(UserWarning, match="whose data is damaged"),
         pytest.raises(CorruptCheckpointError, match="every committed .* damaged: steps 4"),
