@@ -130,8 +130,8 @@ def test_a_future_version_that_moves_the_seam_is_refused_in_one_line() -> None:
     assert "Trainer._load_best_model is gone" in message
 
 
-def test_without_transformers_the_extra_is_named() -> None:
-    program = "import sys; sys.modules['transformers'] = None; import dcp_plugins.transformers"
+def test_without_the_frameworks_the_extra_is_named() -> None:
+    program = "import sys; sys.modules['accelerate'] = None; import dcp_plugins.transformers"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert "MissingExtraError" in done.stderr
     assert "pip install 'dcp_plugins[transformers]'" in done.stderr

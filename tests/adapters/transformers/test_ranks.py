@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from transformers import GPT2LMHeadModel
 
+import dcp_plugins as dcp
+from dcp_plugins.errors import CheckpointException
 from dcp_plugins.testing.ranks import run_ranks
-from dcp_plugins.transformers import DCPCallback
+from dcp_plugins.transformers import DCPCallback, last_checkpoint
 from tests.adapters.transformers.trainers import (
     Digests,
     StopAt,
@@ -74,3 +77,32 @@ def test_a_run_resumes_exactly_and_loads_under_others(tmp_path: Path, flavour: s
     for other in others:
         assert run_ranks(2, load, other, tmp_path / "checkpoint-6", timeout_seconds=60)[0] == story["loaded"]
     assert load("alone", tmp_path / "checkpoint-6") == story["loaded"]
+
+
+def fail_on_rank_1(folder: Path) -> tuple[str, int]:
+    """Train until rank 1 cannot write any more, then resume; return the error and the step that was gone on from."""
+    write = dcp.FileSystemWriter.write_data
+
+    def fail(self: Any, plan: Any, planner: Any) -> Any:
+        if self.path.name == "checkpoint-4" and dist.get_rank() == 1:
+            raise OSError("no space left on this device")
+        return write(self, plan, planner)
+
+    dcp.FileSystemWriter.write_data = fail
+    message = ""
+    try:
+        fit(folder, DCPCallback(asynchronous="thread"), save_total_limit=1)
+    except CheckpointException as exc:
+        message = str(exc)
+    dcp.FileSystemWriter.write_data = write
+    newest = last_checkpoint(folder) if dist.get_rank() == 0 else None
+    dist.barrier()
+    fit(folder, DCPCallback(asynchronous="thread"), resume=True, save_total_limit=1)
+    return message, -1 if newest is None else int(newest.name.removeprefix("checkpoint-"))
+
+
+def test_a_rank_that_cannot_write_stops_all_and_nothing_is_lost(tmp_path: Path) -> None:
+    results = run_ranks(2, fail_on_rank_1, tmp_path, timeout_seconds=60)
+    assert all("rank(s) failed: 1" in message and "no space left" in message for message, _ in results)
+    assert results[0][1] == 2
+    assert checkpoints(tmp_path) == ["checkpoint-8"]

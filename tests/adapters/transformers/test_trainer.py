@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2LMHeadModel, Trainer
+from transformers import GPT2LMHeadModel, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 import dcp_plugins as dcp
 from dcp_plugins.errors import CheckpointException, UnsafeCheckpointError
-from dcp_plugins.manager import SaveOptions
+from dcp_plugins.manager import SaveOptions, Saver
 from dcp_plugins.transformers import DCPCallback
 from tests.adapters.transformers.trainers import (
     STEPS,
@@ -229,6 +229,56 @@ def test_options_are_checked_when_the_callback_is_made() -> None:
         DCPCallback(asynchronous="yes")
     callback = DCPCallback(SaveOptions(asynchronous="thread", thread_count=2), sync_files=False)
     assert callback.options == SaveOptions(asynchronous="thread", thread_count=2, sync_files=False)
+
+
+class Moded(torch.optim.SGD):
+    """Changes parameters between evaluation and training, as schedule-free optimizers do."""
+
+    is_training = True
+
+    def train(self) -> None:
+        self._switch(True)
+
+    def eval(self) -> None:
+        self._switch(False)
+
+    @torch.no_grad()
+    def _switch(self, is_training: bool) -> None:
+        if is_training != self.is_training:
+            for parameter in self.param_groups[0]["params"]:
+                parameter.neg_()
+        self.is_training = is_training
+
+
+class Clones(TrainerCallback):
+    def __init__(self) -> None:
+        self.at: dict[int, dict[str, torch.Tensor]] = {}
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.at[state.global_step] = {name: value.clone() for name, value in kwargs["model"].state_dict().items()}
+
+
+def test_what_an_optimizer_changes_after_an_evaluation_does_not_reach_the_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = Saver.save
+    overlapped: list[list[Any]] = []
+
+    def watched(self: Saver, *args: Any, optimizers: Any, **kwargs: Any) -> None:
+        overlapped.append(list(optimizers))
+        save(self, *args, optimizers=optimizers, **kwargs)
+
+    monkeypatch.setattr(Saver, "save", watched)
+    clones = Clones()
+    runner = trainer(tmp_path, clones, DCPCallback(asynchronous="thread"), eval_strategy="steps", eval_steps=2)
+    runner.optimizer = Moded(runner.model.parameters(), lr=0.1)
+    runner.train()
+    assert clones.at.keys() == {2, 4, 6, 8}
+    # Whether a copy that goes on beside training would be torn is a matter of luck with a model this small.
+    assert overlapped == [[], [], [], []]
+    for step, weights in clones.at.items():
+        saved = dcp.load_from_keys("model", checkpoint_id=tmp_path / f"checkpoint-{step}")["model"]
+        assert all(torch.equal(saved[name], value) for name, value in weights.items())
 
 
 class Note:
