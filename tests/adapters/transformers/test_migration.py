@@ -42,17 +42,18 @@ def test_with_hf_weights_alone_the_stock_trainer_goes_on_with_the_weights_only(t
     assert seen.begun_with != ours.begun_with
 
 
-def stock_fsdp(version: int, folder: Path) -> tuple[bool, dict[str, str]]:
+def take_over_and_go_back(version: int, folder: Path) -> tuple[list[bool], dict[str, str]]:
     """Take over a stock run under FSDP; and write a checkpoint of ours as one of stock's."""
     options = fsdp(version)
     whole = outcome(fit(folder / "whole", save_strategy="no", **options))
     fit(folder, StopAt(4), **options)
     seen = Digests()
-    fit(folder, seen, StopAt(6), DCPCallback(), resume=True, **options)
-    runner = trainer(folder, **options)
-    write_stock_checkpoint(runner, folder / "checkpoint-6", folder / "back" / "checkpoint-6")
-    back = fit(folder / "back", resume=True, **options)
-    return outcome(back) == whole, seen.begun_with
+    exact = [outcome(fit(folder, seen, DCPCallback(), resume=True, **options)) == whole]
+    # Of what it writes under FSDP1, stock (Accelerate 1.15) restores the weights, but not the optimizer's state.
+    if version == 2:
+        write_stock_checkpoint(trainer(folder, **options), folder / "checkpoint-6", folder / "back" / "checkpoint-6")
+        exact.append(outcome(fit(folder / "back", resume=True, **options)) == whole)
+    return exact, seen.begun_with
 
 
 def load_alone(checkpoint: Path) -> dict[str, str]:
@@ -61,9 +62,10 @@ def load_alone(checkpoint: Path) -> dict[str, str]:
     return seen.begun_with
 
 
-def test_stocks_sharded_checkpoints_are_taken_over_under_fsdp2_and_without_it(tmp_path: Path) -> None:
-    same, loaded = run_ranks(2, stock_fsdp, 2, tmp_path, timeout_seconds=120)[0]
-    assert same
+@pytest.mark.parametrize("version", [1, 2])
+def test_stocks_sharded_checkpoints_are_taken_over_under_fsdp_and_without_it(tmp_path: Path, version: int) -> None:
+    exact, loaded = run_ranks(2, take_over_and_go_back, version, tmp_path, timeout_seconds=120)[0]
+    assert all(exact)
     assert set(files(tmp_path / "checkpoint-4")) >= {"pytorch_model_fsdp_0", "optimizer_0", "scheduler.pt"}
     # Stock refuses this: "only supported when using PyTorch FSDP".
     assert load_alone(tmp_path / "checkpoint-4") == loaded
