@@ -228,8 +228,16 @@ class CheckpointManager:
                 raise
             # All ranks have it. There will be no later save to make good for it, so this one is made.
             log.exception("the save before failed; the last one, which a signal has asked for, is made all the same")
-        record = on_rank_zero(ranks, "record", lambda: record_item(step, time.time(), metrics))
-        self._cleaner.begin(step)
+
+        def prepare() -> str:
+            item = record_item(step, time.time(), metrics)
+            self._cleaner.begin(step)
+            return item
+
+        # No rank writes before rank 0 has seen to it that nothing is being deleted there.
+        record = on_rank_zero(ranks, "record", prepare)
+        if not ranks.is_coordinator:
+            self._cleaner.begin(step)
         self._saver.save(
             {**state, RECORD_KEY: record},
             path,

@@ -282,7 +282,7 @@ def test_dataloader_workers_outlive_the_signals_and_end_with_the_program(tmp_pat
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
