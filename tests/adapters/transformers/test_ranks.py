@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
-from transformers import GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, TrainerCallback
 
 import dcp_plugins as dcp
 from dcp_plugins.errors import CheckpointException
@@ -77,6 +80,52 @@ def test_a_run_resumes_exactly_and_loads_under_others(tmp_path: Path, flavour: s
     for other in others:
         assert run_ranks(2, load, other, tmp_path / "checkpoint-6", timeout_seconds=60)[0] == story["loaded"]
     assert load("alone", tmp_path / "checkpoint-6") == story["loaded"]
+
+
+def best_at_the_end(flavour: str, folder: Path) -> tuple[bool, bool]:
+    scores = iter((0.1, 0.9, 0.2, 0.3))
+    seen = Digests()
+    runner = fit(
+        folder,
+        seen,
+        DCPCallback(asynchronous="thread"),
+        parts={"compute_metrics": lambda prediction: {"score": next(scores)}},
+        eval_strategy="steps",
+        eval_steps=2,
+        metric_for_best_model="score",
+        load_best_model_at_end=True,
+        save_total_limit=1,
+        **options_of(flavour),
+    )
+    return digest(runner.model) == seen.at[4], seen.at[4] != seen.at[8]
+
+
+def test_the_best_sharded_weights_are_loaded_at_the_end(tmp_path: Path) -> None:
+    assert run_ranks(2, best_at_the_end, "fsdp2", tmp_path, timeout_seconds=60) == [(True, True)] * 2
+    assert checkpoints(tmp_path) == ["checkpoint-4"]
+
+
+class Terminated(TrainerCallback):
+    """Asks this process to end, as a scheduler does, and gives it time to notice."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.05)
+
+
+def stop_in_time(folder: Path) -> int:
+    # The Trainer waits three seconds for a SIGKILL before it believes that there is time for a save.
+    options = {"save_strategy": "no", "enable_jit_checkpoint": True, "max_steps": 400}
+    return fit(folder, Terminated(), DCPCallback(asynchronous="thread"), **options).state.global_step
+
+
+def test_the_trainers_own_save_at_sigterm_goes_the_same_way(tmp_path: Path) -> None:
+    (step,) = run_ranks(1, stop_in_time, tmp_path, timeout_seconds=60)
+    assert 1 < step < 400
+    newest = last_checkpoint(tmp_path)
+    assert newest is not None
+    assert files(newest) == OURS
 
 
 def fail_on_rank_1(folder: Path) -> tuple[str, int]:
