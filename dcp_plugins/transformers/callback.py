@@ -94,18 +94,18 @@ class DCPCallback(TrainerCallback):
     def train(
         self,
         trainer: Trainer,
-        stock: Callable[..., Any],
+        original: Callable[..., Any],
         resume_from_checkpoint: str | bool | None = None,
         *args: Any,
         **kwargs: Any,
     ) -> Any:
         _refuse_unsupported(trainer)
-        path = _agreed_checkpoint(trainer, resume_from_checkpoint)
-        self._resuming = path if path is not None and is_committed(path) else None
+        path, is_ours = _agreed_checkpoint(trainer, resume_from_checkpoint)
+        self._resuming = path if is_ours else None
         self._has_loaded = False
         self._saved_step = None
         try:
-            result = stock(None if path is None else str(path), *args, **kwargs)
+            result = original(None if path is None else str(path), *args, **kwargs)
         except BaseException:
             self._give_up()
             raise
@@ -119,7 +119,7 @@ class DCPCallback(TrainerCallback):
         except Exception:  # the exception that is being raised goes first
             log.exception("The last save in the background failed, too: its checkpoint does not exist")
 
-    def save(self, trainer: Trainer, stock: Callable[..., Any], model: Any, trial: Any) -> None:
+    def save(self, trainer: Trainer, original: Callable[..., Any], model: Any, trial: Any) -> None:
         uploads = getattr(trainer, "push_in_progress", None)
         if uploads is None or uploads.is_done():
             self._pushed = []
@@ -137,52 +137,51 @@ class DCPCallback(TrainerCallback):
         self._saved_step = trainer.state.global_step
 
     def load_model(
-        self, trainer: Trainer, stock_load: Callable[..., Any], resume_from_checkpoint: str, model: Any = None
+        self, trainer: Trainer, original: Callable[..., Any], resume_from_checkpoint: str, model: Any = None
     ) -> None:
-        path = Path(resume_from_checkpoint)
-        directory = path if is_committed(path) else stock.fsdp_model_directory(path)
+        directory = _ours_or(stock.fsdp_model_directory, resume_from_checkpoint)
         if directory is None:
-            stock_load(resume_from_checkpoint, model)
+            original(resume_from_checkpoint, model)
         else:
             load.load_model(model_of(trainer) if model is None else model, directory)
         self._has_loaded = True
 
     def load_optimizer_and_scheduler(
-        self, trainer: Trainer, stock_load: Callable[..., Any], checkpoint: str | None
+        self, trainer: Trainer, original: Callable[..., Any], checkpoint: str | None
     ) -> None:
-        path = None if checkpoint is None else Path(checkpoint)
-        if path is not None and is_committed(path):
-            load.load_optimizer_and_scheduler(trainer, path, weights_only=self.weights_only)
-        elif path is not None and (directory := stock.fsdp_optimizer_directory(path)) is not None:
-            stock.load_fsdp_optimizer_and_scheduler(trainer, path, directory)
+        directory = _ours_or(stock.fsdp_optimizer_directory, checkpoint)
+        if checkpoint is None or directory is None:
+            original(checkpoint)
+        elif directory == Path(checkpoint):
+            load.load_optimizer_and_scheduler(trainer, directory, weights_only=self.weights_only)
         else:
-            stock_load(checkpoint)
+            stock.load_fsdp_optimizer_and_scheduler(trainer, Path(checkpoint), directory)
 
-    def load_scaler(self, trainer: Trainer, stock: Callable[..., Any], checkpoint: str | None) -> None:
+    def load_scaler(self, trainer: Trainer, original: Callable[..., Any], checkpoint: str | None) -> None:
         # Of a checkpoint of ours it came with the scheduler.
         if checkpoint is None or not is_committed(checkpoint):
-            stock(checkpoint)
+            original(checkpoint)
 
-    def load_random_state(self, trainer: Trainer, stock: Callable[..., Any], checkpoint: str | None) -> None:
-        if checkpoint is not None and is_committed(checkpoint):
-            load.load_random_state(Path(checkpoint))
-        else:
-            stock(checkpoint)
-
-    def load_best_model(self, trainer: Trainer, stock_load: Callable[..., Any]) -> None:
-        assert trainer.state.best_model_checkpoint is not None
-        path = Path(trainer.state.best_model_checkpoint)
-        directory = path if is_committed(path) else stock.fsdp_model_directory(path)
+    def load_random_state(self, trainer: Trainer, original: Callable[..., Any], checkpoint: str | None) -> None:
+        directory = _ours_or(lambda _: None, checkpoint)
         if directory is None:
-            stock_load()
+            original(checkpoint)
+        else:
+            load.load_random_state(directory)
+
+    def load_best_model(self, trainer: Trainer, original: Callable[..., Any]) -> None:
+        best = trainer.state.best_model_checkpoint
+        directory = _ours_or(stock.fsdp_model_directory, best)
+        if directory is None:
+            original()
             return
-        log.info("Loading the best model from %s (score: %s)", path, trainer.state.best_metric)
+        log.info("Loading the best model from %s (score: %s)", best, trainer.state.best_metric)
         load.load_model(model_of(trainer), directory)
 
-    def finalize(self, trainer: Trainer, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def finalize(self, trainer: Trainer, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # The best model may be in flight, and with save_total_limit=1 the Trainer deletes all but that.
         self.saver.finish()
-        return stock(*args, **kwargs)
+        return original(*args, **kwargs)
 
 
 def callback_of(trainer: Trainer) -> DCPCallback | None:
@@ -215,25 +214,36 @@ _REPLACEMENTS: dict[str, seam.Replacement] = {
 }
 
 
-def _agreed_checkpoint(trainer: Trainer, requested: str | bool | None) -> Path | None:
-    """Let rank 0 choose the checkpoint to resume from, so that all ranks take the same."""
-    if requested is None or requested is False:
-        return None
+def _ours_or(find: Callable[[Path], Path | None], checkpoint: str | None) -> Path | None:
+    """Return the directory to read a checkpoint from: itself if it is ours, or what is found in it; rank 0 looks.
 
-    def choose() -> tuple[Path | None, Exception | None]:
+    One look for all: file systems may show a file to one node later than to another, and ranks must not part.
+    """
+    if checkpoint is None:
+        return None
+    path = Path(checkpoint)
+    return deciding_ranks().all_reduce("look", lambda: None, lambda _: path if is_committed(path) else find(path))
+
+
+def _agreed_checkpoint(trainer: Trainer, requested: str | bool | None) -> tuple[Path | None, bool]:
+    """Let rank 0 choose the checkpoint to resume from, and tell whether it is ours, so that all ranks take the same."""
+    if requested is None or requested is False:
+        return None, False
+
+    def choose() -> tuple[Path | None, bool, Exception | None]:
         try:
             path = find_checkpoint(requested, str(trainer.args.output_dir))
             if path is not None:
                 restore_state(path)
-            return path, None
+            return path, path is not None and is_committed(path), None
         except (ValueError, OSError, CorruptCheckpointError) as exc:
             # What the user has to know: every rank raises it as it is.
-            return None, exc
+            return None, False, exc
 
-    path, failure = deciding_ranks().all_reduce("resume", lambda: None, lambda _: choose())
+    path, is_ours, failure = deciding_ranks().all_reduce("resume", lambda: None, lambda _: choose())
     if failure is not None:
         raise failure
-    return path
+    return path, is_ours
 
 
 def _refuse_unsupported(trainer: Trainer) -> None:

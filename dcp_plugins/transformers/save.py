@@ -152,10 +152,9 @@ def _prepare(trainer: Trainer, path: Path, saver: Saver) -> str:
         path.rename(aside)
     make_directory(path, sync=saver.options.sync_files)
     forget_state(path)
-    if is_committed(path):
-        # Weights of two saves must not stand beside each other.
-        for weights in path.glob("*.safetensors*"):
-            weights.unlink()
+    # Those of another save must not stand beside the new checkpoint.
+    for weights in path.glob("*.safetensors*"):
+        weights.unlink()
     return text
 
 

@@ -66,9 +66,7 @@ def write_stock_checkpoint(trainer: Trainer, checkpoint: str | Path, folder: str
     checkpoint, folder = Path(checkpoint), Path(folder)
     ranks = deciding_ranks()
     ranks.settle("verify", lambda: verify_checkpoint(checkpoint))
-    if trainer.is_world_process_zero():
-        restore_state(checkpoint)
-    ranks.barrier()
+    ranks.settle("restore state", lambda: restore_state(checkpoint) if ranks.is_coordinator else None)
     state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     if not trainer.is_fsdp_enabled:
         load_model(model_of(trainer), checkpoint)
