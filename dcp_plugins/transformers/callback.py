@@ -1,0 +1,273 @@
+"""`DCPCallback`: what a user adds to a Trainer, and what happens in place of the Trainer's methods because of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import HubStrategy
+from transformers.utils.import_utils import is_sagemaker_mp_enabled, is_torch_xla_available
+
+from dcp_plugins.errors import CorruptCheckpointError
+from dcp_plugins.manager import SaveOptions, Saver, is_committed
+from dcp_plugins.manager.agreement import deciding_ranks
+from dcp_plugins.manager.options import Asynchronous
+from dcp_plugins.transformers import load, seam, stock
+from dcp_plugins.transformers.layout import find_checkpoint, restore_state
+from dcp_plugins.transformers.save import model_of, save_checkpoint
+
+__all__ = ["DCPCallback"]
+
+log = logging.getLogger(__name__)
+
+
+class DCPCallback(TrainerCallback):
+    """Lets a Trainer save and resume through this package's engine.
+
+    One callback serves one Trainer at a time. The arguments that `SaveOptions` has, too, go before ``options``.
+
+    Args:
+        options: How to save; by default in the foreground.
+        asynchronous: "thread" or "process" write while training goes on; "off" before it does.
+        thread_count: Number of I/O threads of each rank.
+        sync_files: Whether files are synced before the commit.
+        overlap_staging: Whether a save in the background copies parameters while the next step is computed.
+        hf_weights: Let each checkpoint also hold what ``from_pretrained`` loads: weights as safetensors, configuration,
+            tokenizer. They are written before training goes on, whatever ``asynchronous`` says. By default only where
+            the Trainer pushes checkpoints to the hub.
+        weights_only: Read schedulers' and scalers' states as plain data. False unpickles them, which can run code: only
+            for checkpoints that you trust.
+    """
+
+    def __init__(
+        self,
+        options: SaveOptions = SaveOptions(),  # noqa: B008 - frozen
+        *,
+        asynchronous: Asynchronous | None = None,
+        thread_count: int | None = None,
+        sync_files: bool | None = None,
+        overlap_staging: bool | None = None,
+        hf_weights: bool | None = None,
+        weights_only: bool = True,
+    ) -> None:
+        given: dict[str, Any] = {
+            "asynchronous": asynchronous,
+            "thread_count": thread_count,
+            "sync_files": sync_files,
+            "overlap_staging": overlap_staging,
+        }
+        self.options = dataclasses.replace(
+            options, **{name: value for name, value in given.items() if value is not None}
+        )
+        self.hf_weights = hf_weights
+        self.weights_only = weights_only
+        self.saver = Saver(self.options)
+        self._saved_step: int | None = None
+        self._pushed: list[Path] = []
+        self._resuming: Path | None = None
+        self._has_loaded = False
+        seam.install(_REPLACEMENTS, callback_of)
+
+    def writes_hf_weights(self, args: TrainingArguments) -> bool:
+        """Whether checkpoints of this run hold weights for ``from_pretrained``."""
+        return pushes_checkpoints(args) if self.hf_weights is None else self.hf_weights
+
+    # What a callback is told of: here it is only checked that the Trainer asks what it asked in the tested versions.
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._resuming is not None and not self._has_loaded:
+            raise _moved(f"train() did not load the model of {self._resuming} through Trainer._load_from_checkpoint")
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._saved_step != state.global_step:
+            raise _moved(f"the save at step {state.global_step} did not go through Trainer._save_checkpoint")
+
+    # In place of the Trainer's methods.
+
+    def train(
+        self,
+        trainer: Trainer,
+        original: Callable[..., Any],
+        resume_from_checkpoint: str | bool | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        _refuse_unsupported(trainer)
+        path, is_ours = _agreed_checkpoint(trainer, resume_from_checkpoint)
+        self._resuming = path if is_ours else None
+        self._has_loaded = False
+        self._saved_step = None
+        try:
+            result = original(None if path is None else str(path), *args, **kwargs)
+        except BaseException:
+            self._give_up()
+            raise
+        self.saver.close()
+        return result
+
+    def _give_up(self) -> None:
+        """Let the save in flight come to its end; what it fails with must not hide why training failed."""
+        try:
+            self.saver.close()
+        except Exception:  # the exception that is being raised goes first
+            log.exception("The last save in the background failed, too: its checkpoint does not exist")
+
+    def save(self, trainer: Trainer, original: Callable[..., Any], model: Any, trial: Any) -> None:
+        uploads = getattr(trainer, "push_in_progress", None)
+        if uploads is None or uploads.is_done():
+            self._pushed = []
+        push = pushes_checkpoints(trainer.args)
+        path = save_checkpoint(
+            trainer,
+            self.saver,
+            trial=trial,
+            hf_weights=self.writes_hf_weights(trainer.args),
+            push=push,
+            in_use=self._pushed,
+        )
+        if push:
+            self._pushed = [*self._pushed, path]
+        self._saved_step = trainer.state.global_step
+
+    def load_model(
+        self, trainer: Trainer, original: Callable[..., Any], resume_from_checkpoint: str, model: Any = None
+    ) -> None:
+        directory = _ours_or(stock.fsdp_model_directory, resume_from_checkpoint)
+        if directory is None:
+            original(resume_from_checkpoint, model)
+        else:
+            load.load_model(model_of(trainer) if model is None else model, directory)
+        self._has_loaded = True
+
+    def load_optimizer_and_scheduler(
+        self, trainer: Trainer, original: Callable[..., Any], checkpoint: str | None
+    ) -> None:
+        directory = _ours_or(stock.fsdp_optimizer_directory, checkpoint)
+        if checkpoint is None or directory is None:
+            original(checkpoint)
+        elif directory == Path(checkpoint):
+            load.load_optimizer_and_scheduler(trainer, directory, weights_only=self.weights_only)
+        else:
+            stock.load_fsdp_optimizer_and_scheduler(trainer, Path(checkpoint), directory)
+
+    def load_scaler(self, trainer: Trainer, original: Callable[..., Any], checkpoint: str | None) -> None:
+        # Of a checkpoint of ours it came with the scheduler.
+        if checkpoint is None or not is_committed(checkpoint):
+            original(checkpoint)
+
+    def load_random_state(self, trainer: Trainer, original: Callable[..., Any], checkpoint: str | None) -> None:
+        directory = _ours_or(lambda _: None, checkpoint)
+        if directory is None:
+            original(checkpoint)
+        else:
+            load.load_random_state(directory)
+
+    def load_best_model(self, trainer: Trainer, original: Callable[..., Any]) -> None:
+        best = trainer.state.best_model_checkpoint
+        directory = _ours_or(stock.fsdp_model_directory, best)
+        if directory is None:
+            original()
+            return
+        log.info("Loading the best model from %s (score: %s)", best, trainer.state.best_metric)
+        load.load_model(model_of(trainer), directory)
+
+    def finalize(self, trainer: Trainer, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        # The best model may be in flight, and with save_total_limit=1 the Trainer deletes all but that.
+        self.saver.finish()
+        return original(*args, **kwargs)
+
+
+def callback_of(trainer: Trainer) -> DCPCallback | None:
+    """Return the Trainer's own `DCPCallback`, or None.
+
+    Raises:
+        ValueError: It has several, which would each write the same checkpoints.
+    """
+    handler = getattr(trainer, "callback_handler", None)
+    found = [] if handler is None else [one for one in handler.callbacks if isinstance(one, DCPCallback)]
+    if len(found) > 1:
+        raise ValueError(f"expected one DCPCallback in a Trainer's callbacks, got {len(found)}: remove the others")
+    return found[0] if found else None
+
+
+def pushes_checkpoints(args: TrainingArguments) -> bool:
+    """Whether saves, and not only the end of the training, push something to the hub."""
+    return bool(args.push_to_hub) and args.hub_strategy != HubStrategy.END
+
+
+_REPLACEMENTS: dict[str, seam.Replacement] = {
+    "train": DCPCallback.train,
+    "_save_checkpoint": DCPCallback.save,
+    "_load_from_checkpoint": DCPCallback.load_model,
+    "_load_optimizer_and_scheduler": DCPCallback.load_optimizer_and_scheduler,
+    "_load_scaler": DCPCallback.load_scaler,
+    "_load_rng_state": DCPCallback.load_random_state,
+    "_load_best_model": DCPCallback.load_best_model,
+    "_finalize_training": DCPCallback.finalize,
+}
+
+
+def _ours_or(find: Callable[[Path], Path | None], checkpoint: str | None) -> Path | None:
+    """Return the directory to read a checkpoint from: itself if it is ours, or what is found in it; rank 0 looks.
+
+    One look for all: file systems may show a file to one node later than to another, and ranks must not part.
+    """
+    if checkpoint is None:
+        return None
+    path = Path(checkpoint)
+    return deciding_ranks().all_reduce("look", lambda: None, lambda _: path if is_committed(path) else find(path))
+
+
+def _agreed_checkpoint(trainer: Trainer, requested: str | bool | None) -> tuple[Path | None, bool]:
+    """Let rank 0 choose the checkpoint to resume from, and tell whether it is ours, so that all ranks take the same."""
+    if requested is None or requested is False:
+        return None, False
+
+    def choose() -> tuple[Path | None, bool, Exception | None]:
+        try:
+            path = find_checkpoint(requested, str(trainer.args.output_dir))
+            if path is not None:
+                restore_state(path)
+            return path, path is not None and is_committed(path), None
+        except (ValueError, OSError, CorruptCheckpointError) as exc:
+            # What the user has to know: every rank raises it as it is.
+            return None, False, exc
+
+    path, is_ours, failure = deciding_ranks().all_reduce("resume", lambda: None, lambda _: choose())
+    if failure is not None:
+        raise failure
+    return path, is_ours
+
+
+def _refuse_unsupported(trainer: Trainer) -> None:
+    args = trainer.args
+    unsupported = {
+        "DeepSpeed": trainer.is_deepspeed_enabled,
+        "SageMaker model parallelism": is_sagemaker_mp_enabled(),
+        "PyTorch/XLA": is_torch_xla_available(),
+        "save_on_each_node=True on several nodes": args.save_on_each_node and args.world_size > _local_world_size(args),
+    }
+    found = [name for name, is_used in unsupported.items() if is_used]
+    if found:
+        raise ValueError(
+            f"DCPCallback saves plain, DDP and FSDP models into a directory that all nodes share, but this Trainer uses"
+            f" {', '.join(found)}: remove the callback to save with the Trainer's own writers."
+        )
+
+
+def _local_world_size(args: TrainingArguments) -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))
+
+
+def _moved(what: str) -> RuntimeError:
+    return RuntimeError(
+        f"DCPCallback: {what}. It works with {seam.TESTED}, and with subclasses of Trainer whose overridden methods"
+        " call super()."
+    )

@@ -1,0 +1,195 @@
+"""What a checkpoint directory of the Trainer holds, which of several counts, and which go when there are too many.
+
+A directory that `DCPCallback` writes, ``checkpoint-<step>`` as the Trainer calls it::
+
+    .metadata            DCP's index; the checkpoint exists from the instant this file does
+    *.distcp             "model", "optimizer", "trainer" (scheduler, scaler, the Trainer's state), "random"
+    trainer_state.json   the Trainer's state, where the Trainer looks for it
+    model.safetensors, config.json, ...    with hf_weights: what ``save_pretrained`` writes
+
+``trainer_state.json`` is published after the commit and deleted before anything else, so a directory that lacks it is
+either no checkpoint or has the same text in its DCP data, from which it is written anew.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import warnings
+from collections.abc import Collection
+from pathlib import Path
+
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+import dcp_plugins as dcp
+from dcp_plugins.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
+from dcp_plugins.manager import (
+    StepNames,
+    delete_checkpoint,
+    is_committed,
+    remove_if_uncommitted,
+    verify_checkpoint,
+)
+from dcp_plugins.storage.local import sync_directory
+
+__all__ = [
+    "MODEL",
+    "NAMES",
+    "OPTIMIZER",
+    "RANDOM",
+    "STATE",
+    "TRAINER",
+    "find_checkpoint",
+    "forget_state",
+    "is_stock",
+    "last_checkpoint",
+    "publish_state",
+    "restore_state",
+    "rotate",
+]
+
+MODEL = "model"
+OPTIMIZER = "optimizer"
+RANDOM = "random"
+TRAINER = "trainer"
+STATE = "state"
+
+NAMES = StepNames(f"{PREFIX_CHECKPOINT_DIR}-")
+
+log = logging.getLogger(__name__)
+
+_PathLike = str | os.PathLike[str]
+
+
+def last_checkpoint(output_dir: _PathLike) -> Path | None:
+    """Find the checkpoint of the highest step that is committed and whole, or None; warn of newer ones skipped.
+
+    Checkpoints of the stock Trainer count, too: those that have come as far as their ``trainer_state.json``.
+    """
+    root = Path(output_dir)
+    steps = ((NAMES.step_of(path.name), path) for path in (root.iterdir() if root.is_dir() else ()))
+    found = sorted(((step, path) for step, path in steps if step is not None and path.is_dir()), reverse=True)
+    for _, path in found:
+        try:
+            _verify(path)
+        except (CheckpointError, OSError) as exc:
+            warnings.warn(f"Skipped {path}, which is no good checkpoint: {exc}", stacklevel=2)
+            continue
+        return path
+    return None
+
+
+def find_checkpoint(requested: str | bool | None, output_dir: _PathLike) -> Path | None:
+    """Return the checkpoint that ``train(resume_from_checkpoint=requested)`` means; None to start anew.
+
+    True means the newest good one. A path means itself, unless nothing good is there and it is the newest in
+    ``output_dir``: it then comes from ``get_last_checkpoint``, which takes whatever has the name.
+
+    Raises:
+        ValueError: There is no good checkpoint to take.
+        CheckpointNotFoundError: The path is no checkpoint.
+        CorruptCheckpointError: The path is one, with damaged files.
+    """
+    if requested is None or requested is False:
+        return None
+    if requested is True:
+        newest = last_checkpoint(output_dir)
+        if newest is None:
+            raise ValueError(
+                f"No valid checkpoint found in output directory ({output_dir}): expected a committed"
+                f" {NAMES.name(0)[:-1]}<step>. Train without resume_from_checkpoint to begin."
+            )
+        return newest
+    path = Path(requested)
+    try:
+        _verify(path)
+    except (CheckpointNotFoundError, CorruptCheckpointError) as exc:
+        newest = last_checkpoint(output_dir) if _is_newest_name(path, Path(output_dir)) else path
+        # Damage is not a reason to throw away a run without being asked.
+        if newest == path or (newest is None and isinstance(exc, CorruptCheckpointError)):
+            raise
+        instead = "Starting anew." if newest is None else f"Going on from {newest}, the newest good one beside it."
+        warnings.warn(f"{exc}. {instead}", stacklevel=2)
+        return newest
+    return path
+
+
+def is_stock(path: Path) -> bool:
+    """Tell whether the stock Trainer wrote the checkpoint at ``path``, to the end as far as one can see."""
+    return (path / TRAINER_STATE_NAME).is_file() and not is_committed(path) and not any(path.glob("*.distcp"))
+
+
+def publish_state(path: Path, text: str, *, sync: bool) -> None:
+    """Write the Trainer's state beside a committed checkpoint, in one step."""
+    fresh = path / f"{TRAINER_STATE_NAME}.new"
+    with fresh.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        if sync:
+            os.fsync(stream.fileno())
+    fresh.replace(path / TRAINER_STATE_NAME)
+    if sync:
+        sync_directory(path)
+
+
+def restore_state(path: Path) -> None:
+    """Write ``trainer_state.json`` from the DCP data, if a kill came between the commit and its publication."""
+    if is_committed(path) and not (path / TRAINER_STATE_NAME).is_file():
+        item = dcp.load_from_keys(f"{TRAINER}.{STATE}", storage_reader=dcp.FileSystemReader(path))
+        publish_state(path, item[TRAINER][STATE], sync=False)
+
+
+def forget_state(path: Path) -> None:
+    """Delete the Trainer's state before the checkpoint it belongs to is replaced or deleted."""
+    (path / TRAINER_STATE_NAME).unlink(missing_ok=True)
+
+
+def rotate(run_dir: Path, limit: int, keep: Collection[Path]) -> None:
+    """Delete the oldest checkpoints until ``limit`` are left, and what killed saves have left among them.
+
+    Args:
+        run_dir: Where the checkpoints are.
+        limit: How many may stay; more do if more are to be kept.
+        keep: Never deleted: the newest, the best, one that is being read.
+    """
+    kept = {path.resolve() for path in keep}
+    newest = max(NAMES.step_of(path.name) or 0 for path in keep)
+    complete = []
+    for path in run_dir.iterdir():
+        step = NAMES.step_of(path.name)
+        if step is None or not path.is_dir():
+            continue
+        if is_committed(path) or is_stock(path):
+            complete.append((step, path))
+        elif step < newest and path.resolve() not in kept:
+            remove_if_uncommitted(path, also=(TRAINER_STATE_NAME, f"{TRAINER_STATE_NAME}.new"))
+    surplus = len(complete) - max(limit, len(kept))
+    for _, path in sorted(complete):
+        if surplus <= 0:
+            break
+        if path.resolve() not in kept:
+            log.info("Deleting the older checkpoint %s because of save_total_limit", path)
+            forget_state(path)
+            delete_checkpoint(path)
+            surplus -= 1
+
+
+def _verify(path: Path) -> None:
+    """Raise unless there is a whole checkpoint at ``path``, ours or the stock Trainer's."""
+    if not is_stock(path):
+        verify_checkpoint(path)
+        return
+    state = path / TRAINER_STATE_NAME
+    try:
+        json.loads(state.read_text(encoding="utf-8"))
+    except ValueError as exc:
+        raise CorruptCheckpointError(f"{state} is damaged: {exc}") from exc
+
+
+def _is_newest_name(path: Path, output_dir: Path) -> bool:
+    if not path.is_dir() or not output_dir.is_dir() or path.parent.resolve() != output_dir.resolve():
+        return False
+    steps = [NAMES.step_of(other.name) or 0 for other in output_dir.iterdir() if other.is_dir()]
+    return NAMES.step_of(path.name) == max(steps)

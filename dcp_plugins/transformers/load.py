@@ -1,0 +1,96 @@
+"""Loading a checkpoint of ours into a Trainer: the model, then optimizer and scheduler, then the random states.
+
+The Trainer asks for them one after another, at the points of its set-up where each can take its state.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import Trainer
+
+import dcp_plugins as dcp
+from dcp_plugins.errors import PlanError, UnsafeCheckpointError, listing
+from dcp_plugins.manager import OptimizerState, RandomState, load_state
+from dcp_plugins.manager.agreement import deciding_ranks
+from dcp_plugins.plan.values import load_value
+from dcp_plugins.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from dcp_plugins.transformers.adapters import has_adapters, only_adapters
+from dcp_plugins.transformers.layout import MODEL, OPTIMIZER, RANDOM, TRAINER
+from dcp_plugins.transformers.save import FLAT, SCALER, SCHEDULER, bare_optimizer, model_of, scheduler_of
+
+__all__ = ["load_model", "load_optimizer_and_scheduler", "load_random_state"]
+
+
+def load_model(model: nn.Module, path: Path) -> None:
+    """Load the weights of a checkpoint into a model, in place; every rank calls it.
+
+    Like the Trainer this loads what both have, and warns of the rest; but adapters must be there.
+
+    Raises:
+        PlanError: An adapter's keys are missing, or all keys are.
+    """
+    saved = _names(path).get(MODEL, set())
+    wanted = only_adapters(model, get_model_state_dict(model))
+    missing, unexpected = wanted.keys() - saved, saved - wanted.keys()
+    if missing and (has_adapters(model) or missing == wanted.keys()):
+        raise PlanError(
+            f"Expected {'the adapters of the model' if has_adapters(model) else 'the model'} in the checkpoint {path},"
+            f" but these keys are missing: {listing(missing)}. It holds {listing(saved) or 'no model'}."
+        )
+    for what, names in (("missing from", missing), ("unexpected in", unexpected)):
+        if names and deciding_ranks().is_coordinator:
+            warnings.warn(f"Keys {what} the checkpoint {path}, left as they are: {listing(names)}", stacklevel=2)
+    state = {MODEL: {name: value for name, value in wanted.items() if name in saved}}
+    load_state(state, path)
+    # Tensors are in place by now. This carries over what is not a tensor, and runs the modules' own load hooks.
+    set_model_state_dict(model, state[MODEL], options=StateDictOptions(strict=False))
+
+
+def load_optimizer_and_scheduler(trainer: Trainer, path: Path, *, weights_only: bool) -> None:
+    """Load what optimizer, scheduler and scaler were at the checkpoint, if it was not of weights alone."""
+    parts = _names(path)
+    if OPTIMIZER not in parts:
+        if trainer.is_world_process_zero():
+            warnings.warn(
+                f"{path} was saved with save_only_model: optimizer and learning-rate schedule begin anew.", stacklevel=2
+            )
+        return
+    scaler: Any = getattr(trainer.accelerator, "scaler", None)
+    rest = [SCHEDULER] if scaler is None or SCALER not in parts[TRAINER] else [SCHEDULER, SCALER]
+    state: dict[str, Any] = {
+        OPTIMIZER: OptimizerState(model_of(trainer), [bare_optimizer(trainer)], options=FLAT),
+        TRAINER: dict.fromkeys(rest, b""),
+    }
+    load_state(state, path)
+    for name, stateful in ((SCHEDULER, scheduler_of(trainer)), (SCALER, scaler)):
+        if name in rest:
+            stateful.load_state_dict(_decoded(state[TRAINER][name], name, path, weights_only=weights_only))
+
+
+def load_random_state(path: Path) -> None:
+    """Go on with the random numbers of each rank; on another number of ranks, by the rule of `RandomState`."""
+    if RANDOM in _names(path):
+        load_state({RANDOM: RandomState()}, path)
+
+
+def _names(path: Path) -> dict[str, set[str]]:
+    """Read off the metadata which parts a checkpoint has, and the names in each."""
+    metadata = deciding_ranks().settle("read metadata", lambda: dcp.FileSystemReader(path).read_metadata())
+    paths = metadata.planner_data or {}
+    parts: dict[str, set[str]] = {}
+    for fqn in metadata.state_dict_metadata:
+        where = paths.get(fqn) or fqn.split(".", 1)
+        parts.setdefault(str(where[0]), set()).add(str(where[1]) if len(where) > 1 else "")
+    return parts
+
+
+def _decoded(data: bytes, name: str, path: Path, *, weights_only: bool) -> Any:
+    try:
+        return load_value(f"{path}: {TRAINER}.{name}", io.BytesIO(data), weights_only=weights_only)
+    except UnsafeCheckpointError as exc:
+        raise UnsafeCheckpointError(f"{exc}; for a Trainer that is DCPCallback(weights_only=False)") from exc

@@ -1,0 +1,191 @@
+"""Saving: what `Trainer._save_checkpoint` does, with one save through the engine in the place of its writers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import Trainer, TrainerState
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import SaveStrategy
+
+from dcp_plugins.manager import OptimizerState, RandomState, Saver, is_committed
+from dcp_plugins.manager.agreement import deciding_ranks
+from dcp_plugins.plan.values import dump_value
+from dcp_plugins.state_dict import StateDictOptions, get_model_state_dict
+from dcp_plugins.storage.local import make_directory
+from dcp_plugins.transformers.adapters import only_adapters
+from dcp_plugins.transformers.layout import (
+    MODEL,
+    NAMES,
+    OPTIMIZER,
+    RANDOM,
+    STATE,
+    TRAINER,
+    forget_state,
+    is_stock,
+    publish_state,
+    rotate,
+)
+
+__all__ = [
+    "FLAT",
+    "SCALER",
+    "SCHEDULER",
+    "bare_optimizer",
+    "model_of",
+    "save_checkpoint",
+    "scheduler_of",
+    "write_hf_weights",
+]
+
+SCHEDULER = "scheduler"
+SCALER = "scaler"
+
+# Flat, the state does not depend on how parameters are grouped.
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+def save_checkpoint(
+    trainer: Trainer, saver: Saver, *, trial: Any, hf_weights: bool, push: bool, in_use: Sequence[Path]
+) -> Path:
+    """Save a checkpoint of a Trainer at its current step, and return where; every rank calls it.
+
+    Args:
+        trainer: In training.
+        saver: Saves; what it saved before is raised here if it failed.
+        trial: Of a hyperparameter search, or None.
+        hf_weights: Write what ``from_pretrained`` loads as well.
+        push: Push to the hub, which waits for the commit.
+        in_use: Checkpoints that are not to be deleted.
+    """
+    # Before the state is taken that may name the last checkpoint as the best.
+    saver.finish()
+    if trainer.hp_search_backend is None and trial is None:
+        trainer.store_flos()
+    run_dir = Path(trainer._get_output_dir(trial=trial))
+    path = run_dir / NAMES.name(trainer.state.global_step)
+    _note_best(trainer, run_dir, path)
+    is_first = trainer.is_world_process_zero()
+    text = deciding_ranks().settle("prepare", lambda: _prepare(trainer, path, saver) if is_first else "")
+    if hf_weights:
+        write_hf_weights(trainer, path)
+    optimizer = None if trainer.args.save_only_model else bare_optimizer(trainer)
+    saver.save(
+        _state_of(trainer, optimizer, text if is_first else None),
+        path,
+        # Of others everything is copied before training goes on: those that have a mode (schedule-free ones) change
+        # parameters not only in a step, but also when training goes on after an evaluation.
+        optimizers=[] if optimizer is None or hasattr(optimizer, "train") else [optimizer],
+        changed_by_forward=_renormed(model_of(trainer)),
+        # An upload reads the files, and the Trainer begins it on the thread that trains.
+        blocking=True if push or not trainer.is_in_train else None,
+    )
+    if is_first:
+        saver.after_commit(partial(shutil.rmtree, path.with_name(f"{path.name}.replaced"), ignore_errors=True))
+        saver.after_commit(partial(publish_state, path, text, sync=saver.options.sync_files))
+    if push:
+        trainer._push_from_checkpoint(str(path))
+    limit = trainer.args.save_total_limit
+    if is_first and limit is not None and limit > 0:
+        keep = [path, *in_use]
+        if trainer.state.best_model_checkpoint is not None:
+            keep.append(Path(trainer.state.best_model_checkpoint))
+        saver.after_commit(partial(rotate, run_dir, limit, keep))
+    return path
+
+
+def write_hf_weights(trainer: Trainer, path: Path) -> None:
+    """Write weights, configuration and tokenizer as ``save_pretrained`` does; every rank calls it."""
+    if trainer.is_fsdp_enabled:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        whole = get_model_state_dict(model_of(trainer), options=options)
+        write = partial(trainer._save, str(path), state_dict=whole)
+    else:
+        write = partial(trainer.save_model, str(path), _internal_call=True)
+    deciding_ranks().settle("write weights for from_pretrained", write)
+
+
+def model_of(trainer: Trainer) -> nn.Module:
+    """Return the model that is trained: not inside DDP's wrapper, but inside FSDP1's."""
+    model = trainer.model
+    assert model is not None
+    return model
+
+
+def bare_optimizer(trainer: Trainer) -> Optimizer:
+    """Return the optimizer itself, without Accelerate's wrapper around it."""
+    optimizer: Any = trainer.optimizer
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    assert isinstance(optimizer, Optimizer)
+    return optimizer
+
+
+def scheduler_of(trainer: Trainer) -> Any:
+    """Return the learning-rate scheduler, of whatever class."""
+    assert trainer.lr_scheduler is not None
+    return trainer.lr_scheduler
+
+
+def _prepare(trainer: Trainer, path: Path, saver: Saver) -> str:
+    """Make room at ``path``, and return the Trainer's state as its JSON file holds it. Runs on rank 0."""
+    state: Any = trainer.state
+    exported: list[Any] = [*trainer.callback_handler.callbacks, trainer.control]
+    # The constructor knows how several callbacks of one class are kept.
+    stateful: list[Any] = [one for one in exported if isinstance(one, ExportableState)]
+    fresh: Any = TrainerState(stateful_callbacks=stateful)
+    state.stateful_callbacks = {**(state.stateful_callbacks or {}), **fresh.stateful_callbacks}
+    text = json.dumps(dataclasses.asdict(state), indent=2, sort_keys=True) + "\n"
+    if is_stock(path):
+        # Its files must not be taken for those of the new checkpoint.
+        aside = path.with_name(f"{path.name}.replaced")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+    make_directory(path, sync=saver.options.sync_files)
+    forget_state(path)
+    # Those of another save must not stand beside the new checkpoint.
+    for weights in path.glob("*.safetensors*"):
+        weights.unlink()
+    return text
+
+
+def _note_best(trainer: Trainer, run_dir: Path, path: Path) -> None:
+    """Keep the path of the best checkpoint in the Trainer's state; it may be the one that is about to be saved."""
+    state = trainer.state
+    if trainer.args.save_strategy == SaveStrategy.NO or not state.best_global_step:
+        return
+    best = run_dir / NAMES.name(state.best_global_step)
+    if best == path or is_committed(best) or is_stock(best):
+        state.best_model_checkpoint = str(best)
+
+
+def _state_of(trainer: Trainer, optimizer: Optimizer | None, text: str | None) -> dict[str, Any]:
+    """Collect what is saved. The Trainer's own state is in rank 0's alone."""
+    rest: dict[str, Any] = {} if text is None else {STATE: text}
+    model = model_of(trainer)
+    state: dict[str, Any] = {MODEL: only_adapters(model, get_model_state_dict(model)), TRAINER: rest}
+    if optimizer is not None:
+        state[OPTIMIZER] = OptimizerState(model, [optimizer], options=FLAT)
+        state[RANDOM] = RandomState()
+        # Serialised whole: their keys need not be known to load them.
+        rest[SCHEDULER] = dump_value(scheduler_of(trainer).state_dict()).getvalue()
+        scaler = getattr(trainer.accelerator, "scaler", None)
+        if scaler is not None:
+            rest[SCALER] = dump_value(scaler.state_dict()).getvalue()
+    return state
+
+
+def _renormed(model: nn.Module) -> Iterator[Tensor]:
+    """Yield the parameters that a forward pass changes: embeddings whose rows are kept below a norm."""
+    for child in model.modules():
+        if isinstance(child, (nn.Embedding, nn.EmbeddingBag)) and child.max_norm is not None:
+            yield child.weight
