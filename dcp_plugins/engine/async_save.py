@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import logging
 import os
 import weakref
@@ -69,8 +68,10 @@ def async_save(
     latest when the interpreter ends, which then prints the traceback and exits with status 1. The interpreter waits
     for a save in flight.
 
-    Where there is no memory for the snapshot (the stager raises ``MemoryError``), this rank writes from the state dict
-    itself, which a warning says; the call then returns, or ``staging_completion`` is done, when that is written.
+    Where there is no memory for the snapshot (the stager raises ``MemoryError``), this rank stages what fits, writes
+    the rest from the state dict itself before all else, and says so in a warning; the call then returns, or
+    ``staging_completion`` is done, when that rest is written (with a process, or a writer other than
+    ``FileSystemWriter``: when all is).
 
     All ranks of the group call this, in the same order. The group needs no CPU backend: the ranks agree over a group
     that is made for it at the first call, so that nothing interleaves with the training's collectives.
@@ -116,7 +117,7 @@ def async_save(
                 process_runner.start()
             stager = _stager_for(writer, in_process) if async_stager is None else async_stager
             with record("stage"):
-                snapshot = Snapshot(stager, to_plain(state_dict))
+                snapshot = Snapshot(stager, to_plain(state_dict), in_part=not in_process)
         except BaseException as exc:
             # The other ranks are about to agree on this save: they must hear that this one is out of it.
             _join_as_failed(ranks, exc)
@@ -145,6 +146,8 @@ def async_save(
                         working_directory=working_directory,
                     )
                 staged = ranks.settle("stage", ready)
+                if snapshot.is_original is not None and isinstance(writer, FileSystemWriter):
+                    writer.write_first(snapshot.is_original, snapshot.release)
                 return run_save(staged, writer, planner or DefaultSavePlanner(), ranks, use_collectives=use_collectives)
 
         upload = thread_runner.start(save_staged)
@@ -152,10 +155,8 @@ def async_save(
         upload.begin()
         if snapshot.completion is not None:
             return AsyncSaveResponse(snapshot.completion, upload)
-        if snapshot.is_original:
-            concurrent.futures.wait([upload])
-        else:
-            _synchronize(stager)
+        snapshot.wait()
+        _synchronize(stager)
         return upload
 
 

@@ -1,14 +1,17 @@
-"""What an asynchronous save writes: a snapshot, or the original where there is no memory for a snapshot."""
+"""What an asynchronous save writes: a snapshot, or as much of one as there is memory for, and the rest as it is."""
 
 from __future__ import annotations
 
+import concurrent.futures
 import logging
+from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from dcp_plugins.contract import AsyncStager, Metadata
+from dcp_plugins.staging import PartialSnapshot
 
 __all__ = ["Snapshot"]
 
@@ -17,25 +20,37 @@ logger = logging.getLogger(__name__)
 StateDict = dict[str, Any]
 
 
-class Snapshot:
-    """Stages a state dict; where the stager raises ``MemoryError`` the state dict itself is written.
+@runtime_checkable
+class _StagesInPart(Protocol):
+    def stage_what_fits(self, state_dict: StateDict) -> PartialSnapshot: ...
 
-    It must not change before it is written: ``async_save`` then returns, or ``completion`` is done, only after that.
+
+class Snapshot:
+    """Stages a state dict; where the stager raises ``MemoryError``, what does not fit is written from the original.
+
+    That must not change before it is written: ``async_save`` then returns, or ``completion`` is done, only after that.
     Each rank decides this for itself: for the others the save is the same.
+
+    Args:
+        stager: Stages.
+        state_dict: The original.
+        in_part: Whether a part of it may be staged. What is not is to be written first, with a call of ``release``.
     """
 
-    def __init__(self, stager: AsyncStager, state_dict: StateDict) -> None:
-        self.is_original = False
-        """Whether what ``take`` returns is the original, as far as is known yet."""
+    def __init__(self, stager: AsyncStager, state_dict: StateDict, *, in_part: bool) -> None:
         self.completion: Future[None] | None = None
         """Done when the original may change; None if the stager does not work in the background."""
+        self.is_original: Callable[[torch.Tensor], bool] | None = None
+        """Whether a tensor that is to be written is the original; None while all of them are copies."""
+        self._stager = stager
+        self._in_part = in_part
+        self._released: Future[None] = Future()
         self._staging: StateDict | Future[StateDict]
         self._original: StateDict | None = None
         try:
             self._staging = stager.stage(state_dict)
         except MemoryError as exc:
-            self._staging = state_dict
-            self._use_original(exc)
+            self._staging = self._stage_what_fits(state_dict, exc)
             return
         if isinstance(self._staging, Future):
             self._original = state_dict
@@ -53,14 +68,25 @@ class Snapshot:
             return staging.result()
         except MemoryError as exc:
             assert self._original is not None
-            self._use_original(exc)
-            return self._original
+            return self._stage_what_fits(self._original, exc)
 
-    def written(self, upload: Future[Metadata]) -> None:
-        """Let the original change, which has been written instead of a snapshot; for the save's future to call."""
-        if self.is_original and self.completion is not None:
+    def release(self) -> None:
+        """Let the original change: all that is to be written of it has been."""
+        if self._released.done():
+            return
+        self._released.set_result(None)
+        if self.is_original is not None and self.completion is not None:
             self.completion.set_result(None)
         self._original = None
+
+    def written(self, upload: Future[Metadata]) -> None:
+        """Let the original change, whatever has become of the save; for the save's future to call."""
+        self.release()
+
+    def wait(self) -> None:
+        """Wait until the original may change, if part of it is being written."""
+        if self.is_original is not None:
+            concurrent.futures.wait([self._released])
 
     def _staged(self, staging: Future[StateDict]) -> None:
         assert self.completion is not None
@@ -73,12 +99,20 @@ class Snapshot:
         else:
             self.completion.set_exception(failure)
 
-    def _use_original(self, reason: MemoryError) -> None:
-        self.is_original = True
+    def _stage_what_fits(self, state_dict: StateDict, reason: MemoryError) -> StateDict:
+        partial = PartialSnapshot(state_dict, frozenset())
+        if self._in_part and isinstance(self._stager, _StagesInPart):
+            try:
+                partial = self._stager.stage_what_fits(state_dict)
+            except MemoryError:
+                logger.debug("nothing is staged", exc_info=True)
+        self.is_original = partial.is_original
         logger.warning(
-            "no memory for a snapshot (%s): this save is written from the state dict itself, and blocks until it is",
+            "no memory for a snapshot (%s): this save is written from the state dict itself, but for what fits, and"
+            " blocks until that is done",
             reason,
         )
         if torch.accelerator.is_available():
             # The background reads from a stream of its own: what the caller's has been told to compute must be there.
             torch.accelerator.synchronize()
+        return partial.state_dict

@@ -90,6 +90,19 @@ class HostMemory:
                 f"a snapshot takes {missing} bytes more than are kept for it, and {available} are available here"
             )
 
+    def room_bytes(self) -> int:
+        """Return how large a round may be, of what is allowed and of three quarters of what the machine has left."""
+        available = available_bytes()
+        room = self._max_bytes
+        if available is not None:
+            usable = self.nbytes + available * 3 // 4
+            room = usable if room is None else min(room, usable)
+        return 0 if room is None else room
+
+    def storages(self) -> frozenset[int]:
+        """Return the addresses of the storages that this round's slots are in."""
+        return frozenset(slot.untyped_storage().data_ptr() for slot in self._rounds[0].values())
+
     def trim(self) -> None:
         """Let go of what earlier rounds have used and this one has not, where all together is more than is allowed."""
         while self._max_bytes is not None and self.nbytes > self._max_bytes and any(self._rounds[1:]):

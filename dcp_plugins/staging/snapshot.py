@@ -50,7 +50,12 @@ _ATOMIC = frozenset(
 @collector_paused()
 @torch.no_grad()
 def take_snapshot(
-    state_dict: Mapping[str, Any], memory: HostMemory, copy_all: Copy, wait: Callable[[], None]
+    state_dict: Mapping[str, Any],
+    memory: HostMemory,
+    copy_all: Copy,
+    wait: Callable[[], None],
+    *,
+    room_bytes: int | None = None,
 ) -> dict[str, Any]:
     """Return a copy of ``state_dict`` on the host; it is complete once the copies that were started have ended.
 
@@ -64,13 +69,14 @@ def take_snapshot(
         memory: Where the copies go; they are valid until its next round.
         copy_all: Called once, with all tensors to copy; copies from a device may go on when it returns.
         wait: Called where copies have to be complete before the snapshot is.
+        room_bytes: The most to copy: large tensors for which this leaves no room come out as the originals.
 
     Raises:
         UnsupportedValueError: Values that cannot be copied; lists their keys.
     """
     taker = _Taker(memory, wait)
     taker.collect(state_dict, ())
-    copy_all(*taker.place())
+    copy_all(*taker.place(room_bytes))
     taker.dress()
     staged = {key: taker.build(value, (key,)) for key, value in state_dict.items()}
     if taker.failures:
@@ -161,13 +167,17 @@ class _Taker:
         self._tensors.append(tensor)
         self._shapes.append((start, tensor.nbytes, dtype, tensor.shape, path))
 
-    def place(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def place(self, room_bytes: int | None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Give every tensor its place in host memory; return the targets and sources of the copies that fill them."""
         layout = self._memory.layout
-        if isinstance(layout, _Layout) and layout.shapes == self._shapes:
+        if room_bytes is not None:
+            layout = self._lay_out(room_bytes)
+            # Some of its places are the training's own tensors.
+            self._memory.layout = None
+        elif isinstance(layout, _Layout) and layout.shapes == self._shapes:
             self._memory.repeat_round()
         else:
-            layout = self._memory.layout = self._lay_out()
+            layout = self._memory.layout = self._lay_out(None)
         self._places = layout.places
         tensors, places = self._tensors, layout.places
         return [places[number] for number in layout.copied], [tensors[number] for number in layout.copied]
@@ -182,7 +192,7 @@ class _Taker:
             else:
                 self._place(tensor, place)
 
-    def _lay_out(self) -> _Layout:
+    def _lay_out(self, room_bytes: int | None) -> _Layout:
         shapes = self._shapes
         # Number of a tensor -> number of the one around it, and its offset there in bytes.
         inside: dict[int, tuple[int, int]] = {}
@@ -200,6 +210,8 @@ class _Taker:
             if start and end > outer_end:
                 outer, outer_start, outer_end = number, start, end
         memory = self._memory
+        if room_bytes is not None:
+            copied = _smallest(copied, [shape[1] for shape in shapes], room_bytes)
         memory.require(sum(shapes[number][1] for number in copied))
         memory.begin_round()
         places: dict[int, torch.Tensor] = {}
@@ -213,8 +225,11 @@ class _Taker:
             raise
         memory.trim()
         for number, (outer, offset) in inside.items():
-            _, nbytes, dtype, shape, _ = shapes[number]
-            places[number] = _window(places[outer], offset, nbytes, dtype, shape)
+            if outer in places:
+                _, nbytes, dtype, shape, _ = shapes[number]
+                places[number] = _window(places[outer], offset, nbytes, dtype, shape)
+        for number, tensor in enumerate(self._tensors):
+            places.setdefault(number, tensor)
         return _Layout(shapes, [places[number] for number in range(len(shapes))], copied)
 
     def _place(self, tensor: torch.Tensor, target: torch.Tensor) -> None:
@@ -291,6 +306,17 @@ class _Taker:
 
 
 _ABSENT = object()
+
+
+def _smallest(numbers: list[int], sizes_bytes: list[int], room_bytes: int) -> list[int]:
+    """Return, in their order, as many of the smallest as there is room for."""
+    chosen = set()
+    for number in sorted(numbers, key=lambda number: sizes_bytes[number]):
+        room_bytes -= sizes_bytes[number]
+        if room_bytes < 0:
+            break
+        chosen.add(number)
+    return [number for number in numbers if number in chosen]
 
 
 def _window(outer: torch.Tensor, offset: int, nbytes: int, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:

@@ -17,6 +17,7 @@ from dcp_plugins.errors import StagingMemoryError, UnsupportedValueError, listin
 from dcp_plugins.staging.memory import HostMemory
 from dcp_plugins.staging.snapshot import take_snapshot
 from dcp_plugins.staging.streams import Copies
+from dcp_plugins.staging.wrappers import is_plain_memory
 
 __all__ = [
     "BlockingAsyncStager",
@@ -51,6 +52,19 @@ class StagingOptions:
     use_non_blocking_copy: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class PartialSnapshot:
+    """A state dict of which some tensors are copies and the others the originals."""
+
+    state_dict: StateDict
+    storages: frozenset[int]
+    """The addresses of the storages that the copies are in."""
+
+    def is_original(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor of it, or a part of one, may be memory that is not a copy."""
+        return not is_plain_memory(tensor) or tensor.untyped_storage().data_ptr() not in self.storages
+
+
 class KeptMemoryStager(AsyncStager):
     """What stagers have in common that keep their host memory, and perhaps a thread, from save to save.
 
@@ -71,6 +85,24 @@ class KeptMemoryStager(AsyncStager):
     def staging_nbytes(self) -> int:
         """Bytes of host memory kept for the next stage."""
         return self._memory.nbytes
+
+    def stage_what_fits(self, state_dict: StateDict) -> PartialSnapshot:
+        """Stage the small tensors, as far as there is memory; for a state dict that ``stage`` had no memory for.
+
+        Raises:
+            MemoryError: There is less than there seemed to be.
+        """
+        try:
+            staged = take_snapshot(
+                state_dict,
+                self._memory,
+                self._copies.start,
+                self._copies.wait,
+                room_bytes=self._memory.room_bytes(),
+            )
+        finally:
+            self._copies.wait()
+        return PartialSnapshot(staged, self._memory.storages())
 
     def synchronize_staging(self) -> None:
         """Wait until the last staging has ended, and raise what it failed with."""
@@ -243,6 +275,12 @@ class BlockingAsyncStager(AsyncStager):
             self._stager = DefaultStager(_plain_options())
         self.state_dict_cache = _staged(self._stager, state_dict)
         return self.state_dict_cache
+
+    def stage_what_fits(self, state_dict: StateDict) -> PartialSnapshot:
+        """As ``DefaultStager`` does it, into memory that is kept in any case; for after ``stage`` had none."""
+        if self._stager is None:
+            self._stager = DefaultStager(_plain_options())
+        return self._stager.stage_what_fits(state_dict)
 
     def synchronize_staging(self) -> None:
         """Return at once: ``stage`` has waited."""

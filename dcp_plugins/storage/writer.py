@@ -113,6 +113,7 @@ class FileSystemWriter(StorageWriter):
         self.rank: int | None = None
         self.use_collectives = True
         self._written: list[str] = []
+        self._first: tuple[Callable[[torch.Tensor], bool], Callable[[], None]] | None = None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin a new save, under another path if one is given."""
@@ -161,11 +162,38 @@ class FileSystemWriter(StorageWriter):
             return os.path.join(folder, data_file_name(plan.storage_data.prefix, next(numbers), self.save_id))
 
         results: list[WriteResult] = []
-        for folder, items in self.folders(plan.items):
-            results += self._write_items(items, partial(new_name, folder), planner)
+        for items, then in self._turns(plan.items, planner):
+            for folder, inside in self.folders(items):
+                results += self._write_items(inside, partial(new_name, folder), planner)
+            then()
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
+
+    def write_first(self, is_first: Callable[[torch.Tensor], bool], written: Callable[[], None]) -> None:
+        """Have the next save write some of its tensors before all else.
+
+        Args:
+            is_first: Told by what the planner resolves an item to.
+            written: Called when their bytes are in files, on the thread that calls ``write_data``.
+        """
+        self._first = (is_first, written)
+
+    def _turns(
+        self, items: list[WriteItem], planner: SavePlanner
+    ) -> Iterator[tuple[list[WriteItem], Callable[[], None]]]:
+        """Yield what to write one after the other, and what to do when each is written."""
+        if self._first is None:
+            yield items, _nothing
+            return
+        (is_first, written), self._first = self._first, None
+        first: list[WriteItem] = []
+        second: list[WriteItem] = []
+        for item in items:
+            data = None if item.type is WriteItemType.BYTE_IO else planner.resolve_data(item)
+            (first if isinstance(data, torch.Tensor) and is_first(data) else second).append(item)
+        yield first, written
+        yield second, _nothing
 
     def folders(self, items: list[WriteItem]) -> Iterable[tuple[str, list[WriteItem]]]:
         """Divide this rank's items among folders of the checkpoint's directory, which is the folder ""."""
@@ -307,6 +335,10 @@ def local_path_is_usable(checkpoint_id: str | os.PathLike[str]) -> bool:
         return True
     text = os.fspath(checkpoint_id)
     return "://" not in text and any(parent.is_dir() and os.access(parent, os.W_OK) for parent in Path(text).parents)
+
+
+def _nothing() -> None:
+    """Follow what nothing follows."""
 
 
 def _nbytes(item: WriteItem) -> int:

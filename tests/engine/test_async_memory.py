@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 import dcp_plugins as dcp
+from dcp_plugins import DefaultSavePlanner
 from dcp_plugins.engine import AsyncCheckpointerType, AsyncSaveResponse
 from dcp_plugins.engine.thread_runner import thread_runner
 from dcp_plugins.staging import DefaultStager, StagingOptions, release_staging_memory, staging_memory_bytes
@@ -131,24 +133,67 @@ class HeldWriter(dcp.FileSystemWriter):
         return super().write_data(plan, planner)
 
 
-def test_a_state_over_the_budget_is_saved_from_its_own_memory_and_the_call_returns_after_that(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+class HeldBehindTheFirst(DefaultSavePlanner):
+    """Gives the bytes of small tensors only when told to; whose they are it says at once, as the writer asks twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.let_go = threading.Event()
+        self.asked: Counter[str] = Counter()
+
+    def resolve_data(self, write_item: Any) -> Any:
+        name = write_item.index.fqn
+        self.asked[name] += 1
+        if name.startswith("small") and self.asked[name] == 2:
+            assert self.let_go.wait(20)
+        return super().resolve_data(write_item)
+
+
+@pytest.mark.parametrize("in_background", [False, True], ids=["stages_now", "stages_in_background"])
+def test_of_a_state_over_the_budget_the_call_waits_only_for_what_does_not_fit(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, in_background: bool
 ) -> None:
-    stager = DefaultStager(StagingOptions(False, False, False, False), max_staging_bytes=1_000_000)
+    stager = DefaultStager(StagingOptions(False, False, in_background, False), max_staging_bytes=1_000_000)
     values = state(7)
-    writer = HeldWriter(tmp_path)
-    threading.Timer(0.2, writer.let_go.set).start()
+    planner = HeldBehindTheFirst()
     with caplog.at_level(logging.WARNING):
-        future = dcp.async_save(values, storage_writer=writer, async_stager=stager)
+        begun = dcp.async_save(values, checkpoint_id=tmp_path, planner=planner, async_stager=stager)
+    if isinstance(begun, AsyncSaveResponse):
+        begun.staging_completion.result(timeout=20)
+        upload = begun.upload_completion
+    else:
+        upload = begun
+    # What fits is a copy that is not written yet; what does not is in its file.
+    assert not upload.done()
+    assert stager.staging_nbytes == 50 * 400
     values["large"].zero_()
-    assert isinstance(future, Future)
-    assert future.done()
+    for tensor in values["small"].values():
+        tensor.zero_()
+    planner.let_go.set()
+    upload.result()
     check(tmp_path, 7)
     assert len([record for record in caplog.records if "no memory for a snapshot" in record.getMessage()]) == 1
-    assert stager.staging_nbytes == 0
+    # Nothing of the training's own memory is taken for a place in the next snapshot.
     small = {"a": torch.ones(1000)}
-    dcp.async_save(small, checkpoint_id=tmp_path / "small", async_stager=stager).result()
-    assert stager.staging_nbytes == 4000
+    again = dcp.async_save(small, checkpoint_id=tmp_path / "small", async_stager=stager)
+    (again.upload_completion if isinstance(again, AsyncSaveResponse) else again).result()
+    stager.close()
+
+
+def test_a_tensor_inside_one_that_does_not_fit_is_written_before_the_call_returns(tmp_path: Path) -> None:
+    stager = DefaultStager(StagingOptions(False, False, False, False), max_staging_bytes=1_000)
+    flat = torch.arange(100_000.0)
+    values = {"flat": flat, "inside": flat[10:20], "apart": torch.arange(10.0)}
+    future = dcp.async_save(values, checkpoint_id=tmp_path, async_stager=stager)
+    for tensor in values.values():
+        tensor.fill_(-1)
+    assert isinstance(future, Future)
+    future.result()
+    target = {"flat": torch.zeros(100_000), "inside": torch.zeros(10), "apart": torch.zeros(10)}
+    dcp.load(target, checkpoint_id=tmp_path)
+    assert torch.equal(target["flat"], torch.arange(100_000.0))
+    assert torch.equal(target["inside"], torch.arange(10.0, 20.0))
+    assert torch.equal(target["apart"], torch.arange(10.0))
     stager.close()
 
 
@@ -203,6 +248,7 @@ def run_program(source: str, folder: Path) -> subprocess.CompletedProcess[str]:
 PREAMBLE = """
 import resource, sys, torch
 import dcp_plugins as dcp
+from dcp_plugins import DefaultSavePlanner
 from dcp_plugins.engine import AsyncCheckpointerType
 
 def main():
