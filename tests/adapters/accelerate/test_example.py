@@ -33,14 +33,14 @@ import os, signal
 if os.environ.get("RANK") == "1":
     from dcp_plugins.storage import FileSystemWriter
 
-    write = FileSystemWriter._write_file
+    write = FileSystemWriter._write_items
 
-    def write_or_die(writer, name, *args):
-        if writer.path.name == "step_12" and name.startswith("pytorch_model"):
+    def write_or_die(writer, items, *args):
+        if writer.path.name == "step_12" and items[0].index.fqn.startswith("pytorch_model"):
             os.kill(os.getpid(), signal.SIGKILL)
-        return write(writer, name, *args)
+        return write(writer, items, *args)
 
-    FileSystemWriter._write_file = write_or_die
+    FileSystemWriter._write_items = write_or_die
 """
 
 

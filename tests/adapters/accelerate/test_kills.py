@@ -36,12 +36,12 @@ def load(path: Path) -> Any:
 
 
 def die_while_writing(path: Path, expected: Any) -> None:
-    write = FileSystemWriter._write_file
+    write = FileSystemWriter._write_items
 
-    def write_models_and_die(writer: FileSystemWriter, name: str, *args: Any) -> Any:
-        return write(writer, name, *args) if "pytorch_model" in name else die()
+    def write_all_but_models(writer: FileSystemWriter, items: list[Any], *args: Any) -> Any:
+        return die() if "pytorch_model" in items[0].index.fqn else write(writer, items, *args)
 
-    FileSystemWriter._write_file = write_models_and_die  # type: ignore[method-assign]
+    FileSystemWriter._write_items = write_all_but_models  # type: ignore[method-assign]
     save(path, 4)
 
 
