@@ -11,52 +11,41 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from dcp_plugins.errors import CheckpointNotFoundError
 from dcp_plugins.lightning.checkpoint_io import DCPCheckpointIO
-from dcp_plugins.lightning.layout import META_FILES, ModelKey, last_checkpoint
+from dcp_plugins.lightning.layout import META_FILES, last_checkpoint
 from dcp_plugins.lightning.model_checkpoint import link_after_commit
+from dcp_plugins.lightning.strategy_base import SavesThroughDCP, make_room, renormed
 from dcp_plugins.manager import is_committed, remove_if_uncommitted
 from dcp_plugins.state_dict import get_model_state_dict, get_optimizer_state_dict
-from dcp_plugins.storage.local import make_directory
 
 __all__ = ["CheckpointsOnEveryRank"]
 
 log = logging.getLogger(__name__)
 
 _PathLike = str | os.PathLike[str]
-_Answer = TypeVar("_Answer")
 
 # The names that Lightning looks for when it is told to resume from "last".
 _IS_LAST = re.compile(r"last(-|$)")
 
 
-class CheckpointsOnEveryRank(Strategy):
-    """Mixed in before a strategy of Lightning: replaces how it saves, loads, and finds its ``CheckpointIO``.
+class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
+    """Mixed in before a strategy of Lightning's Trainer: replaces how it saves, loads, and finds its ``CheckpointIO``.
 
-    Args:
-        args: As for the strategy.
-        asynchronous: Save in the background while a fit goes on. A save that failed raises at the next one, on every
-            rank, or when the fit ends, which waits for the last save. Saves outside of a fit are as without it.
-        options: As for the strategy.
+    ``asynchronous`` is for saves while a fit goes on. One that failed raises at the next one, on every rank, or when
+    the fit ends, which waits for the last save. Saves outside of a fit are in the foreground.
     """
-
-    _single_process = False
-    _stock_model_key: ModelKey = "state_dict"
-
-    def __init__(self, *args: Any, asynchronous: bool = False, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.asynchronous = asynchronous
 
     @property
     def _stateful_module(self) -> nn.Module:
@@ -66,21 +55,11 @@ class CheckpointsOnEveryRank(Strategy):
 
     @property
     def checkpoint_io(self) -> DCPCheckpointIO:
-        if self._checkpoint_io is None:
-            self.checkpoint_io = DCPCheckpointIO()
-        assert isinstance(self._checkpoint_io, DCPCheckpointIO)
-        return self._checkpoint_io
+        return self._io()
 
     @checkpoint_io.setter
     def checkpoint_io(self, plugin: CheckpointIO) -> None:
-        if not isinstance(plugin, DCPCheckpointIO):
-            raise TypeError(
-                f"{type(self).__name__} needs a DCPCheckpointIO, got {type(plugin).__name__}: other plugins write on"
-                " rank 0 only. Leave the plugin out, or use one of Lightning's own strategies with it."
-            )
-        plugin.single_process = self._single_process
-        plugin.stock_model_key = self._stock_model_key
-        self._checkpoint_io = plugin
+        self._accept_io(plugin)
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -113,25 +92,20 @@ class CheckpointsOnEveryRank(Strategy):
         plugin = self.checkpoint_io
         # Its failure is raised before anything is made ready for this save.
         plugin.finish()
-        path, aside = self._decide_on_rank_zero(lambda: _make_room(Path(filepath), sync=plugin.options.sync_files))
-        if self.asynchronous and self._is_fitting:
-            self._begin_save(checkpoint, path, storage_options)
-        else:
-            plugin.save_checkpoint(checkpoint, path, storage_options=storage_options)
+        path, aside = self._decide_on_rank_zero(lambda: make_room(Path(filepath), sync=plugin.options.sync_files))
+        options = plugin.options_for(storage_options, self._asynchronous if self._is_fitting else "off")
+        if options.asynchronous != "off":
+            assert self.lightning_module is not None
+            link_after_commit(self.lightning_module.trainer.checkpoint_callbacks)
+        plugin.save_parts(
+            *plugin.parts_of(checkpoint),
+            path,
+            options=options,
+            optimizers=self.optimizers,
+            changed_by_forward=renormed(self._stateful_module),
+        )
         if aside is not None and self.is_global_zero:
             plugin.after_commit(aside.unlink)
-
-    def _begin_save(self, checkpoint: dict[str, Any], path: Path, storage_options: Any | None) -> None:
-        module = self.lightning_module
-        assert module is not None
-        link_after_commit(module.trainer.checkpoint_callbacks)
-        self.checkpoint_io.begin_save(
-            checkpoint,
-            path,
-            optimizers=self.optimizers,
-            changed_by_forward=_renormed(self._stateful_module),
-            storage_options=storage_options,
-        )
 
     @property
     def _is_fitting(self) -> bool:
@@ -171,37 +145,6 @@ class CheckpointsOnEveryRank(Strategy):
             strict=module.strict_loading,
         )
 
-    def _decide_on_rank_zero(self, decide: Callable[[], _Answer]) -> _Answer:
-        """Run ``decide`` on rank 0 and return its answer, or raise its error, on every rank."""
-        outcome: tuple[bool, Any] = (True, None)
-        if self.is_global_zero:
-            try:
-                outcome = (True, decide())
-            except Exception as exc:  # whatever it is, the other ranks are waiting to hear of it
-                outcome = (False, exc)
-        succeeded, value = self.broadcast(outcome)
-        if not succeeded:
-            raise value
-        answer: _Answer = value
-        return answer
-
-
-def _make_room(path: Path, *, sync: bool) -> tuple[Path, Path | None]:
-    """See to it that ``path`` can be a directory of its own. Runs on rank 0, before any rank writes.
-
-    Returns:
-        The path, and where an ordinary checkpoint file was put that had its name: to be deleted after the commit.
-    """
-    if path.is_symlink():
-        # It leads to another checkpoint, which a save through it would overwrite.
-        path.unlink()
-    aside = path.with_name(f"{path.name}.replaced") if path.is_file() else None
-    if aside is not None:
-        path.replace(aside)
-    # Names for further checkpoints are chosen by what is there, perhaps before a save in the background writes a file.
-    make_directory(path, sync=sync)
-    return path, aside
-
 
 def _find_checkpoint(path: Path, *, is_fitting: bool) -> Path | None:
     """Return where the checkpoint is that ``path`` means. Runs on rank 0.
@@ -227,10 +170,3 @@ def _find_checkpoint(path: Path, *, is_fitting: bool) -> Path | None:
         what = f"there is no checkpoint at {path}"
     hint = f" The newest committed checkpoint beside it is {beside}." if beside is not None else ""
     raise CheckpointNotFoundError(f"Expected a committed checkpoint, but {what}.{hint}")
-
-
-def _renormed(module: nn.Module) -> Iterator[Tensor]:
-    """Yield the parameters that a forward pass changes: embeddings whose rows are kept below a norm."""
-    for child in module.modules():
-        if isinstance(child, (nn.Embedding, nn.EmbeddingBag)) and child.max_norm is not None:
-            yield child.weight

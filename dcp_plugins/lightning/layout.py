@@ -47,6 +47,7 @@ __all__ = [
     "last_checkpoint",
     "meta_item",
     "optimizer_key",
+    "parts_of",
     "remove_uncommitted",
     "saved_step",
 ]
@@ -69,16 +70,26 @@ class Contents:
 
     model_key: str
     """The name of the model's part: one of `MODEL_KEYS`."""
-    model_names: frozenset[str]
-    """The model's keys, as its ``state_dict()`` had them."""
     num_optimizers: int
-    has_meta: bool
-    """Whether the non-tensor part is inside the DCP data (a checkpoint of ours) or in ``meta.pt`` only."""
+    parts: dict[str, frozenset[str]]
+    """As `parts_of` returns them."""
 
 
 def optimizer_key(index: int) -> str:
     """Name the part of the checkpoint that holds optimizer number ``index``."""
     return f"optimizer_{index}"
+
+
+def parts_of(metadata: Metadata) -> dict[str, frozenset[str]]:
+    """Read off the metadata the names of a checkpoint's parts, with the keys in each, as its state dict had them."""
+    parts: dict[str, set[str]] = {}
+    planned = metadata.planner_data or {}
+    for fqn in metadata.state_dict_metadata:
+        where = planned.get(fqn)
+        if where is None:
+            where = fqn.split(".", 1)
+        parts.setdefault(str(where[0]), set()).add(str(where[1]) if len(where) > 1 else "")
+    return {name: frozenset(keys) for name, keys in parts.items()}
 
 
 def contents_of(metadata: Metadata, path: Path) -> Contents:
@@ -87,13 +98,7 @@ def contents_of(metadata: Metadata, path: Path) -> Contents:
     Raises:
         PlanError: There is no model in it: not a Lightning checkpoint.
     """
-    parts: dict[str, set[str]] = {}
-    planned = metadata.planner_data or {}
-    for fqn in metadata.state_dict_metadata:
-        where = planned.get(fqn)
-        if where is None:
-            where = fqn.split(".", 1)
-        parts.setdefault(str(where[0]), set()).add(str(where[1]) if len(where) > 1 else "")
+    parts = parts_of(metadata)
     model_key = next((key for key in MODEL_KEYS if key in parts), None)
     if model_key is None:
         raise PlanError(
@@ -103,7 +108,7 @@ def contents_of(metadata: Metadata, path: Path) -> Contents:
     num_optimizers = 0
     while optimizer_key(num_optimizers) in parts:
         num_optimizers += 1
-    return Contents(model_key, frozenset(parts[model_key]), num_optimizers, META_KEY in parts)
+    return Contents(model_key, num_optimizers, parts)
 
 
 def encode_meta(meta: dict[str, Any]) -> bytes:
@@ -115,8 +120,8 @@ def encode_meta(meta: dict[str, Any]) -> bytes:
     sharded = list(_paths_of_sharded(meta, "checkpoint"))
     if sharded:
         raise UnsupportedValueError(
-            "Expected sharded tensors only in the checkpoint's 'state_dict' and 'optimizer_states', but found some at:"
-            f" {listing(sharded)}. A callback or an on_save_checkpoint hook put them there; let it add full tensors"
+            "Expected sharded tensors only in the state dicts of modules and optimizers, but found some at:"
+            f" {listing(sharded)}. A callback, a hook or an entry of the state put them there; let it add full tensors"
             " (DTensor.full_tensor(), or dcp_plugins.state_dict with StateDictOptions(full_state_dict=True)), or"
             " register them as buffers of the module."
         )
