@@ -23,6 +23,7 @@ except ImportError as exc:
     ) from exc
 
 from dcp_plugins.lightning.checkpoint_io import DCPCheckpointIO
+from dcp_plugins.lightning.fabric import register_strategies as register_fabric_strategies
 from dcp_plugins.lightning.fsdp1 import DCPFSDPStrategy
 from dcp_plugins.lightning.layout import last_checkpoint, remove_uncommitted
 from dcp_plugins.lightning.strategies import (
@@ -46,3 +47,4 @@ __all__ = [
 ]
 
 register_strategies()
+register_fabric_strategies()

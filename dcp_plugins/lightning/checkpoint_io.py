@@ -20,6 +20,7 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from torch import nn
 from torch.optim import Optimizer
 
+from dcp_plugins.engine.thread_runner import thread_runner
 from dcp_plugins.lightning import layout
 from dcp_plugins.lightning.layout import ModelKey
 from dcp_plugins.lightning.links import lead_away
@@ -212,6 +213,8 @@ class DCPCheckpointIO(CheckpointIO):
     def wait(self) -> None:
         """Wait for the save in the background, whatever comes of it."""
         self._saver.wait()
+        # Of another trainer in this process, whose checkpoint this one may be about to load.
+        thread_runner.wait()
 
     def after_commit(self, step: Callable[[], None]) -> None:
         """Do something once the save in the background is committed, and not at all if it fails; or now."""

@@ -31,10 +31,10 @@ __all__ = [
     "Targets",
     "fill_from_directory",
     "fill_from_file",
+    "fill_raw",
     "load_directory",
     "load_file",
     "meta_of",
-    "read_parts",
 ]
 
 _HINT = "Set strict_loading = False in the LightningModule"
@@ -154,9 +154,21 @@ def fill_from_file(saved: Mapping[str, Any], targets: Targets, *, strict: bool) 
         )
 
 
-def read_parts(reader: Reader, *, no_dist: bool) -> dict[str, frozenset[str]]:
-    """Read off which parts a directory has; if this rank alone cannot read it, the others fail with it."""
-    return layout.parts_of(_metadata_of(reader, no_dist=no_dist))
+def fill_raw(
+    reader: Reader, module: nn.Module, target: nn.Module | Optimizer, *, strict: bool, hint: str, no_dist: bool
+) -> None:
+    """Load a module, or an optimizer whose parameters it names, from a directory that holds nothing but its state."""
+    if isinstance(target, Optimizer):
+        state: dict[str, Any] = get_optimizer_state_dict(module, target)
+    else:
+        saved = set(_metadata_of(reader, no_dist=no_dist).state_dict_metadata)
+        state = _wanted(get_model_state_dict(target), saved, strict=strict, path=reader.path, hint=hint)
+    with expected_warnings():
+        dcp.load(state, storage_reader=reader, no_dist=no_dist)
+    if isinstance(target, Optimizer):
+        set_optimizer_state_dict(module, target, state)
+    else:
+        set_model_state_dict(target, state, options=StateDictOptions(strict=strict))
 
 
 def _metadata_of(reader: Reader, *, no_dist: bool) -> Metadata:
