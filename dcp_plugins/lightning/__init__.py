@@ -32,6 +32,7 @@ from dcp_plugins.lightning.strategies import (
     DCPSingleDeviceStrategy,
     register_strategies,
 )
+from dcp_plugins.lightning.tools import consolidate, load_from_checkpoint
 from dcp_plugins.manager import is_committed
 
 __all__ = [
@@ -40,8 +41,10 @@ __all__ = [
     "DCPFSDP2Strategy",
     "DCPFSDPStrategy",
     "DCPSingleDeviceStrategy",
+    "consolidate",
     "is_committed",
     "last_checkpoint",
+    "load_from_checkpoint",
     "register_strategies",
     "remove_uncommitted",
 ]

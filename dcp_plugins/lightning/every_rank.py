@@ -13,9 +13,10 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
@@ -26,9 +27,13 @@ from dcp_plugins.errors import CheckpointNotFoundError
 from dcp_plugins.lightning.checkpoint_io import DCPCheckpointIO
 from dcp_plugins.lightning.layout import META_FILES, last_checkpoint
 from dcp_plugins.lightning.model_checkpoint import link_after_commit
+from dcp_plugins.lightning.requeue import Requeue, is_requeue_checkpoint
 from dcp_plugins.lightning.strategy_base import SavesThroughDCP, make_room, renormed
 from dcp_plugins.manager import is_committed, remove_if_uncommitted
 from dcp_plugins.state_dict import get_model_state_dict, get_optimizer_state_dict
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 __all__ = ["CheckpointsOnEveryRank"]
 
@@ -89,11 +94,27 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
         self, checkpoint: dict[str, Any], filepath: _PathLike, storage_options: Any | None = None
     ) -> None:
         """Save on every rank to the path that rank 0 names."""
+        if not self._is_interrupted:
+            self._save(checkpoint, Path(filepath), storage_options)
+            return
+        try:
+            self._save(checkpoint, Path(filepath), storage_options)
+        except Exception:  # it must not hide the exception that has interrupted the run
+            log.exception("The run was interrupted, and its checkpoint %s could not be saved", filepath)
+
+    def _save(self, checkpoint: dict[str, Any], path: Path, storage_options: Any | None) -> None:
         plugin = self.checkpoint_io
-        # Its failure is raised before anything is made ready for this save.
-        plugin.finish()
-        path, aside = self._decide_on_rank_zero(lambda: make_room(Path(filepath), sync=plugin.options.sync_files))
-        options = plugin.options_for(storage_options, self._asynchronous if self._is_fitting else "off")
+        is_last_chance = self._is_interrupted or is_requeue_checkpoint(path)
+        try:
+            # Its failure is raised before anything is made ready for this save.
+            plugin.finish()
+        except Exception:  # with what it failed does not matter to the last save there may be
+            if not is_last_chance:
+                raise
+            log.exception("A save in the background failed: its checkpoint does not exist")
+        path, aside = self._decide_on_rank_zero(lambda: make_room(path, sync=plugin.options.sync_files))
+        in_background = self._is_fitting and not is_last_chance
+        options = plugin.options_for(storage_options, self._asynchronous if in_background else "off")
         if options.asynchronous != "off":
             assert self.lightning_module is not None
             link_after_commit(self.lightning_module.trainer.checkpoint_callbacks)
@@ -115,6 +136,24 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
         state = module.trainer.state
         return state.fn == TrainerFn.FITTING and state.status == TrainerStatus.RUNNING
 
+    @property
+    def _is_interrupted(self) -> bool:
+        """Whether Lightning is handling the exception that has ended a run, and its callbacks are told of it."""
+        module = self.lightning_module
+        assert module is not None
+        state = module.trainer.state
+        return state.status == TrainerStatus.INTERRUPTED and state.stage is not None
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        assert self.lightning_module is not None
+        # Lightning has set its handlers by now.
+        self._requeue = Requeue(self.lightning_module.trainer, no_dist=self.checkpoint_io.no_dist)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        self._requeue.answer_if_asked()
+
     def teardown(self) -> None:
         """Finish the save in the background first. What it failed with is raised, unless the fit has failed itself."""
         try:
@@ -133,7 +172,7 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
         module = self.lightning_module
         assert module is not None
         is_fitting = module.trainer.state.fn == TrainerFn.FITTING
-        path = self._decide_on_rank_zero(lambda: _find_checkpoint(Path(checkpoint_path), is_fitting=is_fitting))
+        path = self._decide_on_rank_zero(lambda: self._find_checkpoint(Path(checkpoint_path)))
         if path is None:
             # What is restored from this is what there is.
             return module.trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
@@ -145,28 +184,40 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
             strict=module.strict_loading,
         )
 
+    def _find_checkpoint(self, path: Path) -> Path | None:
+        """Return where the checkpoint is that ``path`` means. Runs on rank 0.
 
-def _find_checkpoint(path: Path, *, is_fitting: bool) -> Path | None:
-    """Return where the checkpoint is that ``path`` means. Runs on rank 0.
+        Lightning takes whatever has one of the names that it looks for, also what a kill has left of the first save
+        under that name. In its place comes the newest checkpoint beside it, or None if there is none and training can
+        start anew.
+        """
+        if path.is_file() or is_committed(path):
+            return path
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        is_fitting = trainer.state.fn == TrainerFn.FITTING
+        beside = last_checkpoint(path.parent)
+        if path.is_dir() and _is_looked_for(path, trainer) and (beside is not None or is_fitting):
+            instead = f"Going on from {beside}, the newest beside it." if beside is not None else "Starting anew."
+            warnings.warn(
+                f"{path} is not a checkpoint: the save into it was killed before it was committed. {instead}",
+                stacklevel=2,
+            )
+            if is_fitting:
+                # So that the name is free for the next checkpoint that is to have it.
+                remove_if_uncommitted(path, META_FILES)
+            return beside
+        if path.is_dir():
+            what = f"{path} is not a checkpoint: it has no .metadata, so the save into it never finished"
+        else:
+            what = f"there is no checkpoint at {path}"
+        hint = f" The newest committed checkpoint beside it is {beside}." if beside is not None else ""
+        raise CheckpointNotFoundError(f"Expected a committed checkpoint, but {what}.{hint}")
 
-    Lightning takes whatever has the name for "last", also what a kill has left of the first save under that name. In
-    its place comes the newest checkpoint beside it, or None if there is none and training can start anew.
-    """
-    if path.is_file() or is_committed(path):
-        return path
-    beside = last_checkpoint(path.parent)
-    if path.is_dir() and _IS_LAST.match(path.stem) and (beside is not None or is_fitting):
-        instead = f"Going on from {beside}, the newest beside it." if beside is not None else "Starting anew."
-        warnings.warn(
-            f"{path} is not a checkpoint: the save into it was killed before it was committed. {instead}", stacklevel=2
-        )
-        if is_fitting:
-            # So that the name is free for the next checkpoint that is to have it.
-            remove_if_uncommitted(path, META_FILES)
-        return beside
-    if path.is_dir():
-        what = f"{path} is not a checkpoint: it has no .metadata, so the save into it never finished"
-    else:
-        what = f"there is no checkpoint at {path}"
-    hint = f" The newest committed checkpoint beside it is {beside}." if beside is not None else ""
-    raise CheckpointNotFoundError(f"Expected a committed checkpoint, but {what}.{hint}")
+
+def _is_looked_for(path: Path, trainer: Trainer) -> bool:
+    """Tell whether Lightning looks for this name by itself: "last", before a requeue, or on an exception."""
+    if _IS_LAST.match(path.stem) or is_requeue_checkpoint(path):
+        return True
+    callbacks = [one for one in trainer.callbacks if isinstance(one, OnExceptionCheckpoint)]  # type: ignore[attr-defined]
+    return any(path.absolute() == Path(one.ckpt_path).absolute() for one in callbacks)

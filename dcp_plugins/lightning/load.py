@@ -29,6 +29,7 @@ from dcp_plugins.state_dict import (
 __all__ = [
     "Reader",
     "Targets",
+    "as_trainer_checkpoint",
     "fill_from_directory",
     "fill_from_file",
     "fill_raw",
@@ -53,14 +54,8 @@ def load_directory(
     reader = Reader(path)
     contents = layout.contents_of(_metadata_of(reader, no_dist=no_dist), path)
     if module is None:
-        checkpoint = dcp.load_from_keys(storage_reader=reader)
-        meta = meta_of(checkpoint.pop(layout.META_KEY, None), path, weights_only)
-        meta["state_dict"] = checkpoint[contents.model_key]
-        if contents.num_optimizers:
-            meta["optimizer_states"] = [
-                checkpoint[layout.optimizer_key(index)] for index in range(contents.num_optimizers)
-            ]
-        return meta
+        saved = dcp.load_from_keys(storage_reader=reader)
+        return as_trainer_checkpoint(saved, meta_of(saved.get(layout.META_KEY), path, weights_only), contents)
 
     chosen = _matching(optimizers, contents, path)
     targets = Targets(
@@ -70,6 +65,14 @@ def load_directory(
     )
     item = fill_from_directory(reader, contents.parts, targets, strict=strict, no_dist=no_dist)
     return meta_of(item, path, weights_only)
+
+
+def as_trainer_checkpoint(saved: Mapping[str, Any], meta: Mapping[str, Any], contents: Contents) -> dict[str, Any]:
+    """Put what a directory holds together to an ordinary checkpoint of the Trainer."""
+    checkpoint = {**meta, "state_dict": saved[contents.model_key]}
+    if contents.num_optimizers:
+        checkpoint["optimizer_states"] = [saved[layout.optimizer_key(n)] for n in range(contents.num_optimizers)]
+    return checkpoint
 
 
 def load_file(
