@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import pickle
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
+import torch
 import torch.distributed as dist
 
 from dcp_plugins.errors import CheckpointException, LostContactError, WrappedException
@@ -82,6 +83,17 @@ class Ranks:
         outcomes = self._gather(step, _outcome(local))
         reply = self._reduce(step, outcomes, reduce) if outcomes is not None else None
         return _value(cast("R | CheckpointException", self._broadcast(step, reply)))
+
+    def any_of(self, step: str, flags: Sequence[bool]) -> list[bool]:
+        """Return, for each place, whether the flag is set on some rank: the least exchange, for what is asked often.
+
+        The group has to carry tensors of the CPU.
+        """
+        if not self.distributed:
+            return list(flags)
+        votes = torch.tensor(flags, dtype=torch.uint8)
+        self._exchange(step, lambda: dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.group))
+        return [bool(vote) for vote in votes.tolist()]
 
     def barrier(self) -> None:
         """Wait until every rank has come this far."""

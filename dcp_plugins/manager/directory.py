@@ -30,6 +30,7 @@ __all__ = [
     "is_committed",
     "newest_good",
     "remove_if_uncommitted",
+    "uncommitted_steps",
     "verify_checkpoint",
 ]
 
@@ -128,6 +129,11 @@ def verify_checkpoint(path: _PathLike) -> None:
 def committed_steps(root: _PathLike, names: StepNames = StepNames()) -> list[int]:
     """Return the steps of which a committed checkpoint is in ``root``, ascending."""
     return [step for step in _steps(Path(root), names) if is_committed(Path(root, names.name(step)))]
+
+
+def uncommitted_steps(root: _PathLike, names: StepNames = StepNames()) -> list[int]:
+    """Return the steps of which a directory without a commit is in ``root``, ascending."""
+    return [step for step in _steps(Path(root), names) if not is_committed(Path(root, names.name(step)))]
 
 
 def good_steps(root: _PathLike, names: StepNames = StepNames()) -> Iterator[int]:

@@ -51,6 +51,14 @@ def load_value(fqn: str, stream: io.BytesIO, *, weights_only: bool) -> Any:
         UnsafeCheckpointError: The value needs classes that are not admitted.
         CorruptCheckpointError: The bytes are no such value.
     """
+    start = stream.tell()
+    head = stream.read(4)
+    stream.seek(start)
+    if not head.startswith((b"PK\x03\x04", b"\x80")):
+        # The unpickler would take the damage for a class that it does not admit.
+        raise CorruptCheckpointError(
+            f"{fqn}: the saved value cannot be read: expected what torch.save writes, found bytes that begin {head!r}"
+        )
     try:
         if not weights_only:
             return torch.load(stream, weights_only=False)

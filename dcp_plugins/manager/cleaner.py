@@ -1,0 +1,117 @@
+"""Deleting checkpoints that are not kept, in the background, on rank 0."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from dcp_plugins.errors import CheckpointError
+from dcp_plugins.manager.directory import StepNames, committed_steps, remove_if_uncommitted, uncommitted_steps
+from dcp_plugins.manager.guard import delete_unless_read
+from dcp_plugins.manager.record import SaveRecord, read_record
+from dcp_plugins.manager.retention import KeepPolicy, steps_to_delete
+
+__all__ = ["Cleaner"]
+
+log = logging.getLogger(__name__)
+
+
+class Cleaner:
+    """Applies a keep policy to a directory of steps, and remembers what is not to be deleted at the moment.
+
+    Args:
+        root: The directory.
+        names: How the steps in it are called.
+        policy: Which to keep; None keeps all.
+    """
+
+    def __init__(self, root: Path, names: StepNames, policy: KeepPolicy | None) -> None:
+        self._root = root
+        self._names = names
+        self._policy = policy
+        self.writing: int | None = None
+        """The step of the last save that was begun."""
+        self.best_named: int | None = None
+        """The step that somebody has been told is the best."""
+        # Held while steps are deleted, and while one is chosen and read.
+        self._turn = threading.Lock()
+        self._records: dict[int, SaveRecord] = {}
+        self._executor: ThreadPoolExecutor | None = None
+        self._jobs: list[Future[None]] = []
+
+    def start(self) -> None:
+        """Delete what is not kept, on a thread. Called after a commit, on rank 0."""
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(1, thread_name_prefix="dcp-cleaner")
+        self._jobs = [job for job in self._jobs if not job.done()]
+        self._jobs.append(self._executor.submit(self._clean))
+
+    def wait(self) -> None:
+        """Wait until what was to be deleted is."""
+        concurrent.futures.wait(self._jobs)
+
+    def close(self) -> None:
+        """Wait as `wait` does, and end the thread."""
+        executor, self._executor = self._executor, None
+        if executor is not None:
+            executor.shutdown()
+        self._jobs = []
+
+    def begin(self, step: int) -> None:
+        """Note the step that is about to be saved, perhaps once more: what is known of it is outdated."""
+        for outdated in (self.writing, step):
+            if outdated is not None:
+                self._records.pop(outdated, None)
+        self.writing = step
+
+    @contextmanager
+    def pinned(self) -> Iterator[None]:
+        """Delete nothing during the block: a step is chosen, and then read by all ranks."""
+        with self._turn:
+            yield
+
+    def records(self) -> list[SaveRecord]:
+        """Return what the committed checkpoints say about themselves, by ascending steps, without those unreadable."""
+        found = []
+        for step in committed_steps(self._root, self._names):
+            try:
+                found.append(self.record(step))
+            except (CheckpointError, OSError) as exc:
+                log.warning("step %d in %s cannot be read, and is left alone: %s", step, self._root, exc)
+        return found
+
+    def record(self, step: int) -> SaveRecord:
+        """Return what a committed checkpoint says about itself, as read the first time."""
+        if step not in self._records or step == self.writing:
+            self._records[step] = read_record(self._root / self._names.name(step), step)
+        return self._records[step]
+
+    def _clean(self) -> None:
+        try:
+            with self._turn:
+                self._delete_unkept()
+        # It must not look as if the save had failed, whatever it is that could not be deleted.
+        except Exception:
+            log.warning("could not delete what is not kept in %s; the next save tries again", self._root, exc_info=True)
+
+    def _delete_unkept(self) -> None:
+        records = self.records() if self._policy is not None else []
+        protected = {step for step in (self.writing, self.best_named) if step is not None}
+        for step in steps_to_delete(self._policy, records, now=time.time(), protected=protected):
+            path = self._root / self._names.name(step)
+            if delete_unless_read(path):
+                self._records.pop(step, None)
+                log.info("Deleted %s, which is not kept", path)
+            else:
+                log.info("%s is being read: it is deleted later", path)
+        newest = max(committed_steps(self._root, self._names), default=-1)
+        for step in uncommitted_steps(self._root, self._names):
+            # Of a later step, it may be another's save that goes on.
+            if step < newest and step != self.writing:
+                remove_if_uncommitted(self._root / self._names.name(step))
