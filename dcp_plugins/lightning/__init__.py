@@ -2,6 +2,7 @@
 
     import dcp_plugins.lightning
     trainer = Trainer(strategy="dcp_fsdp2", devices=8)
+    fabric = Fabric(strategy="dcp_fsdp2", devices=8)  # see `dcp_plugins.lightning.fabric`
 
 With ``_async`` behind the name (``dcp_fsdp2_async``) checkpoints are written in the background while training goes on.
 

@@ -11,7 +11,8 @@ be replaced in one step, so a pair of them can be torn by a kill; the item is co
 tensors it belongs to. We load the item and ignore ``meta.pt`` wherever the item exists; ``meta.pt`` is for stock
 Lightning, which sees no checkpoint (rather than a mixed one) in the instants when the pair would not match.
 
-``FSDPStrategy`` calls the model "model" where ``ModelParallelStrategy`` calls it "state_dict"; both are read.
+``FSDPStrategy`` calls the model "model" where ``ModelParallelStrategy`` calls it "state_dict"; both are read. Under
+Fabric, modules and optimizers have the names that the user has given them, here as in stock.
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ MODEL_KEYS: tuple[ModelKey, ...] = get_args(ModelKey)
 
 PICKLE = "pickle"
 _STEP = "global_step"
+# The Trainer's name for the number of steps, and what a user of Fabric may call it.
+_NAMES_OF_STEP = (_STEP, "step")
 _EPOCH = "epoch"
 
 
@@ -160,24 +163,44 @@ def decode_meta(data: bytes, *, weights_only: bool, path: Path) -> dict[str, Any
 
 def meta_item(meta: dict[str, Any], encoded: bytes) -> dict[str, Any]:
     """Make the part of the DCP state dict that holds the non-tensor part."""
-    return {PICKLE: encoded, _STEP: int(meta.get(_STEP, 0)), _EPOCH: int(meta.get(_EPOCH, 0))}
+    item: dict[str, Any] = {PICKLE: encoded}
+    step, epoch = _step_of(meta), meta.get(_EPOCH)
+    if step is not None:
+        item[_STEP] = step
+    if isinstance(epoch, int):
+        item[_EPOCH] = epoch
+    return item
+
+
+def _step_of(meta: Mapping[str, Any]) -> int | None:
+    return next((int(meta[name]) for name in _NAMES_OF_STEP if isinstance(meta.get(name), int)), None)
 
 
 def saved_step(path: str | os.PathLike[str]) -> int:
-    """Read the ``global_step`` at which the committed checkpoint at ``path`` was saved."""
+    """Read the step at which the committed checkpoint at ``path`` was saved.
+
+    Raises:
+        PlanError: It does not say.
+    """
     path = Path(path)
     reader = dcp.FileSystemReader(path)
     name = f"{META_KEY}.{_STEP}"
     if isinstance(reader.read_metadata().state_dict_metadata.get(name), BytesStorageMetadata):
         return int(dcp.load_from_keys(name, storage_reader=reader)[META_KEY][_STEP])
-    meta = torch.load(path / META_FILE, map_location="cpu", weights_only=True)
-    return int(meta[_STEP])
+    step = _step_of(torch.load(path / META_FILE, map_location="cpu", weights_only=True))
+    if step is None:
+        raise PlanError(
+            f"The checkpoint {path} does not say at which step it was saved. With Fabric, save the number of steps"
+            f" as an entry with one of the names {listing(_NAMES_OF_STEP)}."
+        )
+    return step
 
 
 def last_checkpoint(dirpath: str | os.PathLike[str]) -> Path | None:
     """Find the newest committed checkpoint in a directory of checkpoints, or ``None``.
 
-    Newest is the highest step that a checkpoint says it was saved at; file times are never asked. A directory that a
+    Newest is the highest step that a checkpoint says it was saved at (the Trainer's ``global_step``, or the entry
+    "global_step" or "step" of what Fabric saved); file times are never asked. A directory that a
     killed save left without a commit does not count, one that cannot be read is skipped with a warning. Among several
     of one step (``last.ckpt`` beside ``step=100.ckpt``) the first by name is taken; links count as what they point to.
     """

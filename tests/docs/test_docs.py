@@ -71,7 +71,8 @@ def test_the_python_blocks_of_the_page_run(page: Path, tmp_path: Path) -> None:
         # Blank lines keep the line numbers of a traceback those of the page.
         program += [""] * (num_lines_before - len(program))
         program += block.splitlines()
-    path = tmp_path / f"{page.stem}.py"
+    # Not the page's own name: a script called `accelerate` would hide the package.
+    path = tmp_path / f"{page.stem}_page.py"
     path.write_text("\n".join(program) + "\n")
     folder = tmp_path / "empty"
     folder.mkdir()

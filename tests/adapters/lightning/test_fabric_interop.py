@@ -65,6 +65,17 @@ def test_sharded_directories_load_in_the_stock_counterpart_and_back(tmp_path: Pa
             assert sorted(found) == [0, 1, 2, 3, 4]
 
 
+def replicated_into_stock(folder: Path) -> list[Any]:
+    return [exchange("dcp_ddp", stock, folder / stock.__name__) for stock in (FSDPOnCPU, model_parallel)]
+
+
+def test_directories_of_a_replicated_model_load_in_stocks_sharding_strategies(tmp_path: Path) -> None:
+    for outcomes in run_ranks(2, replicated_into_stock, tmp_path):
+        for same, _, expected, found in outcomes:
+            assert same
+            assert found == pytest.approx(expected, rel=1e-5)
+
+
 def load_what_ddp_has_saved(flag: str, folder: Path) -> Any:
     return exchange(DDPStrategy, flag, folder / f"{flag}.pt")
 
@@ -81,22 +92,26 @@ def save(flag: str, path: Path) -> Any:
     return Run(flag).train(3).save(path).train(5).state["losses"]
 
 
-def resume_under_stock_ddp(path: Path) -> Any:
-    run = Run(DDPStrategy())
-    run.load(path)
-    return run.train(5).state["losses"]
+def resume_under_stock(path: Path) -> list[Any]:
+    losses = []
+    for stock in (DDPStrategy, FSDPOnCPU, model_parallel):
+        run = run_of(stock, seed=1)
+        run.load(path)
+        losses.append(run.train(5).state["losses"])
+    return losses
 
 
 @pytest.mark.parametrize("flag", ["dcp_ddp", "dcp_fsdp", "dcp_fsdp2"])
-def test_lightnings_own_consolidation_makes_a_file_that_stock_ddp_resumes(
+def test_lightnings_own_consolidation_makes_a_file_that_stock_strategies_resume(
     tmp_path: Path, flag: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = run_ranks(2, save, flag, tmp_path / "a")[0]
     tool = "lightning.fabric.utilities.consolidate_checkpoint"
     monkeypatch.setattr("sys.argv", [tool, str(tmp_path / "a"), "--output_file", str(tmp_path / "a.pt")])
     runpy.run_module(tool, run_name="__main__")
-    for found in run_ranks(2, resume_under_stock_ddp, tmp_path / "a.pt"):
-        assert found == pytest.approx(expected, rel=1e-5)
+    for losses in run_ranks(2, resume_under_stock, tmp_path / "a.pt"):
+        for found in losses:
+            assert found == pytest.approx(expected, rel=1e-5)
 
 
 def from_the_trainer(folder: Path) -> tuple[Any, ...]:
