@@ -25,7 +25,9 @@ from dcp_plugins.lightning import layout
 from dcp_plugins.lightning.layout import ModelKey
 from dcp_plugins.lightning.links import lead_away
 from dcp_plugins.lightning.load import load_directory, load_file
+from dcp_plugins.lightning.twin import write_twin
 from dcp_plugins.manager import SaveOptions, Saver, delete_checkpoint, is_committed
+from dcp_plugins.manager.agreement import deciding_ranks
 from dcp_plugins.manager.options import Asynchronous
 from dcp_plugins.storage.companion import CompanionWriter
 
@@ -89,6 +91,7 @@ class DCPCheckpointIO(CheckpointIO):
         self.stock_model_key: ModelKey = "state_dict"
         """Set by the strategy: the ``model_key`` of its stock counterpart."""
         self._saver = Saver(self.options)
+        self._failures: list[Exception] = []
 
     @property
     def no_dist(self) -> bool:
@@ -205,6 +208,47 @@ class DCPCheckpointIO(CheckpointIO):
             thread_count=options.thread_count,
         )
         self._saver.save(state, path, optimizers=optimizers, changed_by_forward=changed_by_forward, writer=writer)
+
+    @property
+    def newest(self) -> Path | None:
+        """The directory that a save was last begun into, committed or not."""
+        return self._saver.newest
+
+    def save_again(self, rest: dict[str, Any], path: _PathLike) -> None:
+        """Save what was last saved under another path, too, with the rest as it is now. Called on every rank.
+
+        The caller has made sure that the tensors are the same. This returns at once; the checkpoint is made, of the
+        same data files, once the first one is committed, and not at all if that fails.
+
+        Args:
+            rest: Everything but the tensors, of which rank 0's is saved.
+            path: Another directory, the same on every rank.
+        """
+        source, options = self.newest, self._saver.options
+        assert source is not None
+        ranks = deciding_ranks(no_dist=self.no_dist)
+        is_coordinator = self.no_dist or dist.get_rank() == 0
+        content = ranks.settle("encode", lambda: layout.encode_meta(rest) if is_coordinator else b"")
+        if is_coordinator:
+            values = {f"{layout.META_KEY}.{name}": value for name, value in layout.meta_item(rest, content).items()}
+            writer = CompanionWriter(
+                path, name=layout.META_FILE, content=content, sync_files=options.sync_files, thread_count=1
+            )
+            self.after_commit(partial(self._write_twin, source, writer, values))
+
+    def _write_twin(self, source: Path, writer: CompanionWriter, values: dict[str, Any]) -> None:
+        try:
+            write_twin(source, writer, values)
+        except Exception as exc:  # for the next save to raise, on the thread that trains
+            self._failures.append(exc)
+            raise
+
+    def raise_noted_failure(self) -> None:
+        """Raise what `save_again` has failed with in the background, once. Only rank 0 knows."""
+        if self._failures:
+            failure = self._failures[0]
+            self._failures = []
+            raise failure
 
     def finish(self) -> None:
         """Wait until the save in the background is committed and what follows is done; raise its failure, once."""

@@ -12,6 +12,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,9 @@ from dcp_plugins.lightning.layout import META_FILES, last_checkpoint
 from dcp_plugins.lightning.model_checkpoint import link_after_commit
 from dcp_plugins.lightning.requeue import Requeue, is_requeue_checkpoint
 from dcp_plugins.lightning.strategy_base import SavesThroughDCP, make_room, renormed
-from dcp_plugins.manager import is_committed, remove_if_uncommitted
+from dcp_plugins.lightning.twin import Fingerprint
+from dcp_plugins.manager import SaveOptions, is_committed, remove_if_uncommitted
+from dcp_plugins.manager.agreement import deciding_ranks
 from dcp_plugins.state_dict import get_model_state_dict, get_optimizer_state_dict
 
 if TYPE_CHECKING:
@@ -45,12 +48,24 @@ _PathLike = str | os.PathLike[str]
 _IS_LAST = re.compile(r"last(-|$)")
 
 
+@dataclass(frozen=True, slots=True)
+class _Saved:
+    path: Path
+    step: int
+    options: SaveOptions
+    fingerprint: Fingerprint
+
+
 class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
     """Mixed in before a strategy of Lightning's Trainer: replaces how it saves, loads, and finds its ``CheckpointIO``.
 
     ``asynchronous`` is for saves while a fit goes on. One that failed raises at the next one, on every rank, or when
     the fit ends, which waits for the last save. Saves outside of a fit are in the foreground.
     """
+
+    _saved: _Saved | None = None
+    """What the last save in the background has saved: the next one may be of the same."""
+    _has_saved_again = False
 
     @property
     def _stateful_module(self) -> nn.Module:
@@ -105,6 +120,19 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
     def _save(self, checkpoint: dict[str, Any], path: Path, storage_options: Any | None) -> None:
         plugin = self.checkpoint_io
         is_last_chance = self._is_interrupted or is_requeue_checkpoint(path)
+        in_background = self._is_fitting and not is_last_chance
+        options = plugin.options_for(storage_options, self._asynchronous if in_background else "off")
+        parts, rest = plugin.parts_of(checkpoint)
+        before, self._saved = self._saved, None
+        fingerprint: Fingerprint | None = None
+        if options.asynchronous != "off" and options.overlap_staging:
+            fingerprint = Fingerprint(parts, self._stateful_module, self.optimizers)
+            if before is not None and self._is_saved(before, path, rest, options, fingerprint):
+                path, aside = self._decide_on_rank_zero(lambda: self._make_room(path))
+                plugin.save_again(rest, path)
+                self._saved, self._has_saved_again = before, True
+                self._delete_after_commit(aside)
+                return
         try:
             # Its failure is raised before anything is made ready for this save.
             plugin.finish()
@@ -112,21 +140,41 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
             if not is_last_chance:
                 raise
             log.exception("A save in the background failed: its checkpoint does not exist")
-        path, aside = self._decide_on_rank_zero(lambda: make_room(path, sync=plugin.options.sync_files))
-        in_background = self._is_fitting and not is_last_chance
-        options = plugin.options_for(storage_options, self._asynchronous if in_background else "off")
+        path, aside = self._decide_on_rank_zero(lambda: self._make_room(path))
         if options.asynchronous != "off":
             assert self.lightning_module is not None
             link_after_commit(self.lightning_module.trainer.checkpoint_callbacks)
         plugin.save_parts(
-            *plugin.parts_of(checkpoint),
+            parts,
+            rest,
             path,
             options=options,
             optimizers=self.optimizers,
             changed_by_forward=renormed(self._stateful_module),
         )
+        if fingerprint is not None:
+            self._saved = _Saved(path, rest["global_step"], options, fingerprint)
+        self._delete_after_commit(aside)
+
+    def _make_room(self, path: Path) -> tuple[Path, Path | None]:
+        plugin = self.checkpoint_io
+        plugin.raise_noted_failure()
+        return make_room(path, sync=plugin.options.sync_files)
+
+    def _delete_after_commit(self, aside: Path | None) -> None:
         if aside is not None and self.is_global_zero:
-            plugin.after_commit(aside.unlink)
+            self.checkpoint_io.after_commit(aside.unlink)
+
+    def _is_saved(
+        self, before: _Saved, path: Path, rest: dict[str, Any], options: SaveOptions, now: Fingerprint
+    ) -> bool:
+        """Agree whether, on every rank, what is to be saved is what the last save in the background has saved."""
+        plugin = self.checkpoint_io
+        if (before.step, before.options, before.path) != (rest["global_step"], options, plugin.newest):
+            return False
+        ranks = deciding_ranks(no_dist=plugin.no_dist)
+        is_same = before.fingerprint.proves_same(now) and path.absolute() != before.path.absolute()
+        return all(ranks.all_gather("compare", lambda: is_same))
 
     @property
     def _is_fitting(self) -> bool:
@@ -156,14 +204,18 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
 
     def teardown(self) -> None:
         """Finish the save in the background first. What it failed with is raised, unless the fit has failed itself."""
+        plugin = self.checkpoint_io
         try:
-            self.checkpoint_io.finish()
+            plugin.finish()
+            if self._has_saved_again and not self._is_interrupted:  # otherwise a rank may be here alone
+                self._decide_on_rank_zero(plugin.raise_noted_failure)
         except Exception:  # it must not hide the exception that is being raised
             module = self.lightning_module
             if module is None or module.trainer.state.status != TrainerStatus.INTERRUPTED:
                 raise
             log.exception("The last save in the background failed, too: its checkpoint does not exist")
         finally:
+            self._saved, self._has_saved_again = None, False
             super().teardown()
 
     def load_checkpoint(self, checkpoint_path: _PathLike, weights_only: bool | None = None) -> dict[str, Any]:

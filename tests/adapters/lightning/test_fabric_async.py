@@ -101,7 +101,7 @@ PROGRAM = """
             raise OSError(28, "No space left on device")
         CompanionWriter.finish = finish
 
-    fabric = Fabric(accelerator="cpu", devices=2, strategy="dcp_ddp_async")
+    fabric = Fabric(accelerator="cpu", devices=int(sys.argv[3]), strategy="dcp_ddp_async")
     fabric.launch()
     model = torch.nn.Linear(4, 4)
     model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
@@ -113,15 +113,15 @@ def test_the_end_of_the_program_waits_for_the_save_and_tells_of_its_failure(tmp_
     script = tmp_path / "train.py"
     script.write_text(textwrap.dedent(PROGRAM))
 
-    def run(name: str, how: str) -> subprocess.CompletedProcess[str]:
+    def run(name: str, how: str, devices: str) -> subprocess.CompletedProcess[str]:
         # Lightning's own launcher starts the second process.
-        command = [sys.executable, str(script), str(tmp_path / name), how]
+        command = [sys.executable, str(script), str(tmp_path / name), how, devices]
         return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
-    done = run("a", "succeed")
+    done = run("a", "succeed", "2")
     assert done.returncode == 0, done.stderr
     assert is_committed(tmp_path / "a")
-    failed = run("b", "fail")
+    failed = run("b", "fail", "1")
     assert failed.returncode == 1
     assert "No space left on device" in failed.stderr
     assert not is_committed(tmp_path / "b")
