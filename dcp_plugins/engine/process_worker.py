@@ -75,7 +75,7 @@ def main(descriptor: int, parent: int) -> None:
     _die_with(parent)
     # A Ctrl-C, or a scheduler's signal, reaches the whole job; it is the training process that decides what of the
     # save in flight becomes.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     # The writer has its own threads; more would take processors from the training.
     torch.set_num_threads(1)

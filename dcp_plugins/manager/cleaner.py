@@ -64,11 +64,16 @@ class Cleaner:
         self._jobs = []
 
     def begin(self, step: int) -> None:
-        """Note the step that is about to be saved, perhaps once more: what is known of it is outdated."""
+        """Note the step that is about to be saved, perhaps once more: what is known of it is outdated.
+
+        On return nothing of that name is being deleted, nor will be.
+        """
         for outdated in (self.writing, step):
             if outdated is not None:
                 self._records.pop(outdated, None)
         self.writing = step
+        if (self._root / self._names.name(step)).exists():
+            self.wait()
 
     @contextmanager
     def pinned(self) -> Iterator[None]:

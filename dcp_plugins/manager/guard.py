@@ -37,6 +37,8 @@ def reading_checkpoint(path: str | os.PathLike[str]) -> Iterator[bool]:
         # Looked at under the lock: who deletes takes the commit away under his.
         yield _lock(fd, fcntl.LOCK_SH) and is_committed(path)
     finally:
+        # A process that was forked in the meantime has the lock, too, by a descriptor of its own.
+        _lock(fd, fcntl.LOCK_UN)
         os.close(fd)
 
 

@@ -30,7 +30,7 @@ from dcp_plugins.manager.cleaner import Cleaner
 from dcp_plugins.manager.directory import StepNames, committed_steps, good_steps, verify_checkpoint
 from dcp_plugins.manager.guard import reading_checkpoint
 from dcp_plugins.manager.options import SaveOptions
-from dcp_plugins.manager.policies import EverySteps, SavePolicy
+from dcp_plugins.manager.policies import SavePolicy, Whenever
 from dcp_plugins.manager.preemption import Preemption
 from dcp_plugins.manager.rank_bound import load_state
 from dcp_plugins.manager.record import RECORD_KEY, SaveRecord, record_item
@@ -99,7 +99,7 @@ class CheckpointManager:
             raise ValueError(f"agree_every_steps must be at least 1, got {agree_every_steps}")
         self.root = Path(root)
         self.names = names
-        self.save_policy = save_policy
+        self.save_policy = Whenever() if save_policy is None else save_policy
         self.keep_policy = keep_policy
         self.preemption = preemption
         self._in_flight_policy = in_flight
@@ -189,7 +189,8 @@ class CheckpointManager:
     ) -> bool:
         """Save a step, if it is time to; in the background where the options say so.
 
-        A save that a signal has asked for is made in the foreground: there is nothing to go on with.
+        A save that a signal has asked for is made in the foreground, for there is nothing to go on with, and whatever
+        has become of the save before it.
 
         Args:
             step: The number of the step, which names the directory.
@@ -219,10 +220,24 @@ class CheckpointManager:
         if may_skip and ranks.any_of("in flight", [self._saver.is_busy])[0]:
             log.info("step %d is not saved: the save before it is still being written", step)
             return False
-        # The failure of the save before comes first, and nothing is noted of this one.
-        self._saver.finish()
-        record = on_rank_zero(ranks, "record", lambda: record_item(step, time.time(), metrics))
-        self._cleaner.begin(step)
+        try:
+            # The failure of the save before comes first, and nothing is noted of this one.
+            self._saver.finish()
+        except CheckpointException:
+            if not is_last:
+                raise
+            # All ranks have it. There will be no later save to make good for it, so this one is made.
+            log.exception("the save before failed; the last one, which a signal has asked for, is made all the same")
+
+        def prepare() -> str:
+            item = record_item(step, time.time(), metrics)
+            self._cleaner.begin(step)
+            return item
+
+        # No rank writes before rank 0 has seen to it that nothing is being deleted there.
+        record = on_rank_zero(ranks, "record", prepare)
+        if not ranks.is_coordinator:
+            self._cleaner.begin(step)
         self._saver.save(
             {**state, RECORD_KEY: record},
             path,
@@ -314,7 +329,7 @@ class CheckpointManager:
         return deciding_ranks(self._process_group, no_dist=self._no_dist)
 
     def _decide(self, step: int) -> bool:
-        policy = self.save_policy or EverySteps(1)
+        policy = self.save_policy
         is_asked = self.preempted
         if (self.preemption is None and not policy.uses_clock) or step % self._agree_every_steps:
             is_due = policy.is_due(step, 0.0)

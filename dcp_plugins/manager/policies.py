@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-__all__ = ["AtSteps", "EveryMinutes", "EverySteps", "SavePolicy"]
+__all__ = ["AtSteps", "EveryMinutes", "EverySteps", "SavePolicy", "Whenever"]
 
 
 class SavePolicy(ABC):
@@ -30,6 +30,14 @@ class SavePolicy(ABC):
 
     def __or__(self, other: SavePolicy) -> SavePolicy:
         return _AnyOf((*_members(self), *_members(other)))
+
+
+@dataclass(frozen=True, slots=True)
+class Whenever(SavePolicy):
+    """Save after every step that the manager is told of: the caller has chosen it."""
+
+    def is_due(self, step: int, seconds_since_save: float) -> bool:
+        return True
 
 
 @dataclass(frozen=True, slots=True)

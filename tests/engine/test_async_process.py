@@ -109,6 +109,16 @@ def test_the_save_runs_in_one_other_process_that_sees_no_device(tmp_path: Path) 
     assert pid() != os.getpid()
 
 
+def test_a_signal_to_the_whole_job_does_not_end_a_save(tmp_path: Path) -> None:
+    future = save({"weight": torch.ones(4, 5), "step": 1}, storage_writer=Gated(tmp_path))
+    wait_for(tmp_path)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        os.kill(pid(), number)
+    (tmp_path / "go").touch()
+    future.result()
+    assert loaded(tmp_path)["step"] == 1
+
+
 def test_the_metadata_and_the_checkpoint_are_those_of_a_synchronous_save(tmp_path: Path) -> None:
     state_dict = {
         "parameter": torch.nn.Parameter(torch.arange(3.0)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import threading
 import warnings
 from collections.abc import Callable
@@ -91,6 +92,7 @@ def test_a_run_saves_when_it_is_due_and_the_next_one_goes_on_from_the_newest(
 
 def test_a_step_is_saved_once_unless_it_is_forced(tmp_path: Path) -> None:
     manager = CheckpointManager(tmp_path, options=SYNC)
+    assert manager.save(0, value(0))
     assert manager.should_save(1)
     assert manager.should_save(1)
     assert manager.save(1, value(1), {"loss": 1.0})
@@ -301,6 +303,29 @@ def test_a_deletion_that_fails_does_not_fail_the_save(
         assert manager.all_steps() == [2]  # its commit went first
         manager.save(3, value(3))
     assert os.listdir(tmp_path) == ["step_3"]
+
+
+def test_a_step_is_not_saved_into_a_directory_that_is_being_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_go, begun = threading.Event(), threading.Event()
+    really = shutil.rmtree
+
+    def slowly(path: Path) -> None:
+        begun.set()
+        assert let_go.wait(20)
+        really(path)
+
+    monkeypatch.setattr("dcp_plugins.manager.directory.shutil.rmtree", slowly)
+    with CheckpointManager(tmp_path, keep_policy=KeepLatest(1), options=SYNC) as manager:
+        manager.save(1, value(1))
+        manager.save(2, value(2))
+        assert begun.wait(20)
+        threading.Timer(0.1, let_go.set).start()
+        manager.save(1, value(1), force=True)
+        manager.wait()
+        assert manager.all_steps() == [1, 2]
+        assert manager.restore(target(), step=1) == 1
 
 
 # -- In the background -----------------------------------------------------------------------------------------------

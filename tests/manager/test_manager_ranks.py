@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -30,6 +31,7 @@ from dcp_plugins.manager import (
     run_state,
 )
 from dcp_plugins.manager import manager as manager_module
+from dcp_plugins.testing.faults import Fault, inject
 from dcp_plugins.testing.ranks import run_ranks
 from tests.manager.test_saver import commits
 
@@ -215,6 +217,41 @@ def resume(folder: Path) -> dict[int, float]:
             warnings.simplefilter("ignore")
             assert manager.restore(run.state) == 3
         return run.train(manager, 6)
+
+
+def save_under(fault: Fault | None, folder: Path) -> list[str]:
+    with inject(fault, folder) as steps, CheckpointManager(folder, keep_policy=KeepLatest(1)) as manager:
+        manager.save(3, {"x": torch.full((9,), 3.0)})
+        manager.wait()
+    return steps
+
+
+@pytest.mark.filterwarnings("ignore:Skipped:UserWarning")
+def test_killed_at_any_instant_of_saving_and_deleting_a_run_goes_on_from_a_whole_step(tmp_path: Path) -> None:
+    start = tmp_path / "start"
+    with CheckpointManager(start, no_dist=True) as manager:
+        for step in (1, 2):
+            manager.save(step, {"x": torch.full((9,), float(step))})
+    shutil.copytree(start, tmp_path / "recorded")
+    steps = run_ranks(1, save_under, None, tmp_path / "recorded")[0]
+    # The commit of what is deleted goes first, and is synced.
+    assert steps.count("unlink .metadata") == 2
+    commit = next(place for place, step in enumerate(steps) if step.startswith("rename .metadata"))
+    assert steps.index("unlink .metadata") > commit
+    restored = []
+    for nth in range(len(steps)):
+        folder = tmp_path / str(nth)
+        shutil.copytree(start, folder)
+        assert run_ranks(1, save_under, Fault(nth=nth, action="tear"), folder, expect_deaths=True) == [None]
+        with CheckpointManager(folder, keep_policy=KeepLatest(1), no_dist=True) as manager:
+            state = {"x": torch.zeros(9)}
+            step = manager.restore(state)
+            assert torch.equal(state["x"], torch.full((9,), float(step or 0)))
+            restored.append(step)
+            manager.save(4, state)
+        assert os.listdir(folder) == ["step_4"]
+    # Torn after the step, the rename has been made.
+    assert restored == [2] * commit + [3] * (len(steps) - commit)
 
 
 def fail_variously(folder: Path) -> dict[str, str]:

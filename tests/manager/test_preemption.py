@@ -7,14 +7,16 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
-from dcp_plugins.manager import CheckpointManager, EverySteps, Preemption, SaveOptions
+from dcp_plugins.manager import CheckpointManager, EverySteps, Preemption, SaveOptions, shield_data_worker
 from dcp_plugins.testing.ranks import run_ranks
+from tests.manager.test_saver import commits
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -65,6 +67,25 @@ def test_a_signal_to_one_rank_makes_all_ranks_save_at_the_same_step(tmp_path: Pa
         assert seen["last"] in ((5, 6) if every == 1 else (8,))
         assert seen["left"] == [signal.SIG_DFL, signal.SIG_DFL]
     assert first["last"] == second["last"]
+
+
+def fail_before_the_last(folder: Path) -> tuple[int, list[int]]:
+    def fail(writer: Any, commit: Callable[[], None]) -> None:
+        if writer.path.name == "step_1":
+            raise OSError(28, "No space left on device")
+        commit()
+
+    options = SaveOptions(asynchronous="thread", sync_files=False)
+    with commits(fail), CheckpointManager(folder, options=options, preemption=Preemption()) as manager:
+        manager.save(1, {"x": 1})
+        if dist.get_rank() == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        manager.save(2, {"x": 2})
+        return manager.restore({"x": 0}, step=2) or 0, manager.all_steps()
+
+
+def test_the_last_save_is_made_although_the_one_before_it_failed(tmp_path: Path) -> None:
+    assert run_ranks(2, fail_before_the_last, tmp_path) == [(2, [2]), (2, [2])]
 
 
 # -- Handlers --------------------------------------------------------------------------------------------------------
@@ -162,6 +183,15 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
             process.kill()
 
 
+def test_a_worker_that_is_started_otherwise_can_be_shielded_by_its_init_function() -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    shield_data_worker(0)
+    try:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 # -- Workers ---------------------------------------------------------------------------------------------------------
 
 LOADING = """
@@ -252,7 +282,7 @@ def test_dataloader_workers_outlive_the_signals_and_end_with_the_program(tmp_pat
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

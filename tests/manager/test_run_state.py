@@ -145,6 +145,16 @@ def test_ranks_of_one_stream_draw_the_same_numbers_on_another_number_of_ranks(tm
     assert first == second != third
 
 
+@pytest.mark.gpu
+def test_the_generators_of_the_devices_are_restored(tmp_path: Path) -> None:
+    torch.rand(3, device="cuda")
+    with expected_warnings():
+        dcp.save({"rng": RandomState()}, checkpoint_id=tmp_path)
+    expected = torch.rand(3, device="cuda").tolist()
+    load_state({"rng": RandomState()}, tmp_path)
+    assert torch.rand(3, device="cuda").tolist() == expected
+
+
 def test_parts_without_state_are_refused_all_at_once() -> None:
     with pytest.raises(TypeError, match=r"dataloader \(DataLoader\), scaler \(object\).*StatefulDataLoader"):
         run_state(model=nn.Linear(1, 1), scaler=object(), dataloader=torch.utils.data.DataLoader([1]))
