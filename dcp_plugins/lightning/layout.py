@@ -154,9 +154,9 @@ def decode_meta(data: bytes, *, weights_only: bool, path: Path) -> dict[str, Any
             raise
         raise UnsupportedValueError(
             f"The non-tensor part of {path} (hyper-parameters, callbacks, loops) holds objects that are not plain data:"
-            f" {str(exc).strip().splitlines()[0]}. If you trust this checkpoint, pass"
-            " Trainer(plugins=[DCPCheckpointIO(weights_only=False)]), or allow their classes with"
-            " torch.serialization.add_safe_globals([...])."
+            f" {str(exc).strip().splitlines()[0]}. If you trust this checkpoint, load it"
+            " with weights_only=False (Trainer and Fabric: plugins=[DCPCheckpointIO(weights_only=False)]), or allow"
+            " their classes with torch.serialization.add_safe_globals([...])."
         ) from exc
     return meta
 

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from dcp_plugins.lightning.layout import META_KEY
 from dcp_plugins.state_dict import get_model_state_dict, get_optimizer_state_dict
 
 __all__ = ["Entries", "Filters", "divide", "is_stateful", "naming_module"]
@@ -51,7 +52,14 @@ def divide(state: Mapping[str, Any], known: Iterable[nn.Module]) -> Entries:
         state: As Fabric hands it on, without its wrappers.
         known: Modules that have been set up, in the same order on every rank: they name the parameters of optimizers
             whose module is not in the state.
+
+    Raises:
+        ValueError: An entry has the name under which the non-tensor part is saved.
     """
+    if META_KEY in state:
+        raise ValueError(
+            f"The entry {META_KEY!r} of the state has a name that checkpoints use. Call it something else."
+        )
     modules = {name: value for name, value in state.items() if isinstance(value, nn.Module)}
     optimizers = {}
     for name, value in state.items():

@@ -109,6 +109,8 @@ def ask_for_parts(flag: str, folder: Path) -> dict[str, Any]:
     seen["as values"] = sorted(as_values["model"]), as_values["step"]
     with pytest.raises(CheckpointNotFoundError, match="does not exist"):
         saved.fabric.load(folder / "b")
+    with pytest.raises(ValueError, match="lightning_meta' of the state has a name that checkpoints use"):
+        saved.fabric.save(folder / "b", {"model": saved.model, "lightning_meta": 1})
     return seen
 
 
