@@ -28,12 +28,13 @@ from dcp_plugins.errors import CheckpointNotFoundError
 from dcp_plugins.lightning.checkpoint_io import DCPCheckpointIO
 from dcp_plugins.lightning.layout import META_FILES, last_checkpoint
 from dcp_plugins.lightning.model_checkpoint import link_after_commit
+from dcp_plugins.lightning.optimizer_state import optimizer_state_of
 from dcp_plugins.lightning.requeue import Requeue, is_requeue_checkpoint
 from dcp_plugins.lightning.strategy_base import SavesThroughDCP, make_room, renormed
 from dcp_plugins.lightning.twin import Fingerprint
 from dcp_plugins.manager import SaveOptions, is_committed, remove_if_uncommitted
 from dcp_plugins.manager.agreement import deciding_ranks
-from dcp_plugins.state_dict import get_model_state_dict, get_optimizer_state_dict
+from dcp_plugins.state_dict import get_model_state_dict
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -97,7 +98,7 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
         """Collect an optimizer's state by the parameters' names."""
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer._optimizer
-        return get_optimizer_state_dict(self._stateful_module, optimizer)
+        return optimizer_state_of(self._stateful_module, optimizer)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Do nothing: `load_checkpoint` has loaded the model in place."""

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FlatParameter
 from torch.optim import Optimizer
 
 import dcp_plugins as dcp
@@ -17,6 +16,7 @@ from dcp_plugins.contract import Metadata
 from dcp_plugins.errors import PlanError, listing
 from dcp_plugins.lightning import layout
 from dcp_plugins.lightning.layout import Contents
+from dcp_plugins.lightning.optimizer_state import optimizer_state_of
 from dcp_plugins.manager import expected_warnings
 from dcp_plugins.state_dict import (
     StateDictOptions,
@@ -241,7 +241,8 @@ def _by_name(saved: dict[str, Any], module: nn.Module, optimizer: Optimizer) -> 
     """
     if all(isinstance(name, str) for group in saved["param_groups"] for name in group["params"]):
         return saved
-    order = _names_in_order(module, optimizer)
+    groups: Any = optimizer_state_of(module, optimizer)["param_groups"]
+    order = [name for group in groups for name in group["params"]]
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
     if len(order) != len(numbers):
         raise PlanError(
@@ -255,16 +256,3 @@ def _by_name(saved: dict[str, Any], module: nn.Module, optimizer: Optimizer) -> 
             {**group, "params": [to_name[number] for number in group["params"]]} for group in saved["param_groups"]
         ],
     }
-
-
-def _names_in_order(module: nn.Module, optimizer: Optimizer) -> list[str]:
-    """Name an optimizer's parameters in the order of its groups, as it would have them unsharded."""
-    groups: list[dict[str, Any]] = get_optimizer_state_dict(module, optimizer)["param_groups"]  # type: ignore[assignment]
-    is_flat = any(
-        isinstance(parameter, FlatParameter) for group in optimizer.param_groups for parameter in group["params"]
-    )
-    if not is_flat:
-        return [name for group in groups for name in group["params"]]
-    # Of FSDP1's flat parameters the outermost unit's come first; what is unsharded is listed in the model's order.
-    places = {name: place for place, name in enumerate(get_model_state_dict(module))}
-    return [name for group in groups for name in sorted(group["params"], key=places.__getitem__)]

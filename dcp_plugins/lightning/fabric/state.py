@@ -15,7 +15,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dcp_plugins.lightning.layout import META_KEY
-from dcp_plugins.state_dict import get_model_state_dict, get_optimizer_state_dict
+from dcp_plugins.lightning.optimizer_state import optimizer_state_of
+from dcp_plugins.state_dict import get_model_state_dict
 
 __all__ = ["Entries", "Filters", "divide", "is_stateful", "naming_module"]
 
@@ -40,7 +41,7 @@ class Entries:
         """
         parts: dict[str, Any] = {name: get_model_state_dict(module) for name, module in self.modules.items()}
         for name, (module, optimizer) in self.optimizers.items():
-            parts[name] = get_optimizer_state_dict(module, optimizer)
+            parts[name] = optimizer_state_of(module, optimizer)
         rest = {name: value.state_dict() if is_stateful(value) else value for name, value in self.rest.items()}
         return _filtered(parts, filters), _filtered(rest, filters)
 

@@ -14,7 +14,13 @@ from lightning.pytorch.callbacks import Callback, OnExceptionCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 
 from dcp_plugins.errors import CheckpointNotFoundError, UnsupportedValueError
-from dcp_plugins.lightning import DCPCheckpointIO, consolidate, is_committed, load_from_checkpoint
+from dcp_plugins.lightning import (
+    DCPCheckpointIO,
+    DCPFSDPStrategy,
+    consolidate,
+    is_committed,
+    load_from_checkpoint,
+)
 from dcp_plugins.testing.ranks import run_ranks
 from tests.adapters.lightning.fabrics import Run
 from tests.adapters.lightning.test_async import At, every_step
@@ -131,6 +137,32 @@ def test_modules_data_and_callbacks_come_back_from_a_directory(
         assert digest({"model": load_from_checkpoint(Configured, file).state_dict()}) == weights
         for losses in run_ranks(2, resume_under_stock_ddp, file):
             assert sorted(losses) == [3, 4]
+
+
+def save_flat(path: Path) -> list[str]:
+    strategy = DCPFSDPStrategy(use_orig_params=False)
+    fit(strategy, devices=2, steps=3, save_to=path)
+    return [name for name, _ in Regression().named_parameters()]
+
+
+def save_under_stock_ddp(path: Path) -> None:
+    fit(DDPStrategy(), devices=2, steps=3, save_to=path)
+
+
+def resume(strategy: Any, path: Path) -> Any:
+    return fit(strategy, devices=2, steps=5, resume=path).losses
+
+
+def test_optimizer_state_of_flat_parameters_is_consolidated_in_the_order_of_the_model(tmp_path: Path) -> None:
+    names = run_ranks(2, save_flat, tmp_path / "a.ckpt")[0]
+    consolidate(tmp_path / "a.ckpt", tmp_path / "one.ckpt")
+    assert torch.load(tmp_path / "one.ckpt")["optimizer_states"][0]["param_groups"][0]["params"] == names
+    expected = run_ranks(2, resume, DCPFSDPStrategy(use_orig_params=False), tmp_path / "a.ckpt")[0]
+    # Stock DDP goes by the order, and writes numbers, of which ours has to know the order.
+    assert run_ranks(2, resume, DDPStrategy(), tmp_path / "one.ckpt")[0] == pytest.approx(expected, rel=1e-5)
+    run_ranks(2, save_under_stock_ddp, tmp_path / "stock.ckpt")
+    flat = run_ranks(2, resume, DCPFSDPStrategy(use_orig_params=False), tmp_path / "stock.ckpt")[0]
+    assert flat == pytest.approx(run_ranks(2, resume, DDPStrategy(), tmp_path / "stock.ckpt")[0], rel=1e-5)
 
 
 def test_a_directory_of_fabrics_becomes_a_dict_with_the_users_entries(tmp_path: Path) -> None:
