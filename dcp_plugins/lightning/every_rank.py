@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 
 from dcp_plugins.errors import CheckpointNotFoundError
 from dcp_plugins.lightning.checkpoint_io import DCPCheckpointIO
+from dcp_plugins.lightning.interruption import raise_unless_everywhere
 from dcp_plugins.lightning.layout import META_FILES, last_checkpoint
 from dcp_plugins.lightning.model_checkpoint import link_after_commit
 from dcp_plugins.lightning.optimizer_state import optimizer_state_of
@@ -67,6 +68,8 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
     _saved: _Saved | None = None
     """What the last save in the background has saved: the next one may be of the same."""
     _has_saved_again = False
+    _interruption_timeout_seconds = 30.0
+    """How long a rank that an exception has interrupted waits for the others to be interrupted, too."""
 
     @property
     def _stateful_module(self) -> nn.Module:
@@ -113,6 +116,8 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
         if not self._is_interrupted:
             self._save(checkpoint, Path(filepath), storage_options)
             return
+        if not self._single_process:
+            raise_unless_everywhere(timeout_seconds=self._interruption_timeout_seconds)
         try:
             self._save(checkpoint, Path(filepath), storage_options)
         except Exception:  # it must not hide the exception that has interrupted the run

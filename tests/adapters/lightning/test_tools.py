@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from dcp_plugins.errors import CheckpointNotFoundError, UnsupportedValueError
 from dcp_plugins.lightning import (
     DCPCheckpointIO,
+    DCPDDPStrategy,
     DCPFSDPStrategy,
     consolidate,
     is_committed,
@@ -237,6 +238,27 @@ def test_what_a_kill_left_of_a_checkpoint_on_an_exception_is_not_resumed(tmp_pat
     with_warning, _ = run_ranks(2, resume_from_the_uncommitted, tmp_path)
     assert with_warning == [2, 3]
     assert is_committed(tmp_path / "step=4.ckpt")
+
+
+def break_off_alone(folder: Path) -> str:
+    def stop(trainer: pl.Trainer) -> None:
+        if trainer.global_rank == 1:
+            raise ZeroDivisionError("in training")
+
+    strategy = DCPDDPStrategy(asynchronous=True)
+    strategy._interruption_timeout_seconds = 0.5
+    try:
+        fit(strategy, devices=2, steps=6, callbacks=[OnExceptionCheckpoint(folder), At(3, stop)])
+    except Exception as exc:
+        return f"{type(exc).__name__}: {exc}"
+    return ""
+
+
+def test_an_exception_on_one_rank_alone_is_raised_without_waiting_for_the_others(tmp_path: Path) -> None:
+    other, failed = run_ranks(2, break_off_alone, tmp_path, collective_timeout_seconds=20)
+    assert failed == "ZeroDivisionError: in training"
+    assert other  # it was in a collective that nobody joins
+    assert not is_committed(tmp_path / "on_exception.ckpt")
 
 
 def resume_from_the_uncommitted(folder: Path) -> list[int]:
