@@ -2,6 +2,7 @@
 
     import dcp_plugins.lightning
     trainer = Trainer(strategy="dcp_fsdp2", devices=8)
+    fabric = Fabric(strategy="dcp_fsdp2", devices=8)  # see `dcp_plugins.lightning.fabric`
 
 With ``_async`` behind the name (``dcp_fsdp2_async``) checkpoints are written in the background while training goes on.
 
@@ -23,6 +24,7 @@ except ImportError as exc:
     ) from exc
 
 from dcp_plugins.lightning.checkpoint_io import DCPCheckpointIO
+from dcp_plugins.lightning.fabric import register_strategies as register_fabric_strategies
 from dcp_plugins.lightning.fsdp1 import DCPFSDPStrategy
 from dcp_plugins.lightning.layout import last_checkpoint, remove_uncommitted
 from dcp_plugins.lightning.strategies import (
@@ -31,6 +33,7 @@ from dcp_plugins.lightning.strategies import (
     DCPSingleDeviceStrategy,
     register_strategies,
 )
+from dcp_plugins.lightning.tools import consolidate, load_from_checkpoint
 from dcp_plugins.manager import is_committed
 
 __all__ = [
@@ -39,10 +42,13 @@ __all__ = [
     "DCPFSDP2Strategy",
     "DCPFSDPStrategy",
     "DCPSingleDeviceStrategy",
+    "consolidate",
     "is_committed",
     "last_checkpoint",
+    "load_from_checkpoint",
     "register_strategies",
     "remove_uncommitted",
 ]
 
 register_strategies()
+register_fabric_strategies()

@@ -6,10 +6,10 @@ calls it holds no state but that of a save in the background, so one instance ma
 
 from __future__ import annotations
 
+import dataclasses
 import io
-import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,18 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from torch import nn
 from torch.optim import Optimizer
 
-import dcp_plugins as dcp
-from dcp_plugins.contract import Metadata, WriteResult
+from dcp_plugins.engine.thread_runner import thread_runner
 from dcp_plugins.lightning import layout
 from dcp_plugins.lightning.layout import ModelKey
 from dcp_plugins.lightning.links import lead_away
 from dcp_plugins.lightning.load import load_directory, load_file
+from dcp_plugins.lightning.twin import write_twin
 from dcp_plugins.manager import SaveOptions, Saver, delete_checkpoint, is_committed
-from dcp_plugins.storage.local import sync_directory
+from dcp_plugins.manager.agreement import deciding_ranks
+from dcp_plugins.manager.options import Asynchronous
+from dcp_plugins.storage.companion import CompanionWriter
 
 __all__ = ["DCPCheckpointIO"]
-
-log = logging.getLogger(__name__)
 
 _PathLike = str | os.PathLike[str]
 
@@ -42,9 +42,12 @@ class DCPCheckpointIO(CheckpointIO):
     Args:
         model_key: What the model's part is called: "state_dict" as in stock ``ModelParallelStrategy``, or "model" as in
             stock ``FSDPStrategy``, each of which loads only its own. By default as in the stock counterpart of the
-            strategy in use, which is "model" under `DCPFSDPStrategy` alone. Reading understands both.
+            strategy in use, which is "model" under `DCPFSDPStrategy` alone. Reading understands both. (Under Fabric,
+            the user's own keys are the names.)
         weights_only: Read the non-tensor part as plain data. ``False`` unpickles it, which can run code: only for
             checkpoints that you trust. A call's own ``weights_only`` goes before it.
+        asynchronous: Where saves in the background are written: "thread", or "process", beside which training keeps the
+            interpreter to itself. "off" has none. By default the strategy says.
         sync_files: Sync data and directory before the commit. ``False`` is faster and survives a killed process, but
             not a power cut.
         thread_count: Number of I/O threads of each rank; ``None`` takes what the storage finds best.
@@ -52,6 +55,9 @@ class DCPCheckpointIO(CheckpointIO):
             computed, which waits for the copy before it changes them. ``False`` copies them before the training goes
             on: for code that changes parameters elsewhere than in an optimizer's step (clips them in a hook, or swaps
             averages in).
+
+    Raises:
+        ValueError: An option has an impossible value, or two contradict each other; names them.
     """
 
     def __init__(
@@ -59,22 +65,33 @@ class DCPCheckpointIO(CheckpointIO):
         *,
         model_key: ModelKey | None = None,
         weights_only: bool = True,
+        asynchronous: Asynchronous | None = None,
         sync_files: bool = True,
         thread_count: int | None = None,
         overlap_staging: bool = True,
     ) -> None:
         if model_key is not None and model_key not in layout.MODEL_KEYS:
             raise ValueError(f"model_key must be one of {layout.MODEL_KEYS} or None, got {model_key!r}")
+        if asynchronous == "off" and not overlap_staging:
+            raise ValueError(
+                "overlap_staging=False is about saves in the background, of which asynchronous='off' has none. Leave"
+                " one of the two out."
+            )
         self.model_key = model_key
         self.weights_only = weights_only
+        self.asynchronous = asynchronous
         self.options = SaveOptions(
-            asynchronous="thread", sync_files=sync_files, thread_count=thread_count, overlap_staging=overlap_staging
+            asynchronous=asynchronous or "off",
+            thread_count=thread_count,
+            sync_files=sync_files,
+            overlap_staging=overlap_staging,
         )
         self.single_process = False
         """Set by a strategy whose trainer is one process, whatever process group may exist around it."""
         self.stock_model_key: ModelKey = "state_dict"
         """Set by the strategy: the ``model_key`` of its stock counterpart."""
         self._saver = Saver(self.options)
+        self._failures: list[Exception] = []
 
     @property
     def no_dist(self) -> bool:
@@ -86,11 +103,13 @@ class DCPCheckpointIO(CheckpointIO):
 
         A previous checkpoint under ``path`` stays loadable until the new one is committed. On return the checkpoint is
         committed; or every rank raises.
+
+        Args:
+            checkpoint: As Lightning's Trainer makes it.
+            path: The same on every rank.
+            storage_options: A mapping with options of the constructor that are to be different in this save.
         """
-        _refuse(storage_options)
-        self._saver.finish()
-        state, writer = self._prepare(checkpoint, path)
-        self._saver.save(state, path, writer=writer, blocking=True)
+        self.save_parts(*self.parts_of(checkpoint), path, options=self.options_for(storage_options, "off"))
 
     def begin_save(
         self,
@@ -107,27 +126,129 @@ class DCPCheckpointIO(CheckpointIO):
         next step waits until they are copied. One save is in flight at a time: this waits for the one before.
 
         Args:
-            checkpoint: As Lightning makes it.
+            checkpoint: As Lightning's Trainer makes it.
             path: The same on every rank.
             optimizers: Those that train.
             changed_by_forward: Parameters of theirs that the forward pass changes.
-            storage_options: None: there are no options.
+            storage_options: As in `save_checkpoint`.
 
         Raises:
-            CheckpointException: The save before this one failed, or some rank could not begin this one; raised on every
-                rank.
+            CheckpointException: The save before this one failed; raised on every rank.
         """
-        _refuse(storage_options)
-        self._saver.finish()
-        state, writer = self._prepare(checkpoint, path)
-        self._saver.save(
-            state,
+        kind = "thread" if self.asynchronous in (None, "off") else self.asynchronous
+        self.save_parts(
+            *self.parts_of(checkpoint),
             path,
-            writer=writer,
+            options=self.options_for(storage_options, kind),
             optimizers=optimizers,
             changed_by_forward=changed_by_forward,
-            blocking=False,
         )
+
+    def options_for(self, storage_options: Any | None, asynchronous: Asynchronous) -> SaveOptions:
+        """Return the options of one save.
+
+        Args:
+            storage_options: What the call says, which goes before the rest.
+            asynchronous: Where the save runs unless the call says.
+        """
+        options = dataclasses.replace(self.options, asynchronous=asynchronous)
+        if storage_options is None:
+            return options
+        where = "save_checkpoint(storage_options=...)"
+        if not isinstance(storage_options, Mapping):
+            raise TypeError(f"{where} must be a mapping, got {storage_options!r}")
+        return SaveOptions.from_mapping({**dataclasses.asdict(options), **storage_options}, where=where)
+
+    def parts_of(self, checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Divide a checkpoint of the Trainer's into the parts that hold tensors, and the rest."""
+        rest = dict(checkpoint)
+        parts: dict[str, Any] = {self.model_key or self.stock_model_key: rest.pop("state_dict")}
+        for index, optimizer_state in enumerate(rest.pop("optimizer_states", ())):
+            parts[layout.optimizer_key(index)] = optimizer_state
+        return parts, rest
+
+    def save_parts(
+        self,
+        parts: dict[str, Any],
+        rest: dict[str, Any],
+        path: _PathLike,
+        *,
+        options: SaveOptions | None = None,
+        optimizers: Iterable[Optimizer] = (),
+        changed_by_forward: Iterable[torch.Tensor] = (),
+    ) -> None:
+        """Write a checkpoint that is divided already. Called on every rank, with the same path.
+
+        Args:
+            parts: State dicts by the names of the parts. Every rank has its own shards.
+            rest: Everything else, of which rank 0's is saved.
+            path: The directory.
+            options: Of this save; by default those of the constructor. With ``asynchronous`` in them this returns while
+                the writing goes on.
+            optimizers: Those that train.
+            changed_by_forward: Parameters of theirs that the forward pass changes.
+        """
+        options = options or self.options
+        self.finish()
+        self._saver.options, self._saver.no_dist = options, self.no_dist
+        state = dict(parts)
+        content: bytes | Exception = b""
+        # Rank 0's callbacks and loops are the ones that stock Lightning saves.
+        if self.no_dist or dist.get_rank() == 0:
+            try:
+                content = layout.encode_meta(rest)
+                state[layout.META_KEY] = layout.meta_item(rest, content)
+            except Exception as exc:  # the writer raises it where the other ranks will hear of it
+                content = exc
+        writer = CompanionWriter(
+            path,
+            name=layout.META_FILE,
+            content=content,
+            sync_files=options.sync_files,
+            thread_count=options.thread_count,
+        )
+        self._saver.save(state, path, optimizers=optimizers, changed_by_forward=changed_by_forward, writer=writer)
+
+    @property
+    def newest(self) -> Path | None:
+        """The directory that a save was last begun into, committed or not."""
+        return self._saver.newest
+
+    def save_again(self, rest: dict[str, Any], path: _PathLike) -> None:
+        """Save what was last saved under another path, too, with the rest as it is now. Called on every rank.
+
+        The caller has made sure that the tensors are the same. This returns at once; the checkpoint is made, of the
+        same data files, once the first one is committed, and not at all if that fails.
+
+        Args:
+            rest: Everything but the tensors, of which rank 0's is saved.
+            path: Another directory, the same on every rank.
+        """
+        source, options = self.newest, self._saver.options
+        assert source is not None
+        ranks = deciding_ranks(no_dist=self.no_dist)
+        is_coordinator = self.no_dist or dist.get_rank() == 0
+        content = ranks.settle("encode", lambda: layout.encode_meta(rest) if is_coordinator else b"")
+        if is_coordinator:
+            values = {f"{layout.META_KEY}.{name}": value for name, value in layout.meta_item(rest, content).items()}
+            writer = CompanionWriter(
+                path, name=layout.META_FILE, content=content, sync_files=options.sync_files, thread_count=1
+            )
+            self.after_commit(partial(self._write_twin, source, writer, values))
+
+    def _write_twin(self, source: Path, writer: CompanionWriter, values: dict[str, Any]) -> None:
+        try:
+            write_twin(source, writer, values)
+        except Exception as exc:  # for the next save to raise, on the thread that trains
+            self._failures.append(exc)
+            raise
+
+    def raise_noted_failure(self) -> None:
+        """Raise what `save_again` has failed with in the background, once. Only rank 0 knows."""
+        if self._failures:
+            failure = self._failures[0]
+            self._failures = []
+            raise failure
 
     def finish(self) -> None:
         """Wait until the save in the background is committed and what follows is done; raise its failure, once."""
@@ -136,6 +257,8 @@ class DCPCheckpointIO(CheckpointIO):
     def wait(self) -> None:
         """Wait for the save in the background, whatever comes of it."""
         self._saver.wait()
+        # Of another trainer in this process, whose checkpoint this one may be about to load.
+        thread_runner.wait()
 
     def after_commit(self, step: Callable[[], None]) -> None:
         """Do something once the save in the background is committed, and not at all if it fails; or now."""
@@ -144,25 +267,6 @@ class DCPCheckpointIO(CheckpointIO):
     def teardown(self) -> None:
         """Finish the save in the background, and free the memory that it was staged in."""
         self._saver.close()
-
-    def _prepare(self, checkpoint: dict[str, Any], path: _PathLike) -> tuple[dict[str, Any], _LightningWriter]:
-        """Return what the engine is to save, and the writer, with the non-tensor part in it as it is now."""
-        self._saver.no_dist = self.single_process
-        meta = dict(checkpoint)
-        state: dict[str, Any] = {self.model_key or self.stock_model_key: meta.pop("state_dict")}
-        for index, optimizer_state in enumerate(meta.pop("optimizer_states", ())):
-            state[layout.optimizer_key(index)] = optimizer_state
-        # Rank 0's callbacks and loops are the ones that stock Lightning saves.
-        is_coordinator = self.no_dist or dist.get_rank() == 0
-        encoded: bytes | Exception = b""
-        if is_coordinator:
-            try:
-                encoded = layout.encode_meta(meta)
-                state[layout.META_KEY] = layout.meta_item(meta, encoded)
-            except Exception as exc:  # the writer raises it where the other ranks will hear of it
-                encoded = exc
-        options = self.options
-        return state, _LightningWriter(path, encoded, sync_files=options.sync_files, thread_count=options.thread_count)
 
     def load_checkpoint(
         self,
@@ -216,50 +320,6 @@ class DCPCheckpointIO(CheckpointIO):
         if path.is_dir() and not path.is_symlink() and newest is not None and is_committed(newest):
             lead_away(path, newest)
         delete_checkpoint(path)
-
-
-class _LightningWriter(dcp.FileSystemWriter):
-    """Publishes ``meta.pt`` around the commit of the DCP part, inside the engine's own error handling."""
-
-    warns_of_replacing = False  # a trainer saves ``last.ckpt`` again on purpose
-
-    def __init__(self, path: _PathLike, meta: bytes | Exception, *, sync_files: bool, thread_count: int | None) -> None:
-        super().__init__(path, sync_files=sync_files, thread_count=thread_count)
-        self._meta = meta
-
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        # A failure of rank 0 that all ranks must raise: the engine collects the errors of this step. (Of the planning
-        # steps, which it also collects, none may be overridden: the engine would then not reuse earlier plans.)
-        if isinstance(self._meta, Exception):
-            raise self._meta
-        super().set_up_storage_writer(is_coordinator, *args, **kwargs)
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        assert isinstance(self._meta, bytes)
-        final = self.path / layout.META_FILE
-        # A fixed name: what a kill leaves is overwritten by the next save, and the commit does not reclaim it.
-        fresh = self.path / f"{layout.META_FILE}.new"
-        with fresh.open("wb") as stream:
-            stream.write(self._meta)
-            stream.flush()
-            if self.sync_files:
-                os.fsync(stream.fileno())
-        # In this order no instant pairs the meta.pt of one save with the .metadata of another.
-        final.unlink(missing_ok=True)
-        if self.sync_files:
-            sync_directory(self.path)
-        super().finish(metadata, results)
-        fresh.replace(final)
-        if self.sync_files:
-            sync_directory(self.path)
-
-
-def _refuse(storage_options: Any | None) -> None:
-    if storage_options is not None:
-        raise TypeError(
-            f"DCPCheckpointIO takes no storage_options in save_checkpoint, got {storage_options!r}. Options are"
-            " arguments of its constructor."
-        )
 
 
 def _to_device(checkpoint: dict[str, Any], map_location: Any | None) -> dict[str, Any]:

@@ -11,52 +11,65 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from dcp_plugins.errors import CheckpointNotFoundError
 from dcp_plugins.lightning.checkpoint_io import DCPCheckpointIO
-from dcp_plugins.lightning.layout import META_FILES, ModelKey, last_checkpoint
+from dcp_plugins.lightning.interruption import raise_unless_everywhere
+from dcp_plugins.lightning.layout import META_FILES, last_checkpoint
 from dcp_plugins.lightning.model_checkpoint import link_after_commit
-from dcp_plugins.manager import is_committed, remove_if_uncommitted
-from dcp_plugins.state_dict import get_model_state_dict, get_optimizer_state_dict
-from dcp_plugins.storage.local import make_directory
+from dcp_plugins.lightning.optimizer_state import optimizer_state_of
+from dcp_plugins.lightning.requeue import Requeue, is_requeue_checkpoint
+from dcp_plugins.lightning.strategy_base import SavesThroughDCP, make_room, renormed
+from dcp_plugins.lightning.twin import Fingerprint
+from dcp_plugins.manager import SaveOptions, is_committed, remove_if_uncommitted
+from dcp_plugins.manager.agreement import deciding_ranks
+from dcp_plugins.state_dict import get_model_state_dict
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 __all__ = ["CheckpointsOnEveryRank"]
 
 log = logging.getLogger(__name__)
 
 _PathLike = str | os.PathLike[str]
-_Answer = TypeVar("_Answer")
 
 # The names that Lightning looks for when it is told to resume from "last".
 _IS_LAST = re.compile(r"last(-|$)")
 
 
-class CheckpointsOnEveryRank(Strategy):
-    """Mixed in before a strategy of Lightning: replaces how it saves, loads, and finds its ``CheckpointIO``.
+@dataclass(frozen=True, slots=True)
+class _Saved:
+    path: Path
+    step: int
+    options: SaveOptions
+    fingerprint: Fingerprint
 
-    Args:
-        args: As for the strategy.
-        asynchronous: Save in the background while a fit goes on. A save that failed raises at the next one, on every
-            rank, or when the fit ends, which waits for the last save. Saves outside of a fit are as without it.
-        options: As for the strategy.
+
+class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
+    """Mixed in before a strategy of Lightning's Trainer: replaces how it saves, loads, and finds its ``CheckpointIO``.
+
+    ``asynchronous`` is for saves while a fit goes on. One that failed raises at the next one, on every rank, or when
+    the fit ends, which waits for the last save. Saves outside of a fit are in the foreground.
     """
 
-    _single_process = False
-    _stock_model_key: ModelKey = "state_dict"
-
-    def __init__(self, *args: Any, asynchronous: bool = False, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.asynchronous = asynchronous
+    _saved: _Saved | None = None
+    """What the last save in the background has saved: the next one may be of the same."""
+    _has_saved_again = False
+    _interruption_timeout_seconds = 30.0
+    """How long a rank that an exception has interrupted waits for the others to be interrupted, too."""
 
     @property
     def _stateful_module(self) -> nn.Module:
@@ -66,21 +79,11 @@ class CheckpointsOnEveryRank(Strategy):
 
     @property
     def checkpoint_io(self) -> DCPCheckpointIO:
-        if self._checkpoint_io is None:
-            self.checkpoint_io = DCPCheckpointIO()
-        assert isinstance(self._checkpoint_io, DCPCheckpointIO)
-        return self._checkpoint_io
+        return self._io()
 
     @checkpoint_io.setter
     def checkpoint_io(self, plugin: CheckpointIO) -> None:
-        if not isinstance(plugin, DCPCheckpointIO):
-            raise TypeError(
-                f"{type(self).__name__} needs a DCPCheckpointIO, got {type(plugin).__name__}: other plugins write on"
-                " rank 0 only. Leave the plugin out, or use one of Lightning's own strategies with it."
-            )
-        plugin.single_process = self._single_process
-        plugin.stock_model_key = self._stock_model_key
-        self._checkpoint_io = plugin
+        self._accept_io(plugin)
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -98,7 +101,7 @@ class CheckpointsOnEveryRank(Strategy):
         """Collect an optimizer's state by the parameters' names."""
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer._optimizer
-        return get_optimizer_state_dict(self._stateful_module, optimizer)
+        return optimizer_state_of(self._stateful_module, optimizer)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Do nothing: `load_checkpoint` has loaded the model in place."""
@@ -110,28 +113,74 @@ class CheckpointsOnEveryRank(Strategy):
         self, checkpoint: dict[str, Any], filepath: _PathLike, storage_options: Any | None = None
     ) -> None:
         """Save on every rank to the path that rank 0 names."""
-        plugin = self.checkpoint_io
-        # Its failure is raised before anything is made ready for this save.
-        plugin.finish()
-        path, aside = self._decide_on_rank_zero(lambda: _make_room(Path(filepath), sync=plugin.options.sync_files))
-        if self.asynchronous and self._is_fitting:
-            self._begin_save(checkpoint, path, storage_options)
-        else:
-            plugin.save_checkpoint(checkpoint, path, storage_options=storage_options)
-        if aside is not None and self.is_global_zero:
-            plugin.after_commit(aside.unlink)
+        if not self._is_interrupted:
+            self._save(checkpoint, Path(filepath), storage_options)
+            return
+        if not self._single_process:
+            raise_unless_everywhere(timeout_seconds=self._interruption_timeout_seconds)
+        try:
+            self._save(checkpoint, Path(filepath), storage_options)
+        except Exception:  # it must not hide the exception that has interrupted the run
+            log.exception("The run was interrupted, and its checkpoint %s could not be saved", filepath)
 
-    def _begin_save(self, checkpoint: dict[str, Any], path: Path, storage_options: Any | None) -> None:
-        module = self.lightning_module
-        assert module is not None
-        link_after_commit(module.trainer.checkpoint_callbacks)
-        self.checkpoint_io.begin_save(
-            checkpoint,
+    def _save(self, checkpoint: dict[str, Any], path: Path, storage_options: Any | None) -> None:
+        plugin = self.checkpoint_io
+        is_last_chance = self._is_interrupted or is_requeue_checkpoint(path)
+        in_background = self._is_fitting and not is_last_chance
+        options = plugin.options_for(storage_options, self._asynchronous if in_background else "off")
+        parts, rest = plugin.parts_of(checkpoint)
+        before, self._saved = self._saved, None
+        fingerprint: Fingerprint | None = None
+        if options.asynchronous != "off" and options.overlap_staging:
+            fingerprint = Fingerprint(parts, self._stateful_module, self.optimizers)
+            if before is not None and self._is_saved(before, path, rest, options, fingerprint):
+                path, aside = self._decide_on_rank_zero(lambda: self._make_room(path))
+                plugin.save_again(rest, path)
+                self._saved, self._has_saved_again = before, True
+                self._delete_after_commit(aside)
+                return
+        try:
+            # Its failure is raised before anything is made ready for this save.
+            plugin.finish()
+        except Exception:  # with what it failed does not matter to the last save there may be
+            if not is_last_chance:
+                raise
+            log.exception("A save in the background failed: its checkpoint does not exist")
+        path, aside = self._decide_on_rank_zero(lambda: self._make_room(path))
+        if options.asynchronous != "off":
+            assert self.lightning_module is not None
+            link_after_commit(self.lightning_module.trainer.checkpoint_callbacks)
+        plugin.save_parts(
+            parts,
+            rest,
             path,
+            options=options,
             optimizers=self.optimizers,
-            changed_by_forward=_renormed(self._stateful_module),
-            storage_options=storage_options,
+            changed_by_forward=renormed(self._stateful_module),
         )
+        if fingerprint is not None:
+            self._saved = _Saved(path, rest["global_step"], options, fingerprint)
+        self._delete_after_commit(aside)
+
+    def _make_room(self, path: Path) -> tuple[Path, Path | None]:
+        plugin = self.checkpoint_io
+        plugin.raise_noted_failure()
+        return make_room(path, sync=plugin.options.sync_files)
+
+    def _delete_after_commit(self, aside: Path | None) -> None:
+        if aside is not None and self.is_global_zero:
+            self.checkpoint_io.after_commit(aside.unlink)
+
+    def _is_saved(
+        self, before: _Saved, path: Path, rest: dict[str, Any], options: SaveOptions, now: Fingerprint
+    ) -> bool:
+        """Agree whether, on every rank, what is to be saved is what the last save in the background has saved."""
+        plugin = self.checkpoint_io
+        if (before.step, before.options, before.path) != (rest["global_step"], options, plugin.newest):
+            return False
+        ranks = deciding_ranks(no_dist=plugin.no_dist)
+        is_same = before.fingerprint.proves_same(now) and path.absolute() != before.path.absolute()
+        return all(ranks.all_gather("compare", lambda: is_same))
 
     @property
     def _is_fitting(self) -> bool:
@@ -141,16 +190,38 @@ class CheckpointsOnEveryRank(Strategy):
         state = module.trainer.state
         return state.fn == TrainerFn.FITTING and state.status == TrainerStatus.RUNNING
 
+    @property
+    def _is_interrupted(self) -> bool:
+        """Whether Lightning is handling the exception that has ended a run, and its callbacks are told of it."""
+        module = self.lightning_module
+        assert module is not None
+        state = module.trainer.state
+        return state.status == TrainerStatus.INTERRUPTED and state.stage is not None
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        assert self.lightning_module is not None
+        # Lightning has set its handlers by now.
+        self._requeue = Requeue(self.lightning_module.trainer, no_dist=self.checkpoint_io.no_dist)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        self._requeue.answer_if_asked()
+
     def teardown(self) -> None:
         """Finish the save in the background first. What it failed with is raised, unless the fit has failed itself."""
+        plugin = self.checkpoint_io
         try:
-            self.checkpoint_io.finish()
+            plugin.finish()
+            if self._has_saved_again and not self._is_interrupted:  # otherwise a rank may be here alone
+                self._decide_on_rank_zero(plugin.raise_noted_failure)
         except Exception:  # it must not hide the exception that is being raised
             module = self.lightning_module
             if module is None or module.trainer.state.status != TrainerStatus.INTERRUPTED:
                 raise
             log.exception("The last save in the background failed, too: its checkpoint does not exist")
         finally:
+            self._saved, self._has_saved_again = None, False
             super().teardown()
 
     def load_checkpoint(self, checkpoint_path: _PathLike, weights_only: bool | None = None) -> dict[str, Any]:
@@ -159,7 +230,7 @@ class CheckpointsOnEveryRank(Strategy):
         module = self.lightning_module
         assert module is not None
         is_fitting = module.trainer.state.fn == TrainerFn.FITTING
-        path = self._decide_on_rank_zero(lambda: _find_checkpoint(Path(checkpoint_path), is_fitting=is_fitting))
+        path = self._decide_on_rank_zero(lambda: self._find_checkpoint(Path(checkpoint_path)))
         if path is None:
             # What is restored from this is what there is.
             return module.trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
@@ -171,66 +242,40 @@ class CheckpointsOnEveryRank(Strategy):
             strict=module.strict_loading,
         )
 
-    def _decide_on_rank_zero(self, decide: Callable[[], _Answer]) -> _Answer:
-        """Run ``decide`` on rank 0 and return its answer, or raise its error, on every rank."""
-        outcome: tuple[bool, Any] = (True, None)
-        if self.is_global_zero:
-            try:
-                outcome = (True, decide())
-            except Exception as exc:  # whatever it is, the other ranks are waiting to hear of it
-                outcome = (False, exc)
-        succeeded, value = self.broadcast(outcome)
-        if not succeeded:
-            raise value
-        answer: _Answer = value
-        return answer
+    def _find_checkpoint(self, path: Path) -> Path | None:
+        """Return where the checkpoint is that ``path`` means. Runs on rank 0.
+
+        Lightning takes whatever has one of the names that it looks for, also what a kill has left of the first save
+        under that name. In its place comes the newest checkpoint beside it, or None if there is none and training can
+        start anew.
+        """
+        if path.is_file() or is_committed(path):
+            return path
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        is_fitting = trainer.state.fn == TrainerFn.FITTING
+        beside = last_checkpoint(path.parent)
+        if path.is_dir() and _is_looked_for(path, trainer) and (beside is not None or is_fitting):
+            instead = f"Going on from {beside}, the newest beside it." if beside is not None else "Starting anew."
+            warnings.warn(
+                f"{path} is not a checkpoint: the save into it was killed before it was committed. {instead}",
+                stacklevel=2,
+            )
+            if is_fitting:
+                # So that the name is free for the next checkpoint that is to have it.
+                remove_if_uncommitted(path, META_FILES)
+            return beside
+        if path.is_dir():
+            what = f"{path} is not a checkpoint: it has no .metadata, so the save into it never finished"
+        else:
+            what = f"there is no checkpoint at {path}"
+        hint = f" The newest committed checkpoint beside it is {beside}." if beside is not None else ""
+        raise CheckpointNotFoundError(f"Expected a committed checkpoint, but {what}.{hint}")
 
 
-def _make_room(path: Path, *, sync: bool) -> tuple[Path, Path | None]:
-    """See to it that ``path`` can be a directory of its own. Runs on rank 0, before any rank writes.
-
-    Returns:
-        The path, and where an ordinary checkpoint file was put that had its name: to be deleted after the commit.
-    """
-    if path.is_symlink():
-        # It leads to another checkpoint, which a save through it would overwrite.
-        path.unlink()
-    aside = path.with_name(f"{path.name}.replaced") if path.is_file() else None
-    if aside is not None:
-        path.replace(aside)
-    # Names for further checkpoints are chosen by what is there, perhaps before a save in the background writes a file.
-    make_directory(path, sync=sync)
-    return path, aside
-
-
-def _find_checkpoint(path: Path, *, is_fitting: bool) -> Path | None:
-    """Return where the checkpoint is that ``path`` means. Runs on rank 0.
-
-    Lightning takes whatever has the name for "last", also what a kill has left of the first save under that name. In
-    its place comes the newest checkpoint beside it, or None if there is none and training can start anew.
-    """
-    if path.is_file() or is_committed(path):
-        return path
-    beside = last_checkpoint(path.parent)
-    if path.is_dir() and _IS_LAST.match(path.stem) and (beside is not None or is_fitting):
-        instead = f"Going on from {beside}, the newest beside it." if beside is not None else "Starting anew."
-        warnings.warn(
-            f"{path} is not a checkpoint: the save into it was killed before it was committed. {instead}", stacklevel=2
-        )
-        if is_fitting:
-            # So that the name is free for the next checkpoint that is to have it.
-            remove_if_uncommitted(path, META_FILES)
-        return beside
-    if path.is_dir():
-        what = f"{path} is not a checkpoint: it has no .metadata, so the save into it never finished"
-    else:
-        what = f"there is no checkpoint at {path}"
-    hint = f" The newest committed checkpoint beside it is {beside}." if beside is not None else ""
-    raise CheckpointNotFoundError(f"Expected a committed checkpoint, but {what}.{hint}")
-
-
-def _renormed(module: nn.Module) -> Iterator[Tensor]:
-    """Yield the parameters that a forward pass changes: embeddings whose rows are kept below a norm."""
-    for child in module.modules():
-        if isinstance(child, (nn.Embedding, nn.EmbeddingBag)) and child.max_norm is not None:
-            yield child.weight
+def _is_looked_for(path: Path, trainer: Trainer) -> bool:
+    """Tell whether Lightning looks for this name by itself: "last", before a requeue, or on an exception."""
+    if _IS_LAST.match(path.stem) or is_requeue_checkpoint(path):
+        return True
+    callbacks = [one for one in trainer.callbacks if isinstance(one, OnExceptionCheckpoint)]  # type: ignore[attr-defined]
+    return any(path.absolute() == Path(one.ckpt_path).absolute() for one in callbacks)

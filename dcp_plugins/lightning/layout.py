@@ -11,7 +11,8 @@ be replaced in one step, so a pair of them can be torn by a kill; the item is co
 tensors it belongs to. We load the item and ignore ``meta.pt`` wherever the item exists; ``meta.pt`` is for stock
 Lightning, which sees no checkpoint (rather than a mixed one) in the instants when the pair would not match.
 
-``FSDPStrategy`` calls the model "model" where ``ModelParallelStrategy`` calls it "state_dict"; both are read.
+``FSDPStrategy`` calls the model "model" where ``ModelParallelStrategy`` calls it "state_dict"; both are read. Under
+Fabric, modules and optimizers have the names that the user has given them, here as in stock.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ __all__ = [
     "last_checkpoint",
     "meta_item",
     "optimizer_key",
+    "parts_of",
     "remove_uncommitted",
     "saved_step",
 ]
@@ -60,6 +62,8 @@ MODEL_KEYS: tuple[ModelKey, ...] = get_args(ModelKey)
 
 PICKLE = "pickle"
 _STEP = "global_step"
+# The Trainer's name for the number of steps, and what a user of Fabric may call it.
+_NAMES_OF_STEP = (_STEP, "step")
 _EPOCH = "epoch"
 
 
@@ -69,16 +73,26 @@ class Contents:
 
     model_key: str
     """The name of the model's part: one of `MODEL_KEYS`."""
-    model_names: frozenset[str]
-    """The model's keys, as its ``state_dict()`` had them."""
     num_optimizers: int
-    has_meta: bool
-    """Whether the non-tensor part is inside the DCP data (a checkpoint of ours) or in ``meta.pt`` only."""
+    parts: dict[str, frozenset[str]]
+    """As `parts_of` returns them."""
 
 
 def optimizer_key(index: int) -> str:
     """Name the part of the checkpoint that holds optimizer number ``index``."""
     return f"optimizer_{index}"
+
+
+def parts_of(metadata: Metadata) -> dict[str, frozenset[str]]:
+    """Read off the metadata the names of a checkpoint's parts, with the keys in each, as its state dict had them."""
+    parts: dict[str, set[str]] = {}
+    planned = metadata.planner_data or {}
+    for fqn in metadata.state_dict_metadata:
+        where = planned.get(fqn)
+        if where is None:
+            where = fqn.split(".", 1)
+        parts.setdefault(str(where[0]), set()).add(str(where[1]) if len(where) > 1 else "")
+    return {name: frozenset(keys) for name, keys in parts.items()}
 
 
 def contents_of(metadata: Metadata, path: Path) -> Contents:
@@ -87,13 +101,7 @@ def contents_of(metadata: Metadata, path: Path) -> Contents:
     Raises:
         PlanError: There is no model in it: not a Lightning checkpoint.
     """
-    parts: dict[str, set[str]] = {}
-    planned = metadata.planner_data or {}
-    for fqn in metadata.state_dict_metadata:
-        where = planned.get(fqn)
-        if where is None:
-            where = fqn.split(".", 1)
-        parts.setdefault(str(where[0]), set()).add(str(where[1]) if len(where) > 1 else "")
+    parts = parts_of(metadata)
     model_key = next((key for key in MODEL_KEYS if key in parts), None)
     if model_key is None:
         raise PlanError(
@@ -103,7 +111,7 @@ def contents_of(metadata: Metadata, path: Path) -> Contents:
     num_optimizers = 0
     while optimizer_key(num_optimizers) in parts:
         num_optimizers += 1
-    return Contents(model_key, frozenset(parts[model_key]), num_optimizers, META_KEY in parts)
+    return Contents(model_key, num_optimizers, parts)
 
 
 def encode_meta(meta: dict[str, Any]) -> bytes:
@@ -115,8 +123,8 @@ def encode_meta(meta: dict[str, Any]) -> bytes:
     sharded = list(_paths_of_sharded(meta, "checkpoint"))
     if sharded:
         raise UnsupportedValueError(
-            "Expected sharded tensors only in the checkpoint's 'state_dict' and 'optimizer_states', but found some at:"
-            f" {listing(sharded)}. A callback or an on_save_checkpoint hook put them there; let it add full tensors"
+            "Expected sharded tensors only in the state dicts of modules and optimizers, but found some at:"
+            f" {listing(sharded)}. A callback, a hook or an entry of the state put them there; let it add full tensors"
             " (DTensor.full_tensor(), or dcp_plugins.state_dict with StateDictOptions(full_state_dict=True)), or"
             " register them as buffers of the module."
         )
@@ -146,33 +154,53 @@ def decode_meta(data: bytes, *, weights_only: bool, path: Path) -> dict[str, Any
             raise
         raise UnsupportedValueError(
             f"The non-tensor part of {path} (hyper-parameters, callbacks, loops) holds objects that are not plain data:"
-            f" {str(exc).strip().splitlines()[0]}. If you trust this checkpoint, pass"
-            " Trainer(plugins=[DCPCheckpointIO(weights_only=False)]), or allow their classes with"
-            " torch.serialization.add_safe_globals([...])."
+            f" {str(exc).strip().splitlines()[0]}. If you trust this checkpoint, load it"
+            " with weights_only=False (Trainer and Fabric: plugins=[DCPCheckpointIO(weights_only=False)]), or allow"
+            " their classes with torch.serialization.add_safe_globals([...])."
         ) from exc
     return meta
 
 
 def meta_item(meta: dict[str, Any], encoded: bytes) -> dict[str, Any]:
     """Make the part of the DCP state dict that holds the non-tensor part."""
-    return {PICKLE: encoded, _STEP: int(meta.get(_STEP, 0)), _EPOCH: int(meta.get(_EPOCH, 0))}
+    item: dict[str, Any] = {PICKLE: encoded}
+    step, epoch = _step_of(meta), meta.get(_EPOCH)
+    if step is not None:
+        item[_STEP] = step
+    if isinstance(epoch, int):
+        item[_EPOCH] = epoch
+    return item
+
+
+def _step_of(meta: Mapping[str, Any]) -> int | None:
+    return next((int(meta[name]) for name in _NAMES_OF_STEP if isinstance(meta.get(name), int)), None)
 
 
 def saved_step(path: str | os.PathLike[str]) -> int:
-    """Read the ``global_step`` at which the committed checkpoint at ``path`` was saved."""
+    """Read the step at which the committed checkpoint at ``path`` was saved.
+
+    Raises:
+        PlanError: It does not say.
+    """
     path = Path(path)
     reader = dcp.FileSystemReader(path)
     name = f"{META_KEY}.{_STEP}"
     if isinstance(reader.read_metadata().state_dict_metadata.get(name), BytesStorageMetadata):
         return int(dcp.load_from_keys(name, storage_reader=reader)[META_KEY][_STEP])
-    meta = torch.load(path / META_FILE, map_location="cpu", weights_only=True)
-    return int(meta[_STEP])
+    step = _step_of(torch.load(path / META_FILE, map_location="cpu", weights_only=True))
+    if step is None:
+        raise PlanError(
+            f"The checkpoint {path} does not say at which step it was saved. With Fabric, save the number of steps"
+            f" as an entry with one of the names {listing(_NAMES_OF_STEP)}."
+        )
+    return step
 
 
 def last_checkpoint(dirpath: str | os.PathLike[str]) -> Path | None:
     """Find the newest committed checkpoint in a directory of checkpoints, or ``None``.
 
-    Newest is the highest step that a checkpoint says it was saved at; file times are never asked. A directory that a
+    Newest is the highest step that a checkpoint says it was saved at (the Trainer's ``global_step``, or the entry
+    "global_step" or "step" of what Fabric saved); file times are never asked. A directory that a
     killed save left without a commit does not count, one that cannot be read is skipped with a warning. Among several
     of one step (``last.ckpt`` beside ``step=100.ckpt``) the first by name is taken; links count as what they point to.
     """

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FlatParameter
 from torch.optim import Optimizer
 
 import dcp_plugins as dcp
@@ -17,6 +16,7 @@ from dcp_plugins.contract import Metadata
 from dcp_plugins.errors import PlanError, listing
 from dcp_plugins.lightning import layout
 from dcp_plugins.lightning.layout import Contents
+from dcp_plugins.lightning.optimizer_state import optimizer_state_of
 from dcp_plugins.manager import expected_warnings
 from dcp_plugins.state_dict import (
     StateDictOptions,
@@ -26,9 +26,19 @@ from dcp_plugins.state_dict import (
     set_optimizer_state_dict,
 )
 
-__all__ = ["load_directory", "load_file"]
+__all__ = [
+    "Reader",
+    "Targets",
+    "as_trainer_checkpoint",
+    "fill_from_directory",
+    "fill_from_file",
+    "fill_raw",
+    "load_directory",
+    "load_file",
+    "meta_of",
+]
 
-log = logging.getLogger(__name__)
+_HINT = "Set strict_loading = False in the LightningModule"
 
 
 def load_directory(
@@ -41,41 +51,28 @@ def load_directory(
     no_dist: bool,
 ) -> dict[str, Any]:
     """Load a checkpoint directory; see `DCPCheckpointIO.load_checkpoint`."""
-    reader = _Reader(path)
-    try:
-        metadata = reader.read_metadata()
-    except Exception:
-        if no_dist:
-            raise
-        # Other ranks may have read it: fail with them, inside the engine's first exchange, not alone.
-        dcp.load({}, storage_reader=reader)
-        raise
-    contents = layout.contents_of(metadata, path)
+    reader = Reader(path)
+    contents = layout.contents_of(_metadata_of(reader, no_dist=no_dist), path)
     if module is None:
-        checkpoint = dcp.load_from_keys(storage_reader=reader)
-        meta = _meta_of(checkpoint.pop(layout.META_KEY, None), path, weights_only)
-        meta["state_dict"] = checkpoint[contents.model_key]
-        if contents.num_optimizers:
-            meta["optimizer_states"] = [
-                checkpoint[layout.optimizer_key(index)] for index in range(contents.num_optimizers)
-            ]
-        return meta
+        saved = dcp.load_from_keys(storage_reader=reader)
+        return as_trainer_checkpoint(saved, meta_of(saved.get(layout.META_KEY), path, weights_only), contents)
 
-    model_state = get_model_state_dict(module)
-    wanted = _wanted(model_state, contents, strict=strict, path=path)
-    state: dict[str, Any] = {contents.model_key: wanted}
     chosen = _matching(optimizers, contents, path)
-    for index, optimizer in enumerate(chosen):
-        state[layout.optimizer_key(index)] = get_optimizer_state_dict(module, optimizer)
-    if contents.has_meta:
-        state[layout.META_KEY] = {layout.PICKLE: b""}
-    with expected_warnings():
-        dcp.load(state, storage_reader=reader, no_dist=no_dist)
-    # Tensors are in place by now. This carries over what is not a tensor, and runs the modules' own load hooks.
-    set_model_state_dict(module, state[contents.model_key], options=StateDictOptions(strict=strict))
-    for index, optimizer in enumerate(chosen):
-        set_optimizer_state_dict(module, optimizer, state[layout.optimizer_key(index)])
-    return _meta_of(state.get(layout.META_KEY), path, weights_only)
+    targets = Targets(
+        {contents.model_key: module},
+        {layout.optimizer_key(index): (module, optimizer) for index, optimizer in enumerate(chosen)},
+        hint=_HINT,
+    )
+    item = fill_from_directory(reader, contents.parts, targets, strict=strict, no_dist=no_dist)
+    return meta_of(item, path, weights_only)
+
+
+def as_trainer_checkpoint(saved: Mapping[str, Any], meta: Mapping[str, Any], contents: Contents) -> dict[str, Any]:
+    """Put what a directory holds together to an ordinary checkpoint of the Trainer."""
+    checkpoint = {**meta, "state_dict": saved[contents.model_key]}
+    if contents.num_optimizers:
+        checkpoint["optimizer_states"] = [saved[layout.optimizer_key(n)] for n in range(contents.num_optimizers)]
+    return checkpoint
 
 
 def load_file(
@@ -92,16 +89,103 @@ def load_file(
     if module is None:
         return checkpoint
     states = checkpoint.pop("optimizer_states", [])
-    options = StateDictOptions(full_state_dict=True, strict=strict)
-    set_model_state_dict(module, checkpoint.pop("state_dict"), options=options)
-    for optimizer, saved in zip(optimizers, states, strict=False):
-        set_optimizer_state_dict(
-            module, optimizer, _by_name(saved, module, optimizer), options=StateDictOptions(full_state_dict=True)
-        )
+    targets = Targets(
+        {"state_dict": module},
+        {layout.optimizer_key(index): (module, optimizer) for index, optimizer in enumerate(optimizers[: len(states)])},
+        hint=_HINT,
+    )
+    saved = {layout.optimizer_key(index): state for index, state in enumerate(states)}
+    fill_from_file({"state_dict": checkpoint.pop("state_dict"), **saved}, targets, strict=strict)
     return checkpoint
 
 
-class _Reader(dcp.FileSystemReader):
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What is loaded in place, by the name of the checkpoint's part that it is loaded from."""
+
+    modules: Mapping[str, nn.Module]
+    optimizers: Mapping[str, tuple[nn.Module, Optimizer]]
+    """Each with the module that names its parameters."""
+    hint: str
+    """What to do about a module whose keys are not the checkpoint's."""
+
+
+def fill_from_directory(
+    reader: Reader, parts: Mapping[str, Collection[str]], targets: Targets, *, strict: bool, no_dist: bool
+) -> dict[str, Any] | None:
+    """Load modules and optimizers in place, each rank its shards.
+
+    Args:
+        reader: Of the checkpoint's directory.
+        parts: What is in it, as `layout.parts_of` returns it.
+        targets: What to load; all of it is among the parts.
+        strict: Demand that a module's keys and the checkpoint's are the same.
+        no_dist: Load in this process alone.
+
+    Returns:
+        The item that holds the non-tensor part, if there is one.
+    """
+    state: dict[str, Any] = {
+        name: _wanted(get_model_state_dict(module), parts[name], strict=strict, path=reader.path, hint=targets.hint)
+        for name, module in targets.modules.items()
+    }
+    for name, (module, optimizer) in targets.optimizers.items():
+        state[name] = get_optimizer_state_dict(module, optimizer)
+    if layout.META_KEY in parts:
+        state[layout.META_KEY] = {layout.PICKLE: b""}
+    with expected_warnings():
+        dcp.load(state, storage_reader=reader, no_dist=no_dist)
+    # Tensors are in place by now. This carries over what is not a tensor, and runs the modules' own load hooks.
+    for name, module in targets.modules.items():
+        set_model_state_dict(module, state[name], options=StateDictOptions(strict=strict))
+    for name, (module, optimizer) in targets.optimizers.items():
+        set_optimizer_state_dict(module, optimizer, state[name])
+    return state.get(layout.META_KEY)
+
+
+def fill_from_file(saved: Mapping[str, Any], targets: Targets, *, strict: bool) -> None:
+    """Load modules and optimizers in place from full tensors, of which each rank takes what it needs."""
+    options = StateDictOptions(full_state_dict=True, strict=strict)
+    for name, module in targets.modules.items():
+        set_model_state_dict(module, saved[name], options=options)
+    for name, (module, optimizer) in targets.optimizers.items():
+        set_optimizer_state_dict(
+            module,
+            optimizer,
+            _by_name(saved[name], module, optimizer),
+            options=StateDictOptions(full_state_dict=True),
+        )
+
+
+def fill_raw(
+    reader: Reader, module: nn.Module, target: nn.Module | Optimizer, *, strict: bool, hint: str, no_dist: bool
+) -> None:
+    """Load a module, or an optimizer whose parameters it names, from a directory that holds nothing but its state."""
+    if isinstance(target, Optimizer):
+        state: dict[str, Any] = get_optimizer_state_dict(module, target)
+    else:
+        saved = set(_metadata_of(reader, no_dist=no_dist).state_dict_metadata)
+        state = _wanted(get_model_state_dict(target), saved, strict=strict, path=reader.path, hint=hint)
+    with expected_warnings():
+        dcp.load(state, storage_reader=reader, no_dist=no_dist)
+    if isinstance(target, Optimizer):
+        set_optimizer_state_dict(module, target, state)
+    else:
+        set_model_state_dict(target, state, options=StateDictOptions(strict=strict))
+
+
+def _metadata_of(reader: Reader, *, no_dist: bool) -> Metadata:
+    try:
+        return reader.read_metadata()
+    except Exception:
+        if no_dist:
+            raise
+        # Other ranks may have read it: fail with them, inside the engine's first exchange, not alone.
+        dcp.load({}, storage_reader=reader)
+        raise
+
+
+class Reader(dcp.FileSystemReader):
     """Reads the metadata once, although both we and the engine ask for it."""
 
     _whole: Metadata | None = None
@@ -114,15 +198,18 @@ class _Reader(dcp.FileSystemReader):
         return self._whole
 
 
-def _meta_of(item: Mapping[str, Any] | None, path: Path, weights_only: bool) -> dict[str, Any]:
+def meta_of(item: Mapping[str, Any] | None, path: Path, weights_only: bool) -> dict[str, Any]:
+    """Deserialise the non-tensor part, from the item in DCP's data or, where there is none, from ``meta.pt``."""
     data = (path / layout.META_FILE).read_bytes() if item is None else item[layout.PICKLE]
     return layout.decode_meta(data, weights_only=weights_only, path=path)
 
 
-def _wanted(model_state: dict[str, Any], contents: Contents, *, strict: bool, path: Path) -> dict[str, Any]:
-    """Choose what to load of the model. ``strict`` compares both ways, as ``Module.load_state_dict`` does."""
-    missing = model_state.keys() - contents.model_names
-    unexpected = contents.model_names - model_state.keys()
+def _wanted(
+    model_state: dict[str, Any], saved: Collection[str], *, strict: bool, path: Path, hint: str
+) -> dict[str, Any]:
+    """Choose what to load of a module. ``strict`` compares both ways, as ``Module.load_state_dict`` does."""
+    missing = model_state.keys() - set(saved)
+    unexpected = set(saved) - model_state.keys()
     if strict and (missing or unexpected):
         problems = [
             f"{what} key(s): {listing(names)}"
@@ -131,9 +218,9 @@ def _wanted(model_state: dict[str, Any], contents: Contents, *, strict: bool, pa
         ]
         raise PlanError(
             f"The model and the checkpoint {path} do not have the same keys. In the checkpoint: {'. '.join(problems)}."
-            " Set strict_loading = False in the LightningModule to load what they share."
+            f" {hint} to load what they share."
         )
-    return {name: value for name, value in model_state.items() if name in contents.model_names}
+    return {name: value for name, value in model_state.items() if name in saved}
 
 
 def _matching(optimizers: Sequence[Optimizer], contents: Contents, path: Path) -> Sequence[Optimizer]:
@@ -154,7 +241,8 @@ def _by_name(saved: dict[str, Any], module: nn.Module, optimizer: Optimizer) -> 
     """
     if all(isinstance(name, str) for group in saved["param_groups"] for name in group["params"]):
         return saved
-    order = _names_in_order(module, optimizer)
+    groups: Any = optimizer_state_of(module, optimizer)["param_groups"]
+    order = [name for group in groups for name in group["params"]]
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
     if len(order) != len(numbers):
         raise PlanError(
@@ -168,16 +256,3 @@ def _by_name(saved: dict[str, Any], module: nn.Module, optimizer: Optimizer) -> 
             {**group, "params": [to_name[number] for number in group["params"]]} for group in saved["param_groups"]
         ],
     }
-
-
-def _names_in_order(module: nn.Module, optimizer: Optimizer) -> list[str]:
-    """Name an optimizer's parameters in the order of its groups, as it would have them unsharded."""
-    groups: list[dict[str, Any]] = get_optimizer_state_dict(module, optimizer)["param_groups"]  # type: ignore[assignment]
-    is_flat = any(
-        isinstance(parameter, FlatParameter) for group in optimizer.param_groups for parameter in group["params"]
-    )
-    if not is_flat:
-        return [name for group in groups for name in group["params"]]
-    # Of FSDP1's flat parameters the outermost unit's come first; what is unsharded is listed in the model's order.
-    places = {name: place for place, name in enumerate(get_model_state_dict(module))}
-    return [name for group in groups for name in sorted(group["params"], key=places.__getitem__)]

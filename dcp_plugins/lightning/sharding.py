@@ -3,7 +3,7 @@
 FSDP2 gathers and frees parameters per *unit* (a module given to ``fully_shard``), around that module's ``forward``.
 Each child of the LightningModule that has a ``forward`` is a *root* unit, because Lightning calls ``training_step`` on
 the LightningModule and the author's code calls the children; inside a root, the blocks that repeat are units of their
-own, so that one block at a time is unsharded.
+own, so that one block at a time is unsharded. Under Fabric the module itself is called, and is the root.
 
 `wrapping.py` takes the same blocks as units of FSDP1, where the LightningModule itself is the only root.
 """
@@ -49,21 +49,27 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def shard_module(
-    module: nn.Module, mesh: DeviceMesh, *, policy: AutoWrapPolicy | None = None, options: dict[str, Any] | None = None
+    module: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    policy: AutoWrapPolicy | None = None,
+    options: dict[str, Any] | None = None,
+    is_called: bool = False,
 ) -> None:
-    """Shard the children of ``module`` over ``mesh`` with FSDP2, in place.
+    """Shard the children of ``module``, or all of it, over ``mesh`` with FSDP2, in place.
 
     Args:
-        module: The LightningModule.
+        module: The LightningModule; under Fabric, what the user has set up.
         mesh: One-dimensional mesh of the data-parallel ranks. Rank 0's values win where ranks differ.
         policy: Which submodules are units: a collection of classes, or a predicate. By default `repeated_blocks`.
         options: Keyword arguments for every ``fully_shard`` call.
+        is_called: Whether it is the module's own ``forward`` that runs, as under Fabric: it is the only root then.
 
     Raises:
         ValueError: A parameter belongs to no submodule, so that no forward gathers it, or to two units.
     """
     options = {"mesh": mesh, **(options or {})}
-    roots = list(roots_of(module))
+    roots = [module] if is_called and _can_gather(module) else list(roots_of(module))
     covered = {id(parameter) for root in roots for parameter in root.parameters()}
     direct = [name for name, parameter in module.named_parameters() if id(parameter) not in covered]
     if direct:

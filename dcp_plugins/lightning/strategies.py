@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from dcp_plugins.lightning.every_rank import CheckpointsOnEveryRank
 from dcp_plugins.lightning.fsdp1 import DCPFSDPStrategy
 from dcp_plugins.lightning.sharding import AutoWrapPolicy, is_sharded, refuse_weight_averaging, shard_module
+from dcp_plugins.manager.options import Asynchronous
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -66,7 +67,10 @@ class DCPFSDP2Strategy(CheckpointsOnEveryRank, ModelParallelStrategy):
         offload_policy: As ``fully_shard`` has it.
         process_group_backend: As in ``ModelParallelStrategy``.
         timeout: Of the process group; None takes Lightning's default.
-        asynchronous: Save in the background while a fit goes on.
+        asynchronous: As in the other strategies; so are those that follow.
+        thread_count: As in `DCPCheckpointIO`.
+        sync_files: As in `DCPCheckpointIO`.
+        overlap_staging: As in `DCPCheckpointIO`.
     """
 
     def __init__(
@@ -80,10 +84,16 @@ class DCPFSDP2Strategy(CheckpointsOnEveryRank, ModelParallelStrategy):
         offload_policy: Any | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta | None = None,
-        asynchronous: bool = False,
+        asynchronous: bool | Asynchronous | None = None,
+        thread_count: int | None = None,
+        sync_files: bool | None = None,
+        overlap_staging: bool | None = None,
     ) -> None:
         super().__init__(
             asynchronous=asynchronous,
+            thread_count=thread_count,
+            sync_files=sync_files,
+            overlap_staging=overlap_staging,
             data_parallel_size=data_parallel_size,
             tensor_parallel_size=tensor_parallel_size,
             process_group_backend=process_group_backend,

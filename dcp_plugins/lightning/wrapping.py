@@ -41,14 +41,22 @@ def wrapper_of(model: nn.Module) -> nn.Module | None:
     return wrapper
 
 
-def wrap_module(model: nn.Module, synchronised: _Groups, device: torch.device, options: dict[str, Any]) -> nn.Module:
-    """Wrap a LightningModule for FSDP1; where it is optimized manually, its children.
+def wrap_module(
+    model: nn.Module,
+    synchronised: _Groups,
+    device: torch.device,
+    options: dict[str, Any],
+    *,
+    is_called: bool = False,
+) -> nn.Module:
+    """Wrap a LightningModule for FSDP1; where it is optimized manually, its children. Under Fabric, any module.
 
     Args:
         model: Not wrapped anywhere.
         synchronised: Process groups, one after the other, whose first rank's values all of its ranks take.
         device: Where the parameters are to be.
         options: Keyword arguments for ``FullyShardedDataParallel``. By default units are the blocks that repeat.
+        is_called: Whether it is the module's own ``forward`` that runs, with the backward outside, as under Fabric.
 
     Returns:
         What Lightning is to run: the wrapper, or the LightningModule if the children are wrapped.
@@ -61,14 +69,14 @@ def wrap_module(model: nn.Module, synchronised: _Groups, device: torch.device, o
     for group in synchronised:
         take_values_of_rank_zero(model, group, device)
     uninitialised: set[str] = set()
-    blocks = _blocks(model)
+    blocks = _blocks(model, [model] if is_called else roots_of(model))
     options = {
         "param_init_fn": lambda module: uninitialised.update(_materialise(module, device, synchronised)),
         "auto_wrap_policy": CustomPolicy(lambda module: module in blocks),
         **options,
     }
     tied = _tied(model)
-    is_manual = not getattr(model, "automatic_optimization", True)
+    is_manual = not is_called and not getattr(model, "automatic_optimization", True)
     with warnings.catch_warnings():
         # On one rank there is nothing to shard. It is warned of for every unit.
         warnings.filterwarnings("ignore", "FSDP is switching to use `NO_SHARD`")
@@ -132,14 +140,14 @@ def _wrap_children(model: nn.Module, options: dict[str, Any]) -> nn.Module:
     return model
 
 
-def _blocks(model: nn.Module) -> set[nn.Module]:
+def _blocks(model: nn.Module, roots: Iterable[nn.Module]) -> set[nn.Module]:
     """Choose the blocks that repeat, less those that share parameters: in one unit with its twin, each stays shared."""
 
     def uses(module: nn.Module) -> Counter[int]:
         return Counter(id(value) for _, value in module.named_parameters(remove_duplicate=False))
 
     everywhere = uses(model)
-    blocks = (block for root in roots_of(model) for block in repeated_blocks(root))
+    blocks = (block for root in roots for block in repeated_blocks(root))
     return {block for block in blocks if all(everywhere[key] == inside for key, inside in uses(block).items())}
 
 

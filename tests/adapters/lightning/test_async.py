@@ -19,7 +19,7 @@ from torch import nn
 
 from dcp_plugins.errors import CheckpointException
 from dcp_plugins.lightning import DCPCheckpointIO, is_committed
-from dcp_plugins.lightning.checkpoint_io import _LightningWriter
+from dcp_plugins.storage.companion import CompanionWriter
 from dcp_plugins.testing.ranks import run_ranks
 from tests.adapters.lightning.trainers import Regression, Ticks, digest, fit, trainer, whole_state
 
@@ -46,18 +46,18 @@ class At(Callback):
 
 
 @contextmanager
-def commits(instead: Callable[[_LightningWriter, Callable[[], None]], None]) -> Iterator[None]:
+def commits(instead: Callable[[CompanionWriter, Callable[[], None]], None]) -> Iterator[None]:
     """Call ``instead(writer, commit)`` where a save would commit."""
-    commit = _LightningWriter.finish
+    commit = CompanionWriter.finish
 
-    def finish(writer: _LightningWriter, *args: Any, **kwargs: Any) -> None:
+    def finish(writer: CompanionWriter, *args: Any, **kwargs: Any) -> None:
         instead(writer, lambda: commit(writer, *args, **kwargs))
 
-    _LightningWriter.finish = finish  # type: ignore[method-assign]
+    CompanionWriter.finish = finish  # type: ignore[method-assign]
     try:
         yield
     finally:
-        _LightningWriter.finish = commit  # type: ignore[method-assign]
+        CompanionWriter.finish = commit  # type: ignore[method-assign]
 
 
 # -- The same checkpoints --------------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def hold_the_second_save(folder: Path, save_last: Any) -> dict[str, Any]:
     let_go = threading.Event()
     seen: dict[str, Any] = {}
 
-    def commit(writer: _LightningWriter, do: Callable[[], None]) -> None:
+    def commit(writer: CompanionWriter, do: Callable[[], None]) -> None:
         if writer.path.name == "step=2.ckpt":
             assert let_go.wait(20)
         do()
@@ -175,7 +175,7 @@ def die_in_the_background(folder: Path, doomed: str, save_last: Any, at_step: in
     """Kill every rank while the save called ``doomed`` is in the background and training has gone on."""
     held = threading.Event()
 
-    def commit(writer: _LightningWriter, do: Callable[[], None]) -> None:
+    def commit(writer: CompanionWriter, do: Callable[[], None]) -> None:
         if writer.path.name == doomed:
             held.wait(30)
         do()
@@ -223,7 +223,7 @@ def test_a_run_that_was_killed_in_its_first_save_starts_anew(tmp_path: Path) -> 
 
 
 def fail_in_the_background(folder: Path, steps: int) -> tuple[str, int]:
-    def commit(writer: _LightningWriter, do: Callable[[], None]) -> None:
+    def commit(writer: CompanionWriter, do: Callable[[], None]) -> None:
         if writer.path.name == "step=2.ckpt":
             raise OSError(28, "No space left on device")
         do()
@@ -277,7 +277,7 @@ def test_a_rank_that_cannot_begin_a_save_makes_every_rank_raise(tmp_path: Path) 
 def end_early(folder: Path, how: str) -> str:
     slow = threading.Event()
 
-    def commit(writer: _LightningWriter, do: Callable[[], None]) -> None:
+    def commit(writer: CompanionWriter, do: Callable[[], None]) -> None:
         slow.wait(0.3)
         do()
 
@@ -311,7 +311,7 @@ def test_what_ends_training_early_finishes_the_save_in_flight(tmp_path: Path, ho
 
 
 def fail_twice(folder: Path) -> str:
-    def commit(writer: _LightningWriter, do: Callable[[], None]) -> None:
+    def commit(writer: CompanionWriter, do: Callable[[], None]) -> None:
         raise OSError(28, "No space left on device")
 
     def stop(trainer: pl.Trainer) -> None:
@@ -351,7 +351,7 @@ def test_after_a_fit_no_thread_is_left_and_a_save_is_committed_when_it_returns(t
 def test_a_load_waits_for_the_save_in_flight(tmp_path: Path) -> None:
     slow = threading.Event()
 
-    def commit(writer: _LightningWriter, do: Callable[[], None]) -> None:
+    def commit(writer: CompanionWriter, do: Callable[[], None]) -> None:
         slow.wait(0.3)
         do()
 

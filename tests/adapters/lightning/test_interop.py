@@ -11,7 +11,7 @@ from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-from dcp_plugins.lightning import DCPCheckpointIO
+from dcp_plugins.lightning import DCPCheckpointIO, consolidate, load_from_checkpoint
 from dcp_plugins.testing.ranks import run_ranks
 from tests.adapters.lightning.trainers import Regression, Ticks, digest, fit, trainer, whole_state
 
@@ -65,6 +65,11 @@ def test_model_parallel_strategy_and_ours_resume_each_others_runs(tmp_path: Path
         assert loaded == saved
         assert stock_losses == our_losses
         assert sorted(our_losses) == [3, 4]
+    module = load_from_checkpoint(Regression, tmp_path / "a.ckpt")
+    consolidate(tmp_path / "a.ckpt", tmp_path / "one.ckpt")
+    same = Regression.load_from_checkpoint(tmp_path / "one.ckpt")
+    assert module.hparams == same.hparams == {"lr": 0.01}
+    assert digest(module.state_dict()) == digest(same.state_dict())
 
 
 def ours_then_stock_fsdp(flag: str, path: Path) -> tuple[Any, ...]:

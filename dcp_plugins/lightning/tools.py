@@ -1,0 +1,118 @@
+"""What needs no trainer: a LightningModule out of a checkpoint directory, and one file out of a directory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.core.saving import _load_state
+from lightning.pytorch.utilities.migration.utils import _pl_migrate_checkpoint
+
+import dcp_plugins as dcp
+from dcp_plugins.errors import CheckpointNotFoundError
+from dcp_plugins.format.names import new_save_id
+from dcp_plugins.lightning import layout
+from dcp_plugins.lightning.load import Reader, as_trainer_checkpoint, meta_of
+from dcp_plugins.manager import is_committed
+from dcp_plugins.storage.local import sync_directory
+
+__all__ = ["consolidate", "load_from_checkpoint"]
+
+_PathLike = str | os.PathLike[str]
+_Made = TypeVar("_Made", LightningModule, LightningDataModule)
+
+
+def load_from_checkpoint(
+    cls: type[_Made],
+    path: _PathLike,
+    *,
+    map_location: Any | None = None,
+    strict: bool | None = None,
+    weights_only: bool = True,
+    **hyper_parameters: Any,
+) -> _Made:
+    """Make a LightningModule or LightningDataModule of a checkpoint, as ``cls.load_from_checkpoint`` does of files.
+
+    Of a directory, the state of optimizers is not read. The calling process reads for itself.
+
+    Args:
+        cls: The class of what was saved.
+        path: A directory of ours or of a sharded stock strategy, or an ordinary checkpoint file.
+        map_location: The device that the module is put on; the CPU by default.
+        strict: As in Lightning: demand that the keys are the same; by default what the module says.
+        weights_only: Read the non-tensor part as plain data. False unpickles it, which can run code: only for
+            checkpoints that you trust.
+        hyper_parameters: Instead of those in the checkpoint.
+
+    Raises:
+        CheckpointNotFoundError: There is no committed checkpoint.
+        UnsupportedValueError: Hyper-parameters are not plain data, and ``weights_only`` is on.
+    """
+    path = Path(path)
+    if path.is_file():
+        made: _Made = cls.load_from_checkpoint(
+            path, map_location=map_location or "cpu", strict=strict, weights_only=weights_only, **hyper_parameters
+        )
+        return made
+    reader = _open(path)
+    contents = layout.contents_of(reader.read_metadata(), path)
+    wanted = {contents.model_key} | ({layout.META_KEY} & contents.parts.keys())
+    saved = dcp.load_from_keys(wanted, storage_reader=reader)
+    checkpoint = meta_of(saved.get(layout.META_KEY), path, weights_only)
+    checkpoint["state_dict"] = saved[contents.model_key]
+    checkpoint = _pl_migrate_checkpoint(checkpoint, path)
+    # As Lightning's own function does with what torch.load has given it. There is no public way to hand it a dict, and
+    # a file would be a second copy of the model.
+    checkpoint.setdefault(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}).update(hyper_parameters)
+    loaded: Any = _load_state(cls, checkpoint, strict=strict, **hyper_parameters)
+    if map_location is not None and isinstance(loaded, LightningModule):
+        loaded = loaded.to(map_location)
+    result: _Made = loaded
+    return result
+
+
+def consolidate(path: _PathLike, file: _PathLike, *, weights_only: bool = True, overwrite: bool = False) -> None:
+    """Write the checkpoint directory at ``path`` into one file with full tensors, which stock Lightning loads.
+
+    What the Trainer has saved becomes an ordinary Lightning checkpoint, also for ``load_from_checkpoint``; what Fabric
+    has saved becomes a dict with the user's entries. The whole checkpoint passes through this process's memory.
+
+    Args:
+        path: A directory of ours or of a sharded stock strategy.
+        file: Where to write; the file is there when it is whole.
+        weights_only: As in `load_from_checkpoint`.
+        overwrite: Replace a file that exists.
+
+    Raises:
+        FileExistsError: The file exists, and ``overwrite`` is off.
+    """
+    path, file = Path(path), Path(file)
+    if file.exists() and not overwrite:
+        raise FileExistsError(f"{file} exists. Choose another name, or pass overwrite=True.")
+    reader = _open(path)
+    saved = dcp.load_from_keys(storage_reader=reader)
+    item = saved.pop(layout.META_KEY, None)
+    has_meta = item is not None or (path / layout.META_FILE).is_file()
+    meta = meta_of(item, path, weights_only) if has_meta else {}
+    is_trainers = "pytorch-lightning_version" in meta
+    whole = as_trainer_checkpoint(saved, meta, layout.contents_of(reader.read_metadata(), path)) if is_trainers else {}
+    fresh = file.with_name(f"{file.name}.{new_save_id()}")
+    try:
+        with fresh.open("wb") as stream:
+            torch.save(whole or saved | meta, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        fresh.replace(file)
+    finally:
+        fresh.unlink(missing_ok=True)
+    sync_directory(file.parent)
+
+
+def _open(path: Path) -> Reader:
+    if not is_committed(path):
+        what = "has no .metadata, so the save into it never finished" if path.is_dir() else "does not exist"
+        raise CheckpointNotFoundError(f"Expected a committed checkpoint at {path}, but it {what}.")
+    return Reader(path)

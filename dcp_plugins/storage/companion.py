@@ -1,0 +1,70 @@
+"""A checkpoint with one small file beside it that belongs to the same save: what a framework keeps next to DCP's files.
+
+It is here, and not in an adapter, because a save in a process of its own sends the writer there: that process is not to
+import a framework.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, ClassVar
+
+from dcp_plugins.contract import Metadata, WriteResult
+from dcp_plugins.storage.local import sync_directory
+from dcp_plugins.storage.writer import FileSystemWriter
+
+__all__ = ["CompanionWriter"]
+
+
+class CompanionWriter(FileSystemWriter):
+    """Publishes a companion file around the commit of a checkpoint, inside the engine's own error handling.
+
+    Args:
+        path: The checkpoint's directory.
+        name: The companion's name in it.
+        content: What the coordinator publishes; other ranks give ``b""``. An exception is what a rank failed with
+            before the save could begin: every rank raises it.
+        sync_files: As in `FileSystemWriter`.
+        thread_count: As in `FileSystemWriter`.
+    """
+
+    warns_of_replacing: ClassVar[bool] = False  # a trainer saves ``last.ckpt`` again on purpose
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        name: str,
+        content: bytes | Exception,
+        sync_files: bool = True,
+        thread_count: int | None = None,
+    ) -> None:
+        super().__init__(path, sync_files=sync_files, thread_count=thread_count)
+        self._name = name
+        self._content = content
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        # A failure of one rank that all ranks must raise: the engine collects the errors of this step. (Of the planning
+        # steps, which it also collects, none may be overridden: the engine would then not reuse earlier plans.)
+        if isinstance(self._content, Exception):
+            raise self._content
+        super().set_up_storage_writer(is_coordinator, *args, **kwargs)
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        assert isinstance(self._content, bytes)
+        final = self.path / self._name
+        # A fixed name: what a kill leaves is overwritten by the next save, and the commit does not reclaim it.
+        fresh = self.path / f"{self._name}.new"
+        with fresh.open("wb") as stream:
+            stream.write(self._content)
+            stream.flush()
+            if self.sync_files:
+                os.fsync(stream.fileno())
+        # In this order no instant pairs the companion of one save with the .metadata of another.
+        final.unlink(missing_ok=True)
+        if self.sync_files:
+            sync_directory(self.path)
+        super().finish(metadata, results)
+        fresh.replace(final)
+        if self.sync_files:
+            sync_directory(self.path)

@@ -1,0 +1,136 @@
+"""SLURM's auto-requeue, for real but for the scheduler: a script in its place records what ``scontrol`` is asked."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from dcp_plugins.lightning import is_committed
+
+# Each step waits for a file, so that the signal comes in the midst of a known step, on one rank alone.
+PROGRAM = """
+    import os, sys, time, warnings
+    from pathlib import Path
+
+    warnings.filterwarnings("ignore", module="lightning")
+    import lightning.pytorch as pl
+    import torch
+    import dcp_plugins.lightning
+
+    folder, steps = Path(sys.argv[1]), int(sys.argv[2])
+    rank = int(os.environ["SLURM_PROCID"])
+
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.nn.Linear(4, 4)
+
+        def training_step(self, batch, index):
+            print("step", self.global_step, flush=True)
+            if self.global_step == 2:
+                (folder / f"in-step-2-{rank}").touch()
+                while not (folder / "go").exists():
+                    time.sleep(0.01)
+            return self.net(torch.ones(2, 4)).square().sum()
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters())
+
+    class Every(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            trainer.save_checkpoint(folder / f"step-{trainer.global_step}.ckpt")
+
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=2, strategy="dcp_fsdp2_async", max_steps=steps, default_root_dir=folder,
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        limit_val_batches=0, callbacks=[Every()],
+    )
+    trainer.fit(Module(), torch.utils.data.DataLoader(torch.zeros(100, 1)))
+"""
+
+SCONTROL = """\
+#!/bin/sh
+# What is committed when the scheduler hears of it.
+echo "$@" $(cd "$FOLDER" && ls -d hpc_ckpt_*/.metadata) >> "$FOLDER/scontrol.log"
+"""
+
+
+def start(folder: Path, steps: int) -> list[subprocess.Popen[str]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {
+        **{name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},
+        "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "OMP_NUM_THREADS": "1",
+        "FOLDER": str(folder),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "SLURM_JOB_ID": "4711",
+        "SLURM_JOB_NAME": "train",
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_NODEID": "0",
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, str(folder / "train.py"), str(folder), str(steps)],
+            env={**common, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+def outcome(processes: list[subprocess.Popen[str]]) -> list[str]:
+    try:
+        results = [process.communicate(timeout=90) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, (_, errors) in zip(processes, results, strict=True):
+        assert process.returncode == 0, errors
+    return [output for output, _ in results]
+
+
+@pytest.mark.slow
+def test_a_job_that_is_requeued_goes_on_from_a_checkpoint_committed_before(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(textwrap.dedent(PROGRAM))
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(SCONTROL)
+    scontrol.chmod(0o755)
+
+    processes = start(tmp_path, steps=4)
+    deadline = time.monotonic() + 60
+    while not all((tmp_path / f"in-step-2-{rank}").exists() for rank in range(2)):
+        assert all(process.poll() is None for process in processes), outcome(processes)
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    # One rank is signalled, in the midst of a step in which both communicate.
+    processes[1].send_signal(signal.SIGUSR1)
+    (tmp_path / "go").touch()
+    outcome(processes)
+    assert (tmp_path / "scontrol.log").read_text() == "requeue 4711 hpc_ckpt_1.ckpt/.metadata\n"
+
+    # What a kill has left of a further one is no checkpoint, although Lightning takes the highest number.
+    (tmp_path / "hpc_ckpt_2.ckpt").mkdir()
+    for entry in (tmp_path / "hpc_ckpt_1.ckpt").glob("*.distcp"):
+        (tmp_path / "hpc_ckpt_2.ckpt" / entry.name).touch()
+    for step in (1, 2, 3, 4):
+        assert is_committed(tmp_path / f"step-{step}.ckpt")
+        shutil.rmtree(tmp_path / f"step-{step}.ckpt")
+    for output in outcome(start(tmp_path, steps=5)):
+        assert output.split("\n")[:2] == ["step 3", "step 4"]
+    assert not (tmp_path / "hpc_ckpt_2.ckpt").exists()
