@@ -16,7 +16,6 @@ from dcp_plugins.contract import Metadata
 from dcp_plugins.errors import PlanError, listing
 from dcp_plugins.lightning import layout
 from dcp_plugins.lightning.layout import Contents
-from dcp_plugins.lightning.optimizer_state import optimizer_state_of
 from dcp_plugins.manager import expected_warnings
 from dcp_plugins.state_dict import (
     StateDictOptions,
@@ -25,6 +24,7 @@ from dcp_plugins.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from dcp_plugins.state_dict.numbered import by_name
 
 __all__ = [
     "Reader",
@@ -152,7 +152,7 @@ def fill_from_file(saved: Mapping[str, Any], targets: Targets, *, strict: bool) 
         set_optimizer_state_dict(
             module,
             optimizer,
-            _by_name(saved[name], module, optimizer),
+            by_name(saved[name], module, optimizer),
             options=StateDictOptions(full_state_dict=True),
         )
 
@@ -232,27 +232,3 @@ def _matching(optimizers: Sequence[Optimizer], contents: Contents, path: Path) -
             f" {contents.num_optimizers}. Resume with the optimizers of the run that saved it."
         )
     return optimizers
-
-
-def _by_name(saved: dict[str, Any], module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """Rename the numbers by which ``Optimizer.state_dict`` calls parameters to the parameters' names.
-
-    Numbers count the parameters through the groups, in the order in which the optimizer was given them.
-    """
-    if all(isinstance(name, str) for group in saved["param_groups"] for name in group["params"]):
-        return saved
-    groups: Any = optimizer_state_of(module, optimizer)["param_groups"]
-    order = [name for group in groups for name in group["params"]]
-    numbers = [number for group in saved["param_groups"] for number in group["params"]]
-    if len(order) != len(numbers):
-        raise PlanError(
-            f"The saved optimizer state describes {len(numbers)} parameters, the optimizer has {len(order)}. Resume"
-            " with the model and optimizers of the run that saved it."
-        )
-    to_name = dict(zip(numbers, order, strict=True))
-    return {
-        "state": {to_name[number]: values for number, values in saved["state"].items()},
-        "param_groups": [
-            {**group, "params": [to_name[number] for number in group["params"]]} for group in saved["param_groups"]
-        ],
-    }

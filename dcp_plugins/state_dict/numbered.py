@@ -13,7 +13,7 @@ from dcp_plugins.errors import PlanError
 from dcp_plugins.state_dict.api import get_optimizer_state_dict
 from dcp_plugins.state_dict.names import names_of
 
-__all__ = ["by_name"]
+__all__ = ["by_name", "in_unsharded_order"]
 
 
 def by_name(saved: Mapping[str, Any], model: nn.Module, optimizer: Optimizer) -> Mapping[str, Any]:
@@ -43,19 +43,28 @@ def by_name(saved: Mapping[str, Any], model: nn.Module, optimizer: Optimizer) ->
     }
 
 
+def in_unsharded_order(state: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """Put the names in each group of an optimizer's state into the order that it would have without sharding.
+
+    Args:
+        state: As ``get_optimizer_state_dict`` gives it for this model and optimizer; changed in place.
+
+    Returns:
+        The state.
+    """
+    groups = optimizer.param_groups
+    if any(isinstance(parameter, FlatParameter) for group in groups for parameter in group["params"]):
+        # FSDP1 lists the parameters of its outermost unit first. Without it they are listed by module, in the order of
+        # the modules, and those of one module in the order that the unit keeps, too.
+        places: dict[str, int] = {}
+        for canonical in names_of(model).canonical_paths.values():
+            places.setdefault(canonical, len(places))
+        for group in state["param_groups"]:
+            group["params"] = sorted(group["params"], key=lambda name: places[name.rpartition(".")[0]])
+    return state
+
+
 def _names_in_order(model: nn.Module, optimizer: Optimizer) -> list[str]:
     """Name an optimizer's parameters in the order of its groups, as it would have them unsharded."""
-    groups: list[dict[str, Any]] = get_optimizer_state_dict(model, optimizer)["param_groups"]  # type: ignore[assignment]
-    is_flat = any(
-        isinstance(parameter, FlatParameter) for group in optimizer.param_groups for parameter in group["params"]
-    )
-    if not is_flat:
-        return [name for group in groups for name in group["params"]]
-    # FSDP1 lists the parameters of its outermost unit first. Without it they are listed by module, in the order of the
-    # modules, and those of one module in the order that the unit keeps, too.
-    places: dict[str, int] = {}
-    for canonical in names_of(model).canonical_paths.values():
-        places.setdefault(canonical, len(places))
-    return [
-        name for group in groups for name in sorted(group["params"], key=lambda name: places[name.rpartition(".")[0]])
-    ]
+    state: dict[str, Any] = get_optimizer_state_dict(model, optimizer)
+    return [name for group in in_unsharded_order(state, model, optimizer)["param_groups"] for name in group["params"]]

@@ -156,7 +156,6 @@ CONFIG = """
 
 
 def test_lightning_cli_sets_the_options_from_a_file_and_from_the_command_line(tmp_path: Path) -> None:
-    pytest.importorskip("jsonargparse")
     (tmp_path / "train.py").write_text(textwrap.dedent(PROGRAM))
     (tmp_path / "config.yaml").write_text(textwrap.dedent(CONFIG))
 

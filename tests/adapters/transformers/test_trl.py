@@ -11,11 +11,11 @@ from dcp_plugins.transformers import DCPCallback
 from tests.adapters.transformers.trainers import VOCABULARY, StopAt, digest, files, losses, tiny
 
 pytest.importorskip("trl", reason="TRL, which needs Python 3.11 and brings datasets with it, is not installed")
-import pyarrow  # type: ignore[import-not-found]
-from datasets import Dataset  # type: ignore[import-not-found]
+import pyarrow
+from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-from trl import SFTConfig, SFTTrainer  # type: ignore[import-not-found]
+from trl import SFTConfig, SFTTrainer
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
