@@ -5,10 +5,12 @@ from __future__ import annotations
 import heapq
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Generic, TypeVar
 
 __all__ = ["SharedWork", "beside_training", "default_thread_count", "run_all", "split_by_bytes"]
@@ -21,8 +23,9 @@ _MAX_DEFAULT_THREADS = 8
 _MIN_BYTES_PER_THREAD = 16 * 1024 * 1024
 # Smaller pieces are bound by the interpreter, which one thread at a time holds: they do not ask for more threads.
 _MIN_PARALLEL_PIECE_BYTES = 256 * 1024
-# Gives a thread 3 % of a processor that an ordinary one wants too, and all of one that nobody wants.
-_POLITE_NICENESS = 15
+# A thread beside training that has waited for a processor for more than this part of a while gives up its place.
+_CROWDED = 0.2
+_WHILE_SECONDS = 0.004
 
 _here = threading.local()
 
@@ -61,7 +64,7 @@ def split_by_bytes(pieces: Sequence[T], sizes_bytes: Sequence[int], max_parts: i
 
 @contextmanager
 def beside_training() -> Iterator[None]:
-    """Let this thread's calls of ``run_all`` take one processor from the training, and of the others what is idle."""
+    """Let work that this thread shares out take one processor from the training, and others only if they are idle."""
     _here.is_beside_training = True
     try:
         yield
@@ -72,26 +75,25 @@ def beside_training() -> Iterator[None]:
 class SharedWork(Generic[T]):
     """Pieces shared out to threads, each of which takes from the others' shares when its own is done.
 
-    So no thread waits for one that has got no processor.
+    Made beside training, all threads but that of the first share leave off when they find that they share a processor,
+    at once and for good: what they would have done, the first does. (A lower priority instead, which would let them go
+    on, can stop the training: a thread that holds the interpreter lock and gets no processor stops all that want it.)
     """
 
     def __init__(self, shares: Sequence[Sequence[T]]) -> None:
         # Their ends are popped from without a lock.
         self._shares = [deque(share) for share in shares]
+        self._is_beside_training = getattr(_here, "is_beside_training", False)
 
     def take(self, share: int) -> Iterator[T]:
         """Yield the pieces of one share in order, then those at the other shares' ends, until none is left."""
+        crowd = _Crowd() if share and self._is_beside_training else None
         own = self._shares[share]
-        while own:
-            # Another thread may have taken the last one by now.
-            try:
-                yield own.popleft()
-            except IndexError:
-                break
-        for other in self._shares:
-            while other:
+        for pop, pieces in ((own.popleft, own), *((other.pop, other) for other in self._shares)):
+            while pieces and not (crowd and crowd.is_here()):
+                # Another thread may have taken the last one by now.
                 try:
-                    yield other.pop()
+                    yield pop()
                 except IndexError:
                     break
 
@@ -111,15 +113,37 @@ def run_all(function: Callable[[T], R], work: Sequence[T]) -> list[R]:
     """
     if len(work) <= 1:
         return [function(element) for element in work]
-    make_polite = _lower_priority if getattr(_here, "is_beside_training", False) else None
-    with ThreadPoolExecutor(len(work) - 1, thread_name_prefix="dcp-io", initializer=make_polite) as pool:
+    with ThreadPoolExecutor(len(work) - 1, thread_name_prefix="dcp-io") as pool:
         futures = [pool.submit(function, element) for element in work[1:]]
         # The calling thread would only wait: it takes the first part.
         first = function(work[0])
         return [first, *(future.result() for future in futures)]
 
 
-def _lower_priority() -> None:
-    """Let this thread run where a processor would be idle; on Linux priorities are a thread's own."""
-    if hasattr(os, "setpriority"):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _POLITE_NICENESS)
+class _Crowd:
+    """Tells whether the thread that made it has to wait for a processor; for that thread alone.
+
+    Linux counts how long each thread was ready to run and did not (``schedstat`` in its documentation of scheduler
+    statistics). Where nobody counts, there is always a crowd.
+    """
+
+    def __init__(self) -> None:
+        self._counter = Path(f"/proc/self/task/{threading.get_native_id()}/schedstat")
+        self._since = time.monotonic()
+        self._waited = self._waited_seconds()
+        self._is_here = self._waited is None
+
+    def is_here(self) -> bool:
+        """Return whether there is a crowd, as far as is known from the last while; once there was one, there is."""
+        now = time.monotonic()
+        elapsed = now - self._since
+        if not self._is_here and elapsed > _WHILE_SECONDS:
+            before, self._waited, self._since = self._waited, self._waited_seconds(), now
+            self._is_here = before is None or self._waited is None or self._waited - before > _CROWDED * elapsed
+        return self._is_here
+
+    def _waited_seconds(self) -> float | None:
+        try:
+            return int(self._counter.read_text().split()[1]) / 1e9
+        except (OSError, IndexError, ValueError):
+            return None
