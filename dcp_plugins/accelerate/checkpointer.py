@@ -31,8 +31,8 @@ from dcp_plugins.accelerate.layout import Contents
 from dcp_plugins.accelerate.plugin import DCPPlugin
 from dcp_plugins.accelerate.stock import load_stock_model, load_stock_optimizer
 from dcp_plugins.coord import Ranks
-from dcp_plugins.errors import CheckpointError, CheckpointNotFoundError, PlanError, listing
-from dcp_plugins.manager import KeepPolicy, Saver, expected_warnings, verify_checkpoint
+from dcp_plugins.errors import CheckpointNotFoundError, PlanError, listing
+from dcp_plugins.manager import KeepPolicy, Saver, expected_warnings
 from dcp_plugins.manager.record import RECORD_KEY, record_item
 from dcp_plugins.state_dict import (
     StateDictOptions,
@@ -242,30 +242,21 @@ class Checkpointer:
         if input_dir is not None:
             path = Path(input_dir).expanduser()
             if not path.is_dir():
-                beside = layout.newest_checkpoint(path.parent)
-                hint = f". The newest committed checkpoint beside it is {beside}" if beside is not None else ""
+                beside, _ = layout.newest_of(layout.numbered(path.parent))
+                hint = f". The newest committed checkpoint beside it is {beside[0]}" if beside is not None else ""
                 raise ValueError(f"Tried to find {path} but folder does not exist{hint}")
             return path, layout.refuse_unless_checkpoint(path)
         if not self._is_naming:
             raise ValueError("load_state needs input_dir, or automatic_checkpoint_naming in the ProjectConfiguration")
-        skipped = []
-        for path in layout.numbered(self._folder):
-            kind = layout.kind_of(path)
-            try:
-                if kind == "ours":
-                    verify_checkpoint(path)
-            except (CheckpointError, OSError) as exc:
-                skipped.append(f"{path.name} ({exc})")
-                continue
-            if kind is None:
-                skipped.append(f"{path.name} (never committed)")
-                continue
-            if skipped:
-                warnings.warn(f"Loading {path}: newer ones are no good checkpoints: {listing(skipped)}", stacklevel=2)
-            return path, kind
-        raise CheckpointNotFoundError(
-            f"Expected a committed checkpoint in {self._folder}, found {listing(skipped) or 'none'}"
-        )
+        newest, skipped = layout.newest_of(layout.automatically_named(self._folder))
+        reasons = listing(f"{path.name} ({reason})" for path, reason in skipped.items())
+        if newest is None:
+            raise CheckpointNotFoundError(
+                f"Expected a committed checkpoint in {self._folder}, found {reasons or 'none'}"
+            )
+        if skipped:
+            warnings.warn(f"Loading {newest[0]}: newer ones are no good checkpoints: {reasons}", stacklevel=2)
+        return newest
 
     def _call_load_hooks(self, models: list[nn.Module], path: Path) -> None:
         def call() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from dcp_plugins.errors import (
     UnsupportedValueError,
 )
 from dcp_plugins.manager import is_committed
+from dcp_plugins.storage import FileSystemWriter
 from tests.adapters.accelerate.trainers import Counter, Net, accelerator_for, run, same
 
 
@@ -185,6 +187,65 @@ def test_an_uncommitted_directory_is_refused_and_the_newest_committed_one_named(
         one.accelerator.load_state(tmp_path / "step_12")
     with pytest.raises(CheckpointNotFoundError, match="There is no checkpoint beside it"):
         one.accelerator.load_state(tmp_path)
+
+
+def test_a_killed_save_whose_hook_wrote_weights_is_not_taken_for_one_of_stocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = run("plain", folder=tmp_path)
+    one.accelerator.save_state()
+    one.accelerator.register_save_state_pre_hook(lambda _, __, folder: Path(folder, "model.safetensors").touch())
+    monkeypatch.setattr(FileSystemWriter, "finish", lambda *_: 1 // 0)
+    monkeypatch.setattr(FileSystemWriter, "abandon", lambda *_: None)
+    with pytest.raises(CheckpointException, match="ZeroDivisionError"):
+        one.accelerator.save_state()
+    folder = tmp_path / "checkpoints"
+    assert newest_checkpoint(folder) == folder / "checkpoint_0"
+    with pytest.raises(CheckpointNotFoundError, match=r"beside it is .*checkpoint_0"):
+        one.accelerator.load_state(folder / "checkpoint_1")
+
+
+def test_only_automatic_names_are_chosen_from_and_damaged_ones_are_skipped(tmp_path: Path) -> None:
+    one = run("plain", folder=tmp_path)
+    folder = tmp_path / "checkpoints"
+    for _ in range(3):
+        one.accelerator.save_state()
+        one.counter.counted += 1
+    shutil.copytree(folder / "checkpoint_0", folder / "backup_2024")
+    (folder / "checkpoint_2" / ".metadata").write_bytes(b"no pickle")
+    # Of stock's kind, and cut off.
+    shutil.copytree(folder / "checkpoint_1", folder / "checkpoint_3")
+    (folder / "checkpoint_3" / ".metadata").unlink()
+    for part in ("pytorch_model_fsdp_0", "optimizer_0"):
+        (folder / "checkpoint_3" / part / ".metadata").write_bytes(b"")
+    other = run("plain", folder=tmp_path)
+    with pytest.warns(UserWarning, match=r"newer ones are no good checkpoints: checkpoint_2 .*, checkpoint_3 "):
+        other.accelerator.load_state()
+    assert other.counter.counted == 1
+    (folder / "backup_2024").rename(tmp_path / "backup")
+    with pytest.warns(UserWarning, match=r"no good checkpoints: checkpoint_2 .*, checkpoint_3 "):
+        assert newest_checkpoint(folder) == folder / "checkpoint_1"
+
+
+def test_ours_with_stocks_saved_over_it_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    one = run("plain")
+    path = one.accelerator.save_state(tmp_path / "a")
+    disable(one.accelerator)
+    one.train(2)
+    one.accelerator.save_state(str(path))
+    shutil.copytree(path, tmp_path / "b")
+    other = run("plain", seed=5)
+    before = other.whole_state()
+    with pytest.raises(PlanError, match=r"holds two checkpoints: ours, and, in optimizer\.bin, one of stock"):
+        other.accelerator.load_state(path)
+    assert same(other.whole_state(), before)
+    write_stock_files(path)
+    other.accelerator.load_state(path)
+    assert other.counter.counted == 0
+    disable(other.accelerator).load_state(str(tmp_path / "b"))
+    assert same(other.whole_state(), one.whole_state())
+    enable(other.accelerator, DCPPlugin()).save_state(tmp_path / "b")
+    other.accelerator.load_state(tmp_path / "b")
 
 
 def test_objects_of_the_users_load_as_plain_data_unless_he_says_otherwise(tmp_path: Path) -> None:
