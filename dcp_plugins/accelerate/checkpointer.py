@@ -228,7 +228,7 @@ class Checkpointer:
         try:
             layout.write_stock_files(path)
             if self._is_naming:
-                layout.remove_old(path.parent, policy)
+                layout.remove_old(path, policy)
         # The checkpoint exists: it must not look as if it did not.
         except Exception:
             log.warning(

@@ -309,25 +309,35 @@ def refuse_unless_checkpoint(path: Path) -> Literal["ours", "stock"]:
     )
 
 
-def remove_old(folder: Path, policy: KeepPolicy | None) -> None:
-    """Delete checkpoints that a policy lets go, and what killed saves left below the newest.
+def remove_old(saved: Path, policy: KeepPolicy | None) -> None:
+    """Delete what a policy lets go of the checkpoints beside the one just saved, and what killed saves left below them.
 
     Only ``checkpoint_<n>`` is looked at. To be called after a commit, while nothing else is saved there.
     """
-    named = {path: _NAMES.step_of(path.name) for path in numbered(folder)}
     records = []
     litter = []
-    for path, number in named.items():
-        kind = kind_of(path)
-        if number is not None and kind is not None:
+    for path in automatically_named(saved.parent):
+        number, kind = number_of(path.name), kind_of(path)
+        assert number is not None
+        if kind is not None:
             records.append(_record_of(path, number) if kind == "ours" else SaveRecord(number))
-        elif number is not None and records and _is_litter(path):
+        elif records and not path.is_symlink() and _is_litter(path):
             litter.append(path)
     for path in litter:
         shutil.rmtree(path)
         log.info("Removed %s, left by a save that was never committed", path)
-    for number in steps_to_delete(policy, records, now=time.time()):
-        delete_checkpoint(folder / _NAMES.name(number))
+    # Of a run that began again at 0 beside the checkpoints of one before it, it is not among the latest.
+    protected = [record.step for record in records if _NAMES.name(record.step) == saved.name]
+    for number in steps_to_delete(policy, records, now=time.time(), protected=protected):
+        delete_checkpoint(saved.parent / _NAMES.name(number))
+    newest = records[0].step if records else None
+    if newest is not None and newest not in protected:
+        log.warning(
+            "%s has a lower number than checkpoint_%d beside it, which load_state() would take for the newest. If this"
+            " run did not mean to begin again, call load_state() first; if it did, give it another project_dir",
+            saved,
+            newest,
+        )
 
 
 def _record_of(path: Path, number: int) -> SaveRecord:

@@ -164,6 +164,21 @@ def test_names_are_automatic_and_old_checkpoints_go_after_the_commit(tmp_path: P
         other.accelerator.save_state()
 
 
+def test_a_run_that_begins_again_beside_an_older_one_keeps_what_it_saves(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = run("plain", folder=tmp_path, total_limit=2)
+    for _ in range(4):
+        one.accelerator.save_state()
+    assert not caplog.records
+    again = run("plain", folder=tmp_path, total_limit=2)
+    for number in range(2):
+        path = again.accelerator.save_state()
+        assert sorted(os.listdir(path.parent)) == [f"checkpoint_{number}", "checkpoint_2", "checkpoint_3"]
+        assert "lower number than checkpoint_3" in caplog.text
+        caplog.clear()
+
+
 def test_what_is_new_stays_beyond_the_limit(tmp_path: Path) -> None:
     one = run("plain", folder=tmp_path, total_limit=1, plugin=DCPPlugin(keep_newer_than_hours=1))
     for _ in range(3):
