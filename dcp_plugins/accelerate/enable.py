@@ -46,7 +46,8 @@ def enable(accelerator: Accelerator, plugin: DCPPlugin | None = None) -> Acceler
         plugin: How to save. None takes what this process was launched with: see `DCPPlugin.from_launch`.
 
     Raises:
-        ValueError: The accelerator is of another kind, or an option is wrong.
+        ValueError: The accelerator is of another kind, or of a subclass with its own ``save_state`` or ``load_state``;
+            or an option is wrong.
         MissingExtraError: This version of Accelerate is not one that this package knows.
     """
     if accelerator.distributed_type in _ELSEWHERE:
@@ -55,6 +56,16 @@ def enable(accelerator: Accelerator, plugin: DCPPlugin | None = None) -> Acceler
             " checkpoints are its own. Leave the call of enable() out."
         )
     _check_seam(accelerator)
+    kind = type(accelerator)
+    overridden = [
+        name for name in ("save_state", "load_state") if getattr(kind, name) is not getattr(Accelerator, name)
+    ]
+    if overridden:
+        raise ValueError(
+            f"{kind.__name__} has its own {listing(overridden)}, which enable() would shadow: they would no longer be"
+            " called. Do what they add in hooks (register_save_state_pre_hook, register_load_state_pre_hook), or around"
+            " the calls."
+        )
     plugin = DCPPlugin.from_launch() if plugin is None else plugin
     disable(accelerator)
     checkpointer = Checkpointer(accelerator, plugin)

@@ -48,6 +48,7 @@ from dcp_plugins.storage.parts import is_foreign, is_view, publish_view
 __all__ = [
     "REST",
     "Contents",
+    "automatic_number",
     "automatically_named",
     "check_file_name",
     "contents_of",
@@ -243,6 +244,11 @@ def _is_picked_by_hand(path: Path) -> bool:
     return any(is_committed(part) for part in parts) or any((path / name).is_file() for name in files)
 
 
+def automatic_number(name: str) -> int | None:
+    """Return the number in a name that automatic naming gives; None if it is another name."""
+    return _NAMES.step_of(name)
+
+
 def number_of(name: str) -> int | None:
     """Return the number at the end of a checkpoint's name (``checkpoint_12``, ``step_100``, ``epoch_3``)."""
     found = _NUMBER.search(name)
@@ -265,7 +271,7 @@ def newest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
 
 def automatically_named(folder: Path) -> list[Path]:
     """Return the directories that are called as automatic naming calls checkpoints, the highest number first."""
-    return [path for path in numbered(folder) if _NAMES.step_of(path.name) is not None]
+    return [path for path in numbered(folder) if automatic_number(path.name) is not None]
 
 
 def numbered(folder: Path) -> list[Path]:

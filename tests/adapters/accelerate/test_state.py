@@ -164,6 +164,18 @@ def test_names_are_automatic_and_old_checkpoints_go_after_the_commit(tmp_path: P
         other.accelerator.save_state()
 
 
+def test_the_next_number_is_known_however_the_path_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = run("plain", folder=tmp_path / "run")
+    for _ in range(3):
+        path = one.accelerator.save_state()
+    (tmp_path / "run" / "kept_7").symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    for written, number in (("run/checkpoints/checkpoint_2", 3), ("run/kept_7", 0)):
+        other = run("plain", folder=tmp_path / "run")
+        other.accelerator.load_state(written)
+        assert other.accelerator.save_iteration == number
+
+
 def test_a_run_that_begins_again_beside_an_older_one_keeps_what_it_saves(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -327,6 +339,8 @@ def test_what_does_not_fit_is_said_before_anything_is_changed(tmp_path: Path) ->
     one.accelerator.save_state(tmp_path / "a")
     with pytest.raises(TypeError, match="found offload too"):
         one.accelerator.load_state(tmp_path / "a", offload=True)
+    with pytest.raises(ValueError, match="found the URL 's3://bucket/a'"):
+        one.accelerator.save_state("s3://bucket/a")
     with pytest.raises(ValueError, match="needs output_dir"):
         one.accelerator.save_state()
     with pytest.raises(ValueError, match="needs input_dir"):
@@ -334,6 +348,20 @@ def test_what_does_not_fit_is_said_before_anything_is_changed(tmp_path: Path) ->
     one.accelerator.project_configuration.automatic_checkpoint_naming = True
     with pytest.raises(ValueError, match="needs project_dir"):
         one.accelerator.save_state()
+    changed = run("plain", seed=2)
+    before = changed.whole_state()
+    changed.accelerator.prepare(torch.optim.lr_scheduler.StepLR(changed.optimizer.optimizer, 1))
+    changed.accelerator.register_for_checkpointing(Counter())
+    disable(one.accelerator).project_configuration.automatic_checkpoint_naming = False
+    one.accelerator.save_state(str(tmp_path / "stock"))
+    for path in (tmp_path / "a", tmp_path / "stock"):
+        with pytest.raises(
+            PlanError, match=rf"scheduler_1\.bin in {path}, .* of 2 registered objects in {path}, found 1"
+        ):
+            changed.accelerator.load_state(path)
+    with pytest.raises(TypeError, match="map_location must be None, 'cpu' or 'on_device', got 'cuda:0'"):
+        changed.accelerator.load_state(tmp_path / "a", map_location="cuda:0")
+    assert same(changed.whole_state(), before)
     other = enable(accelerator_for("plain"), DCPPlugin())
     model = other.prepare(nn.Linear(2, 2))
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -388,6 +416,17 @@ def test_the_plugin_is_switched_off_and_on(tmp_path: Path) -> None:
     accelerator.state.__dict__["distributed_type"] = "DEEPSPEED"
     with pytest.raises(ValueError, match="whose checkpoints are its own"):
         enable(accelerator, DCPPlugin())
+
+
+def test_a_subclass_whose_own_save_would_no_longer_be_called_is_refused() -> None:
+    class Mine(Accelerator):
+        def save_state(self, *args: Any, **kwargs: Any) -> Any:
+            return super().save_state(*args, **kwargs)
+
+    accelerator = Mine(cpu=True)
+    with pytest.raises(ValueError, match="Mine has its own save_state, which enable"):
+        enable(accelerator, DCPPlugin())
+    assert "save_state" not in vars(accelerator)
 
 
 def test_another_accelerate_is_refused_in_one_line() -> None:
