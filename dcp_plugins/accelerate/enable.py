@@ -46,6 +46,7 @@ def enable(accelerator: Accelerator, plugin: DCPPlugin | None = None) -> Acceler
         plugin: How to save. None takes what this process was launched with: see `DCPPlugin.from_launch`.
 
     Raises:
+        CheckpointException: A save that was in flight when the options were changed failed; they are changed.
         ValueError: The accelerator is of another kind, or of a subclass with its own ``save_state`` or ``load_state``;
             or an option is wrong.
         MissingExtraError: This version of Accelerate is not one that this package knows.
@@ -67,21 +68,29 @@ def enable(accelerator: Accelerator, plugin: DCPPlugin | None = None) -> Acceler
             " the calls."
         )
     plugin = DCPPlugin.from_launch() if plugin is None else plugin
-    disable(accelerator)
+    earlier = _checkpointer_of(accelerator)
     checkpointer = Checkpointer(accelerator, plugin)
     for name in _METHODS:
         setattr(accelerator, name, getattr(checkpointer, name))
+    if earlier is not None:
+        # It raises if the save in flight failed. The accelerator is not left to stock then.
+        earlier.close()
     return accelerator
 
 
 def disable(accelerator: Accelerator) -> Accelerator:
     """Finish the save in flight, give the accelerator its own methods back, and return it; without effect on others."""
-    checkpointer = getattr(accelerator.save_state, "__self__", None)
-    if isinstance(checkpointer, Checkpointer):
+    checkpointer = _checkpointer_of(accelerator)
+    if checkpointer is not None:
         for name in _METHODS:
             delattr(accelerator, name)
         checkpointer.close()
     return accelerator
+
+
+def _checkpointer_of(accelerator: Accelerator) -> Checkpointer | None:
+    owner = getattr(accelerator.save_state, "__self__", None)
+    return owner if isinstance(owner, Checkpointer) else None
 
 
 def _check_seam(accelerator: Accelerator) -> None:

@@ -398,7 +398,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
         run("plain").accelerator.load_state(tmp_path / "a")
 
 
-def test_the_plugin_is_switched_off_and_on(tmp_path: Path) -> None:
+def test_the_plugin_is_switched_off_and_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     accelerator = accelerator_for("plain")
     stock = accelerator.save_state
     assert enable(accelerator, DCPPlugin()) is accelerator
@@ -413,6 +413,13 @@ def test_the_plugin_is_switched_off_and_on(tmp_path: Path) -> None:
     assert accelerator.free_memory(model) == [None]
     assert is_committed(tmp_path / "a")
     assert accelerator._models == []
+    with monkeypatch.context() as patch:
+        patch.setattr(FileSystemWriter, "finish", lambda *_: 1 // 0)
+        accelerator.save_state(tmp_path / "b")
+        accelerator.save_state.__self__._saver.wait()
+    with pytest.raises(CheckpointException, match="ZeroDivisionError"):
+        enable(accelerator, DCPPlugin(thread_count=1))
+    assert accelerator.save_state.__self__.plugin == DCPPlugin(thread_count=1)
     accelerator.state.__dict__["distributed_type"] = "DEEPSPEED"
     with pytest.raises(ValueError, match="whose checkpoints are its own"):
         enable(accelerator, DCPPlugin())
