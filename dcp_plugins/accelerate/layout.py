@@ -57,13 +57,10 @@ __all__ = [
     "model_part",
     "newest_checkpoint",
     "newest_of",
-    "number_of",
     "numbered",
     "optimizer_part",
-    "refuse_if_stock_saved_over",
     "refuse_unless_checkpoint",
     "remove_old",
-    "verify",
     "write_stock_files",
 ]
 
@@ -82,7 +79,7 @@ _REPLACED = re.compile(rf"({OPTIMIZER_NAME}|{FSDP_MODEL_NAME})(_[0-9]+)?\.bin")
 """Of a stock checkpoint that ours has replaced. Its model.safetensors may be the user's own: hooks write that, too."""
 _NAMES = StepNames(prefix="checkpoint_")
 _LAST_OF_STOCK = f"{RNG_STATE_NAME}_0.pkl"
-NEVER_COMMITTED = "never committed"
+_NEVER_COMMITTED = "never committed"
 _NUMBER = re.compile(r"([0-9]+)(?=[^0-9/]*$)")
 
 
@@ -176,7 +173,7 @@ def kind_of(path: Path) -> Literal["ours", "stock"] | None:
     return "stock" if (path / _LAST_OF_STOCK).is_file() else None
 
 
-def verify(path: Path, kind: Literal["ours", "stock"]) -> None:
+def _verify(path: Path, kind: Literal["ours", "stock"]) -> None:
     """Check that a checkpoint is whole, as far as can be told without reading its data, and one program's alone.
 
     Raises:
@@ -185,13 +182,13 @@ def verify(path: Path, kind: Literal["ours", "stock"]) -> None:
     """
     if kind == "ours":
         verify_checkpoint(path)
-        refuse_if_stock_saved_over(path)
+        _refuse_if_stock_saved_over(path)
     else:
         for part in _published_parts(path):
             verify_checkpoint(part)
 
 
-def refuse_if_stock_saved_over(path: Path) -> None:
+def _refuse_if_stock_saved_over(path: Path) -> None:
     """Refuse a committed checkpoint of ours with stock's files in it, which we remove when ours has replaced them.
 
     Raises:
@@ -216,12 +213,12 @@ def newest_of(candidates: Iterable[Path]) -> tuple[tuple[Path, Literal["ours", "
         try:
             kind = kind_of(path)
             if kind is not None:
-                verify(path, kind)
+                _verify(path, kind)
                 return (path, kind), skipped
         except (CheckpointError, OSError) as exc:
             skipped[path] = str(exc)
         else:
-            skipped[path] = NEVER_COMMITTED
+            skipped[path] = _NEVER_COMMITTED
     return None, skipped
 
 
@@ -249,7 +246,7 @@ def automatic_number(name: str) -> int | None:
     return _NAMES.step_of(name)
 
 
-def number_of(name: str) -> int | None:
+def _number_of(name: str) -> int | None:
     """Return the number at the end of a checkpoint's name (``checkpoint_12``, ``step_100``, ``epoch_3``)."""
     found = _NUMBER.search(name)
     return int(found[1]) if found is not None else None
@@ -261,7 +258,7 @@ def newest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     Warns of those with a higher number that are damaged; of what was never finished it says nothing.
     """
     newest, skipped = newest_of(numbered(Path(folder)))
-    damaged = [f"{path.name} ({reason})" for path, reason in skipped.items() if reason != NEVER_COMMITTED]
+    damaged = [f"{path.name} ({reason})" for path, reason in skipped.items() if reason != _NEVER_COMMITTED]
     if damaged:
         warnings.warn(
             f"Skipped in {os.fspath(folder)}, which are no good checkpoints: {listing(damaged)}", stacklevel=2
@@ -280,13 +277,13 @@ def numbered(folder: Path) -> list[Path]:
     named = (
         path
         for path in found
-        if path.is_dir() and number_of(path.name) is not None and _PART.fullmatch(path.name) is None
+        if path.is_dir() and _number_of(path.name) is not None and _PART.fullmatch(path.name) is None
     )
     return sorted(named, key=_place, reverse=True)
 
 
 def _place(path: Path) -> tuple[int, str]:
-    number = number_of(path.name)
+    number = _number_of(path.name)
     assert number is not None
     return number, path.name
 
@@ -302,7 +299,7 @@ def refuse_unless_checkpoint(path: Path) -> Literal["ours", "stock"]:
     if kind is None and _is_picked_by_hand(path):
         kind = "stock"
     if kind == "ours":
-        refuse_if_stock_saved_over(path)
+        _refuse_if_stock_saved_over(path)
     if kind is not None:
         return kind
     beside, _ = newest_of(numbered(path.parent))
@@ -323,7 +320,7 @@ def remove_old(saved: Path, policy: KeepPolicy | None) -> None:
     records = []
     litter = []
     for path in automatically_named(saved.parent):
-        number, kind = number_of(path.name), kind_of(path)
+        number, kind = _number_of(path.name), kind_of(path)
         assert number is not None
         if kind is not None:
             records.append(_record_of(path, number) if kind == "ours" else SaveRecord(number))
