@@ -8,11 +8,11 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.optim import Optimizer
 
@@ -20,6 +20,7 @@ import dcp_plugins as dcp
 from dcp_plugins.accelerate import layout
 from dcp_plugins.accelerate.collect import (
     changed_by_forward,
+    check_files,
     is_fsdp,
     optimizers_of,
     owner_of,
@@ -31,8 +32,9 @@ from dcp_plugins.accelerate.layout import Contents
 from dcp_plugins.accelerate.plugin import DCPPlugin
 from dcp_plugins.accelerate.stock import load_stock_model, load_stock_optimizer
 from dcp_plugins.coord import Ranks
-from dcp_plugins.errors import CheckpointError, CheckpointNotFoundError, PlanError, listing
-from dcp_plugins.manager import KeepPolicy, Saver, expected_warnings, verify_checkpoint
+from dcp_plugins.errors import CheckpointNotFoundError, PlanError, listing
+from dcp_plugins.manager import KeepPolicy, Saver, expected_warnings
+from dcp_plugins.manager.agreement import on_rank_zero
 from dcp_plugins.manager.record import RECORD_KEY, record_item
 from dcp_plugins.state_dict import (
     StateDictOptions,
@@ -79,7 +81,8 @@ class Checkpointer:
         """
         accelerator = self._accelerator
         self._saver.finish()
-        path = self._decide(lambda: self._make_room(output_dir))
+        self._require_same_options()
+        path = self._decide("make room", lambda: self._make_room(output_dir))
         try:
             state = self._collect(path)
         # Whatever hooks and objects of the user raise, the other ranks hear of it from the engine.
@@ -130,8 +133,10 @@ class Checkpointer:
         strict, map_location = options.pop("strict", True), options.pop("map_location", None)
         if options:
             raise TypeError(f"load_state takes strict and map_location for the models, found {listing(options)} too")
+        if map_location not in (None, "cpu", "on_device"):
+            raise TypeError(f"map_location must be None, 'cpu' or 'on_device', got {map_location!r}")
         self._saver.wait()
-        path, kind = self._decide(lambda: self._find(input_dir))
+        path, kind = self._decide("find", lambda: self._find(input_dir))
         models = list(accelerator._models)
         if not is_fsdp(accelerator):
             # They take out what they load themselves. Under FSDP stock calls them after models and optimizers.
@@ -140,10 +145,7 @@ class Checkpointer:
             if kind == "ours":
                 self._load_ours(path, models, Path(folder), strict=strict)
             else:
-                for index, model in enumerate(models):
-                    load_stock_model(path, index, model, strict=strict, no_dist=self._is_alone)
-                for index, optimizer in enumerate(optimizers_of(accelerator)):
-                    load_stock_optimizer(path, index, optimizer, accelerator._models, no_dist=self._is_alone)
+                self._load_stock(path, models, strict=strict)
             if is_fsdp(accelerator):
                 self._call_load_hooks([], path)
             kwargs = dict(load_kwargs or {})
@@ -157,8 +159,8 @@ class Checkpointer:
                     weights_only=kwargs.get("weights_only", self.plugin.weights_only),
                 ),
             )
-        number = layout.number_of(path.name)
-        if self._is_naming and path.parent == self._folder and number is not None:
+        number = layout.automatic_number(path.name)
+        if self._is_naming and number is not None and path.resolve().parent == self._folder.resolve():
             # Where stock leaves it to the script to choose the next number, and refuses to save if it forgets.
             configuration = accelerator.project_configuration
             configuration.iteration = max(configuration.iteration, number + 1)
@@ -206,6 +208,8 @@ class Checkpointer:
                 )
         elif output_dir is None:
             raise ValueError("save_state needs output_dir, or automatic_checkpoint_naming in the ProjectConfiguration")
+        elif "://" in os.fspath(output_dir):
+            raise ValueError(f"save_state saves into a directory, found the URL {os.fspath(output_dir)!r}")
         else:
             path = Path(output_dir).expanduser()
         path.mkdir(parents=True, exist_ok=True)
@@ -228,7 +232,7 @@ class Checkpointer:
         try:
             layout.write_stock_files(path)
             if self._is_naming:
-                layout.remove_old(path.parent, policy)
+                layout.remove_old(path, policy)
         # The checkpoint exists: it must not look as if it did not.
         except Exception:
             log.warning(
@@ -242,30 +246,21 @@ class Checkpointer:
         if input_dir is not None:
             path = Path(input_dir).expanduser()
             if not path.is_dir():
-                beside = layout.newest_checkpoint(path.parent)
-                hint = f". The newest committed checkpoint beside it is {beside}" if beside is not None else ""
+                beside, _ = layout.newest_of(layout.numbered(path.parent))
+                hint = f". The newest committed checkpoint beside it is {beside[0]}" if beside is not None else ""
                 raise ValueError(f"Tried to find {path} but folder does not exist{hint}")
             return path, layout.refuse_unless_checkpoint(path)
         if not self._is_naming:
             raise ValueError("load_state needs input_dir, or automatic_checkpoint_naming in the ProjectConfiguration")
-        skipped = []
-        for path in layout.numbered(self._folder):
-            kind = layout.kind_of(path)
-            try:
-                if kind == "ours":
-                    verify_checkpoint(path)
-            except (CheckpointError, OSError) as exc:
-                skipped.append(f"{path.name} ({exc})")
-                continue
-            if kind is None:
-                skipped.append(f"{path.name} (never committed)")
-                continue
-            if skipped:
-                warnings.warn(f"Loading {path}: newer ones are no good checkpoints: {listing(skipped)}", stacklevel=2)
-            return path, kind
-        raise CheckpointNotFoundError(
-            f"Expected a committed checkpoint in {self._folder}, found {listing(skipped) or 'none'}"
-        )
+        newest, skipped = layout.newest_of(layout.automatically_named(self._folder))
+        reasons = listing(f"{path.name} ({reason})" for path, reason in skipped.items())
+        if newest is None:
+            raise CheckpointNotFoundError(
+                f"Expected a committed checkpoint in {self._folder}, found {reasons or 'none'}"
+            )
+        if skipped:
+            warnings.warn(f"Loading {newest[0]}: newer ones are no good checkpoints: {reasons}", stacklevel=2)
+        return newest
 
     def _call_load_hooks(self, models: list[nn.Module], path: Path) -> None:
         def call() -> None:
@@ -284,6 +279,7 @@ class Checkpointer:
         def prepare() -> dict[str, Any]:
             contents = layout.contents_of(reader.read_metadata(), path)
             state = _wanted(contents, models, optimizers, strict=strict, path=path)
+            check_files(accelerator, contents.files[0], path)
             rest: dict[str, dict[str, bytes]] = {}
             for name, rank in contents.files_for(accelerator.process_index, accelerator.num_processes).items():
                 rest.setdefault(str(rank), {})[name] = b""
@@ -307,28 +303,43 @@ class Checkpointer:
 
         self._together("apply", apply)
 
+    def _load_stock(self, path: Path, models: Sequence[nn.Module], *, strict: bool) -> None:
+        accelerator, alone = self._accelerator, self._is_alone
+        optimizers = optimizers_of(accelerator)
+
+        def load_model(index: int) -> None:
+            load_stock_model(path, index, models[index], strict=strict, no_dist=alone)
+
+        def load_optimizer(index: int) -> None:
+            load_stock_optimizer(path, index, optimizers[index], accelerator._models, no_dist=alone)
+
+        self._together("prepare", lambda: check_files(accelerator, os.listdir(path), path))
+        for index in range(len(models)):
+            self._together(layout.model_part(index), partial(load_model, index))
+        for index in range(len(optimizers)):
+            self._together(layout.optimizer_part(index), partial(load_optimizer, index))
+
+    def _require_same_options(self) -> None:
+        """Refuse saves that some processes would write in the background and others would not: they would not meet."""
+        if self._is_alone:
+            return
+        found = Ranks(None, distributed=True).all_gather("options", lambda: self.plugin.asynchronous)
+        if len(set(found)) > 1:
+            said = listing(f"{value!r} on process {rank}" for rank, value in enumerate(found))
+            raise ValueError(
+                f"Expected asynchronous to be the same on every process, found {said}. It comes from enable(), from"
+                " DCP_PLUGINS_ASYNCHRONOUS, or from the YAML file, which each node reads for itself."
+            )
+
     def _together(self, step: str, local: Callable[[], _Answer]) -> _Answer:
         """Run something on every process; if it fails on one, every process raises."""
         if self._is_alone:
             return local()
         return Ranks(None, distributed=True).settle(step, local)
 
-    def _decide(self, decide: Callable[[], _Answer]) -> _Answer:
+    def _decide(self, step: str, decide: Callable[[], _Answer]) -> _Answer:
         """Run something on the main process and return its answer, or raise its error, on every process."""
-        if self._is_alone:
-            return decide()
-        outcome: list[Any] = [None]
-        if self._accelerator.is_main_process:
-            try:
-                outcome = [(True, decide())]
-            except Exception as exc:  # whatever it is, the other processes are waiting to hear of it
-                outcome = [(False, exc)]
-        broadcast_object_list(outcome)
-        succeeded, value = outcome[0]
-        if not succeeded:
-            raise value
-        answer: _Answer = value
-        return answer
+        return decide() if self._is_alone else on_rank_zero(Ranks(None, distributed=True), step, decide)
 
 
 class _Failed:

@@ -6,8 +6,9 @@ into and from a temporary directory, so that they are what stock Accelerate woul
 
 from __future__ import annotations
 
+import fnmatch
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,19 @@ from accelerate import Accelerator
 from accelerate.checkpointing import load_accelerator_state, save_accelerator_state, save_custom_state
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
-from accelerate.utils.constants import RNG_STATE_NAME
+from accelerate.utils.constants import RNG_STATE_NAME, SCALER_NAME, SCHEDULER_NAME
 from accelerate.utils.other import load as load_file
 from torch import nn
 from torch.optim import Optimizer
 
 from dcp_plugins.accelerate import layout
-from dcp_plugins.errors import UnsupportedValueError
+from dcp_plugins.errors import PlanError, UnsupportedValueError, listing
 from dcp_plugins.state_dict import get_model_state_dict, get_optimizer_state_dict
 from dcp_plugins.state_dict.names import names_of
 
 __all__ = [
     "changed_by_forward",
+    "check_files",
     "is_fsdp",
     "optimizers_of",
     "owner_of",
@@ -132,6 +134,35 @@ def small_files(accelerator: Accelerator) -> dict[str, bytes]:
         return {layout.check_file_name(path.name): path.read_bytes() for path in Path(folder).iterdir()}
 
 
+def check_files(accelerator: Accelerator, names: Iterable[str], path: Path) -> None:
+    """Check that a checkpoint holds the states of schedulers, scaler and registered objects, before any is changed.
+
+    Raises:
+        PlanError: Some are missing, or there are states of more objects than are registered; lists them.
+    """
+    names = set(names)
+    wanted = {
+        f"{SCHEDULER_NAME}_{index}.bin" if index else f"{SCHEDULER_NAME}.bin"
+        for index in range(len(accelerator._schedulers))
+    }
+    if accelerator.scaler is not None:
+        wanted.add(SCALER_NAME)
+    objects = len(accelerator._custom_objects)
+    found = sum(fnmatch.fnmatch(name, "custom_checkpoint_*.pkl") for name in names)
+    problems = []
+    if wanted - names:
+        problems.append(
+            f"Expected {listing(wanted - names)} in {path}, found none. Prepare what was prepared when it was saved."
+        )
+    if found != objects:
+        problems.append(
+            f"Expected the states of {objects} registered objects in {path}, found {found}."
+            " Register the same objects as when it was saved."
+        )
+    if problems:
+        raise PlanError(" ".join(problems))
+
+
 def restore_files(
     accelerator: Accelerator,
     folder: Path,
@@ -140,19 +171,12 @@ def restore_files(
     load_kwargs: Mapping[str, Any],
     weights_only: bool,
 ) -> None:
-    """Restore what `small_files` returned from a directory that holds the files.
+    """Restore what `small_files` returned from a directory that holds the files, which `check_files` has looked at.
 
     Raises:
-        RuntimeError: There are states of more or of fewer objects than are registered.
         UnsupportedValueError: The state of a registered object is more than plain data.
     """
     objects = accelerator._custom_objects
-    found = sorted(folder.glob("custom_checkpoint_*.pkl"))
-    if len(found) != len(objects):
-        raise RuntimeError(
-            f"Expected the states of {len(objects)} registered objects in {folder}, found {len(found)}. Register the"
-            " same objects as when it was saved."
-        )
     restored = load_accelerator_state(
         str(folder),
         [],

@@ -46,7 +46,9 @@ def enable(accelerator: Accelerator, plugin: DCPPlugin | None = None) -> Acceler
         plugin: How to save. None takes what this process was launched with: see `DCPPlugin.from_launch`.
 
     Raises:
-        ValueError: The accelerator is of another kind, or an option is wrong.
+        CheckpointException: A save that was in flight when the options were changed failed; they are changed.
+        ValueError: The accelerator is of another kind, or of a subclass with its own ``save_state`` or ``load_state``;
+            or an option is wrong.
         MissingExtraError: This version of Accelerate is not one that this package knows.
     """
     if accelerator.distributed_type in _ELSEWHERE:
@@ -55,22 +57,40 @@ def enable(accelerator: Accelerator, plugin: DCPPlugin | None = None) -> Acceler
             " checkpoints are its own. Leave the call of enable() out."
         )
     _check_seam(accelerator)
+    kind = type(accelerator)
+    overridden = [
+        name for name in ("save_state", "load_state") if getattr(kind, name) is not getattr(Accelerator, name)
+    ]
+    if overridden:
+        raise ValueError(
+            f"{kind.__name__} has its own {listing(overridden)}, which enable() would shadow: they would no longer be"
+            " called. Do what they add in hooks (register_save_state_pre_hook, register_load_state_pre_hook), or around"
+            " the calls."
+        )
     plugin = DCPPlugin.from_launch() if plugin is None else plugin
-    disable(accelerator)
+    earlier = _checkpointer_of(accelerator)
     checkpointer = Checkpointer(accelerator, plugin)
     for name in _METHODS:
         setattr(accelerator, name, getattr(checkpointer, name))
+    if earlier is not None:
+        # It raises if the save in flight failed. The accelerator is not left to stock then.
+        earlier.close()
     return accelerator
 
 
 def disable(accelerator: Accelerator) -> Accelerator:
     """Finish the save in flight, give the accelerator its own methods back, and return it; without effect on others."""
-    checkpointer = getattr(accelerator.save_state, "__self__", None)
-    if isinstance(checkpointer, Checkpointer):
+    checkpointer = _checkpointer_of(accelerator)
+    if checkpointer is not None:
         for name in _METHODS:
             delattr(accelerator, name)
         checkpointer.close()
     return accelerator
+
+
+def _checkpointer_of(accelerator: Accelerator) -> Checkpointer | None:
+    owner = getattr(accelerator.save_state, "__self__", None)
+    return owner if isinstance(owner, Checkpointer) else None
 
 
 def _check_seam(accelerator: Accelerator) -> None:

@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
-from accelerate.commands.config.config_args import default_config_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 
-from dcp_plugins.accelerate.plugin import SECTION, DCPPlugin, read_config, section_of, variable_of
+from dcp_plugins.accelerate.plugin import SECTION, DCPPlugin, file_read_by, read_config, section_of, variable_of
 
 __all__ = ["main"]
 
@@ -25,8 +24,8 @@ __all__ = ["main"]
 def main(arguments: Sequence[str] | None = None) -> None:
     """Launch a script as ``accelerate launch`` does; exits with a message if the section has a wrong name or value."""
     parsed = launch_command_parser().parse_args(sys.argv[1:] if arguments is None else list(arguments))
-    file = Path(parsed.config_file or default_config_file)
-    if not file.is_file():
+    file = file_read_by(parsed, Path())
+    if file is None or not file.is_file():
         launch_command(parsed)  # which has its own opinion of a file that is missing
         return
     config = dict(read_config(file))

@@ -20,7 +20,8 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +30,7 @@ from accelerate.utils.constants import FSDP_MODEL_NAME, MODEL_NAME, OPTIMIZER_NA
 
 import dcp_plugins as dcp
 from dcp_plugins.contract import Metadata
-from dcp_plugins.errors import CheckpointError, CheckpointNotFoundError, PlanError, UnsafeCheckpointError
+from dcp_plugins.errors import CheckpointError, CheckpointNotFoundError, PlanError, UnsafeCheckpointError, listing
 from dcp_plugins.format.names import METADATA_NAME, save_id_of
 from dcp_plugins.manager import (
     KeepPolicy,
@@ -39,20 +40,23 @@ from dcp_plugins.manager import (
     is_committed,
     read_record,
     steps_to_delete,
+    verify_checkpoint,
 )
 from dcp_plugins.storage.local import remove_files
-from dcp_plugins.storage.parts import is_view, publish_view
+from dcp_plugins.storage.parts import is_foreign, is_view, publish_view
 
 __all__ = [
     "REST",
     "Contents",
+    "automatic_number",
+    "automatically_named",
     "check_file_name",
     "contents_of",
     "is_random_state",
     "kind_of",
     "model_part",
     "newest_checkpoint",
-    "number_of",
+    "newest_of",
     "numbered",
     "optimizer_part",
     "refuse_unless_checkpoint",
@@ -74,6 +78,8 @@ _FILE = re.compile(
 _REPLACED = re.compile(rf"({OPTIMIZER_NAME}|{FSDP_MODEL_NAME})(_[0-9]+)?\.bin")
 """Of a stock checkpoint that ours has replaced. Its model.safetensors may be the user's own: hooks write that, too."""
 _NAMES = StepNames(prefix="checkpoint_")
+_LAST_OF_STOCK = f"{RNG_STATE_NAME}_0.pkl"
+_NEVER_COMMITTED = "never committed"
 _NUMBER = re.compile(r"([0-9]+)(?=[^0-9/]*$)")
 
 
@@ -158,37 +164,126 @@ def is_random_state(name: str) -> bool:
 
 
 def kind_of(path: Path) -> Literal["ours", "stock"] | None:
-    """Tell what wrote the checkpoint at ``path``; None if it is not one, or a save of ours was never committed."""
+    """Tell what wrote the checkpoint at ``path``; None if it is not one, or the save into it never finished."""
     if is_committed(path):
         return "ours"
-    parts = [path / model_part(0), path / optimizer_part(0)]
-    published = [part for part in parts if is_committed(part)]
-    if any(is_view(part) for part in published):
+    if any(is_view(part) for part in _published_parts(path)):
         return None  # what is left of a checkpoint of ours that was being deleted
-    files = (f"{SAFE_MODEL_NAME}.safetensors", f"{MODEL_NAME}.bin", f"{FSDP_MODEL_NAME}.bin", f"{RNG_STATE_NAME}_0.pkl")
-    return "stock" if published or any((path / name).is_file() for name in files) else None
+    # Stock writes it when models, optimizers, and the files of the user's hooks, which run in our saves too, are there.
+    return "stock" if (path / _LAST_OF_STOCK).is_file() else None
 
 
-def number_of(name: str) -> int | None:
+def _verify(path: Path, kind: Literal["ours", "stock"]) -> None:
+    """Check that a checkpoint is whole, as far as can be told without reading its data, and one program's alone.
+
+    Raises:
+        CorruptCheckpointError: Data files are missing or have other sizes, or metadata cannot be read.
+        PlanError: Stock Accelerate has saved into a checkpoint of ours.
+    """
+    if kind == "ours":
+        verify_checkpoint(path)
+        _refuse_if_stock_saved_over(path)
+    else:
+        for part in _published_parts(path):
+            verify_checkpoint(part)
+
+
+def _refuse_if_stock_saved_over(path: Path) -> None:
+    """Refuse a committed checkpoint of ours with stock's files in it, which we remove when ours has replaced them.
+
+    Raises:
+        PlanError: There are some; says how either one is loaded.
+    """
+    found = [name for name in os.listdir(path) if _REPLACED.fullmatch(name) is not None]
+    # Where stock saved more models, what it left in a directory that we have none for is nobody's.
+    parts = [part for part in _published_parts(path) if _data_of_ours(part)]
+    found += [f"{part.name}/{METADATA_NAME}" for part in parts if is_foreign(part)]
+    if found:
+        raise PlanError(
+            f"{path} holds two checkpoints: ours, and, in {listing(found)}, one of stock Accelerate, which has saved"
+            " there since, unless our save was killed right after it had replaced stock's. To load stock's, call"
+            " disable(accelerator) first. To load ours, let dcp_plugins.accelerate.write_stock_files delete stock's."
+        )
+
+
+def newest_of(candidates: Iterable[Path]) -> tuple[tuple[Path, Literal["ours", "stock"]] | None, dict[Path, str]]:
+    """Return the first candidate that is a whole checkpoint, with its kind, and why those before it are not."""
+    skipped: dict[Path, str] = {}
+    for path in candidates:
+        try:
+            kind = kind_of(path)
+            if kind is not None:
+                _verify(path, kind)
+                return (path, kind), skipped
+        except (CheckpointError, OSError) as exc:
+            skipped[path] = str(exc)
+        else:
+            skipped[path] = _NEVER_COMMITTED
+    return None, skipped
+
+
+def _published_parts(path: Path) -> list[Path]:
+    """Return the directories of models and optimizers that have metadata of their own."""
+    names = os.listdir(path) if path.is_dir() else ()
+    return [path / name for name in sorted(names) if _PART.fullmatch(name) is not None and is_committed(path / name)]
+
+
+def _data_of_ours(folder: Path) -> list[str]:
+    return [name for name in os.listdir(folder) if save_id_of(name) is not None]
+
+
+def _is_picked_by_hand(path: Path) -> bool:
+    """Tell whether somebody has kept stock's weights without the rest; our killed saves' hooks may leave such files."""
+    parts = [path / model_part(0), path / optimizer_part(0)]
+    if any(_data_of_ours(folder) for folder in (path, *parts) if folder.is_dir()):
+        return False
+    files = (f"{SAFE_MODEL_NAME}.safetensors", f"{MODEL_NAME}.bin", f"{FSDP_MODEL_NAME}.bin")
+    return any(is_committed(part) for part in parts) or any((path / name).is_file() for name in files)
+
+
+def automatic_number(name: str) -> int | None:
+    """Return the number in a name that automatic naming gives; None if it is another name."""
+    return _NAMES.step_of(name)
+
+
+def _number_of(name: str) -> int | None:
     """Return the number at the end of a checkpoint's name (``checkpoint_12``, ``step_100``, ``epoch_3``)."""
     found = _NUMBER.search(name)
     return int(found[1]) if found is not None else None
 
 
 def newest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
-    """Find the checkpoint with the highest number in its name, ours if committed or stock's; None if there is none."""
-    return next((path for path in numbered(Path(folder)) if kind_of(path) is not None), None)
+    """Find the checkpoint with the highest number in its name, ours if committed or stock's; None if there is none.
+
+    Warns of those with a higher number that are damaged; of what was never finished it says nothing.
+    """
+    newest, skipped = newest_of(numbered(Path(folder)))
+    damaged = [f"{path.name} ({reason})" for path, reason in skipped.items() if reason != _NEVER_COMMITTED]
+    if damaged:
+        warnings.warn(
+            f"Skipped in {os.fspath(folder)}, which are no good checkpoints: {listing(damaged)}", stacklevel=2
+        )
+    return newest[0] if newest is not None else None
+
+
+def automatically_named(folder: Path) -> list[Path]:
+    """Return the directories that are called as automatic naming calls checkpoints, the highest number first."""
+    return [path for path in numbered(folder) if automatic_number(path.name) is not None]
 
 
 def numbered(folder: Path) -> list[Path]:
     """Return the directories with a number at the end of their names, checkpoints or not, the highest first."""
     found = folder.iterdir() if folder.is_dir() else ()
-    named = (path for path in found if path.is_dir() and number_of(path.name) is not None)
+    named = (
+        path
+        for path in found
+        if path.is_dir() and _number_of(path.name) is not None and _PART.fullmatch(path.name) is None
+    )
     return sorted(named, key=_place, reverse=True)
 
 
 def _place(path: Path) -> tuple[int, str]:
-    number = number_of(path.name)
+    number = _number_of(path.name)
     assert number is not None
     return number, path.name
 
@@ -198,37 +293,54 @@ def refuse_unless_checkpoint(path: Path) -> Literal["ours", "stock"]:
 
     Raises:
         CheckpointNotFoundError: It is none; names the newest one beside it.
+        PlanError: Stock Accelerate has saved into one of ours.
     """
     kind = kind_of(path)
+    if kind is None and _is_picked_by_hand(path):
+        kind = "stock"
+    if kind == "ours":
+        _refuse_if_stock_saved_over(path)
     if kind is not None:
         return kind
-    beside = newest_checkpoint(path.parent)
-    hint = f"The newest committed checkpoint beside it is {beside}." if beside else "There is no checkpoint beside it."
+    beside, _ = newest_of(numbered(path.parent))
+    hint = (
+        f"The newest committed checkpoint beside it is {beside[0]}." if beside else "There is no checkpoint beside it."
+    )
     raise CheckpointNotFoundError(
         f"Expected a committed checkpoint in {path}, but it has no {METADATA_NAME}: the save into it never finished, or"
         f" another program wrote it. {hint}"
     )
 
 
-def remove_old(folder: Path, policy: KeepPolicy | None) -> None:
-    """Delete checkpoints that a policy lets go, and what killed saves left below the newest.
+def remove_old(saved: Path, policy: KeepPolicy | None) -> None:
+    """Delete what a policy lets go of the checkpoints beside the one just saved, and what killed saves left below them.
 
     Only ``checkpoint_<n>`` is looked at. To be called after a commit, while nothing else is saved there.
     """
-    named = {path: _NAMES.step_of(path.name) for path in numbered(folder)}
     records = []
     litter = []
-    for path, number in named.items():
-        kind = kind_of(path)
-        if number is not None and kind is not None:
+    for path in automatically_named(saved.parent):
+        number, kind = _number_of(path.name), kind_of(path)
+        assert number is not None
+        if kind is not None:
             records.append(_record_of(path, number) if kind == "ours" else SaveRecord(number))
-        elif number is not None and records and _is_litter(path):
+        elif records and not path.is_symlink() and _is_litter(path):
             litter.append(path)
     for path in litter:
         shutil.rmtree(path)
         log.info("Removed %s, left by a save that was never committed", path)
-    for number in steps_to_delete(policy, records, now=time.time()):
-        delete_checkpoint(folder / _NAMES.name(number))
+    # Of a run that began again at 0 beside the checkpoints of one before it, it is not among the latest.
+    protected = [record.step for record in records if _NAMES.name(record.step) == saved.name]
+    for number in steps_to_delete(policy, records, now=time.time(), protected=protected):
+        delete_checkpoint(saved.parent / _NAMES.name(number))
+    newest = records[0].step if records else None
+    if newest is not None and newest not in protected:
+        log.warning(
+            "%s has a lower number than checkpoint_%d beside it, which load_state() would take for the newest. If this"
+            " run did not mean to begin again, call load_state() first; if it did, give it another project_dir",
+            saved,
+            newest,
+        )
 
 
 def _record_of(path: Path, number: int) -> SaveRecord:
@@ -284,6 +396,6 @@ def _remove_part(folder: Path) -> None:
     """Delete what an earlier save, of more models or optimizers, left in the directory of one; nobody else's files."""
     if is_committed(folder) and is_view(folder):
         (folder / METADATA_NAME).unlink()
-    remove_files(folder, [name for name in os.listdir(folder) if save_id_of(name) is not None])
+    remove_files(folder, _data_of_ours(folder))
     if not any(folder.iterdir()):
         folder.rmdir()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,7 +22,7 @@ from accelerate.commands.launch import launch_command_parser
 
 from dcp_plugins.manager import KeepEvery, KeepLatest, KeepNewerThan, KeepPolicy, SaveOptions
 
-__all__ = ["CONFIG_FILE_VARIABLE", "SECTION", "DCPPlugin", "read_config", "section_of", "variable_of"]
+__all__ = ["CONFIG_FILE_VARIABLE", "SECTION", "DCPPlugin", "file_read_by", "read_config", "section_of", "variable_of"]
 
 SECTION = "dcp"
 """The section of the YAML file: inside ``fsdp_config``, where stock Accelerate tolerates it, or at the top level."""
@@ -141,11 +142,16 @@ def launchers_file() -> Path | None:
         launch = _launch_arguments(arguments)
         if launch is not None:
             parsed, _ = launch_command_parser().parse_known_args(launch)
-            if parsed.config_file is not None:
-                return folder / Path(parsed.config_file)
-            default = Path(default_config_file)
-            return default if default.is_file() and not parsed.cpu else None
+            return file_read_by(parsed, folder)
     return None
+
+
+def file_read_by(parsed: Namespace, folder: Path) -> Path | None:
+    """Return the file that ``accelerate launch`` with these arguments, called in a directory, reads; None if none."""
+    if parsed.config_file is not None:
+        return folder / Path(parsed.config_file)
+    default = Path(default_config_file)
+    return default if default.is_file() and not parsed.cpu else None
 
 
 def _launch_arguments(arguments: list[str]) -> list[str] | None:

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from dcp_plugins.contract import Metadata, MetadataIndex, StorageInfo, WriteItem, WriteResult
-from dcp_plugins.errors import CorruptCheckpointError
+from dcp_plugins.errors import CheckpointError, CorruptCheckpointError
 from dcp_plugins.format.metadata import decode_extras, decode_with_extras, encode
 from dcp_plugins.format.names import METADATA_NAME, temporary_name
 from dcp_plugins.storage.local import litter, make_directory, publish, remove_files, sync_directory
 from dcp_plugins.storage.writer import FileSystemWriter
 
-__all__ = ["PartsWriter", "is_view", "publish_view"]
+__all__ = ["PartsWriter", "is_foreign", "is_view", "publish_view"]
 
 _VIEW_OF = "view_of"
 
@@ -105,7 +105,19 @@ def publish_view(path: Path, part: str, *, sync_files: bool = False) -> None:
 def is_view(part: Path) -> bool:
     """Tell whether the ``.metadata`` in a directory only follows that of the directory above it."""
     source = part / METADATA_NAME
-    return _VIEW_OF in decode_extras(source.read_bytes(), str(source))
+    try:
+        return _VIEW_OF in decode_extras(source.read_bytes(), str(source))
+    except CorruptCheckpointError:
+        return True  # what is damaged is a trailer, which only we write
+
+
+def is_foreign(part: Path) -> bool:
+    """Tell whether the ``.metadata`` in a part's directory is a checkpoint's of its own, whole, and no view."""
+    source = part / METADATA_NAME
+    try:
+        return _VIEW_OF not in decode_with_extras(source.read_bytes(), str(source)).extras
+    except CheckpointError:
+        return False
 
 
 def _part_of(fqn: str, parts: tuple[str, ...]) -> str:

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
-from dcp_plugins.accelerate import DCPPlugin, plugin
+from dcp_plugins.accelerate import DCPPlugin, launch, plugin
 from dcp_plugins.manager import KeepEvery, KeepLatest, KeepNewerThan
 
 ROOT = Path(__file__).parents[3]
@@ -135,6 +135,18 @@ def test_without_a_file_of_its_own_the_launcher_reads_the_default_one(
     assert DCPPlugin.from_launch() == DCPPlugin(thread_count=3)
     monkeypatch.setattr(plugin, "_ancestors", lambda: iter([(["python", "train.py"], tmp_path)]))
     assert DCPPlugin.from_launch() == DCPPlugin(), "a script that nothing launched reads no file"
+
+
+def test_the_launchers_take_no_default_file_with_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    default = write(tmp_path / "default_config.yaml", top={"thread_count": 3})
+    monkeypatch.setattr(plugin, "default_config_file", str(default))
+    launched: list[Any] = []
+    monkeypatch.setattr(launch, "launch_command", launched.append)
+    launch.main(["--cpu", "train.py"])
+    assert launched[0].config_file is None
+    assert plugin.variable_of("thread_count") not in os.environ
+    monkeypatch.setattr(plugin, "_ancestors", lambda: iter([(["accelerate", "launch", "--cpu", "train.py"], tmp_path)]))
+    assert DCPPlugin.from_launch() == DCPPlugin()
 
 
 def test_the_limit_is_accelerates_and_what_goes_beyond_it_ours() -> None:

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader as TorchReader
 from torch.distributed.checkpoint import load as torch_load
 
-from dcp_plugins.accelerate import DCPPlugin, disable, enable
+from dcp_plugins.accelerate import DCPPlugin, disable, enable, stock
+from dcp_plugins.errors import CheckpointException, PlanError
 from dcp_plugins.manager import verify_checkpoint
 from dcp_plugins.testing.ranks import run_ranks
 from tests.adapters.accelerate.trainers import Net, accelerator_for, run, same
@@ -223,6 +224,11 @@ def test_each_process_has_its_position_in_the_data_back_and_on_another_number_th
 
 
 def go_back_to_stock(root: Path) -> tuple[State, State]:
+    over = run("fsdp2", plugin=None, seed=4)
+    over.accelerator.save_state(str(root / "over"))
+    over.accelerator.wait_for_everyone()
+    with pytest.raises(PlanError, match=r"in optimizer_0/\.metadata, pytorch_model_fsdp_0/\.metadata, one of stock"):
+        enable(over.accelerator, DCPPlugin()).load_state(root / "over")
     one = run("plain", seed=5)
     one.accelerator.load_state(root / "fsdp2")
     disable(one.accelerator).save_state(str(root / "stock"))
@@ -234,6 +240,7 @@ def go_back_to_stock(root: Path) -> tuple[State, State]:
 
 def test_a_run_goes_back_to_stock_under_ddp_by_disabling_the_plugin(tmp_path: Path) -> None:
     saved = run_ranks(2, save_each, tmp_path, ("fsdp2",))[0]
+    shutil.copytree(tmp_path / "fsdp2", tmp_path / "over")
     ours, stock = run_ranks(2, go_back_to_stock, tmp_path)[0]
     assert same(ours, stock)
     assert same(ours, saved["fsdp2"][0])
@@ -285,6 +292,27 @@ def test_a_failure_of_one_process_is_raised_on_all_and_the_next_save_succeeds(tm
         assert all("a hook without luck" in message for message in messages)
     for name in ("off", "thread", "off-again", "thread-again"):
         verify_checkpoint(tmp_path / name)
+
+
+def disagree(root: Path) -> list[str]:
+    messages = []
+    one = run("plain", plugin=DCPPlugin(asynchronous=("off", "thread")[dist.get_rank()]))
+    with pytest.raises(ValueError, match="Expected asynchronous to be the same") as caught:
+        one.accelerator.save_state(root / "a")
+    messages.append(str(caught.value))
+    disable(one.accelerator).save_state(str(root / "stock"))
+    one.accelerator.wait_for_everyone()
+    enable(one.accelerator, DCPPlugin())
+    if dist.get_rank() == 1:
+        stock._read_weights = lambda *_: {}["not on this node"]
+    with pytest.raises(CheckpointException, match="not on this node"):
+        one.accelerator.load_state(root / "stock")
+    return messages
+
+
+def test_processes_that_cannot_save_or_load_together_all_raise_at_once(tmp_path: Path) -> None:
+    for (message,) in run_ranks(2, disagree, tmp_path, timeout_seconds=25):
+        assert "found 'off' on process 0, 'thread' on process 1" in message
 
 
 def load_damaged(root: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from dcp_plugins.errors import (
     UnsupportedValueError,
 )
 from dcp_plugins.manager import is_committed
+from dcp_plugins.storage import FileSystemWriter
 from tests.adapters.accelerate.trainers import Counter, Net, accelerator_for, run, same
 
 
@@ -162,6 +164,33 @@ def test_names_are_automatic_and_old_checkpoints_go_after_the_commit(tmp_path: P
         other.accelerator.save_state()
 
 
+def test_the_next_number_is_known_however_the_path_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = run("plain", folder=tmp_path / "run")
+    for _ in range(3):
+        path = one.accelerator.save_state()
+    (tmp_path / "run" / "kept_7").symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    for written, number in (("run/checkpoints/checkpoint_2", 3), ("run/kept_7", 0)):
+        other = run("plain", folder=tmp_path / "run")
+        other.accelerator.load_state(written)
+        assert other.accelerator.save_iteration == number
+
+
+def test_a_run_that_begins_again_beside_an_older_one_keeps_what_it_saves(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = run("plain", folder=tmp_path, total_limit=2)
+    for _ in range(4):
+        one.accelerator.save_state()
+    assert not caplog.records
+    again = run("plain", folder=tmp_path, total_limit=2)
+    for number in range(2):
+        path = again.accelerator.save_state()
+        assert sorted(os.listdir(path.parent)) == [f"checkpoint_{number}", "checkpoint_2", "checkpoint_3"]
+        assert "lower number than checkpoint_3" in caplog.text
+        caplog.clear()
+
+
 def test_what_is_new_stays_beyond_the_limit(tmp_path: Path) -> None:
     one = run("plain", folder=tmp_path, total_limit=1, plugin=DCPPlugin(keep_newer_than_hours=1))
     for _ in range(3):
@@ -185,6 +214,65 @@ def test_an_uncommitted_directory_is_refused_and_the_newest_committed_one_named(
         one.accelerator.load_state(tmp_path / "step_12")
     with pytest.raises(CheckpointNotFoundError, match="There is no checkpoint beside it"):
         one.accelerator.load_state(tmp_path)
+
+
+def test_a_killed_save_whose_hook_wrote_weights_is_not_taken_for_one_of_stocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = run("plain", folder=tmp_path)
+    one.accelerator.save_state()
+    one.accelerator.register_save_state_pre_hook(lambda _, __, folder: Path(folder, "model.safetensors").touch())
+    monkeypatch.setattr(FileSystemWriter, "finish", lambda *_: 1 // 0)
+    monkeypatch.setattr(FileSystemWriter, "abandon", lambda *_: None)
+    with pytest.raises(CheckpointException, match="ZeroDivisionError"):
+        one.accelerator.save_state()
+    folder = tmp_path / "checkpoints"
+    assert newest_checkpoint(folder) == folder / "checkpoint_0"
+    with pytest.raises(CheckpointNotFoundError, match=r"beside it is .*checkpoint_0"):
+        one.accelerator.load_state(folder / "checkpoint_1")
+
+
+def test_only_automatic_names_are_chosen_from_and_damaged_ones_are_skipped(tmp_path: Path) -> None:
+    one = run("plain", folder=tmp_path)
+    folder = tmp_path / "checkpoints"
+    for _ in range(3):
+        one.accelerator.save_state()
+        one.counter.counted += 1
+    shutil.copytree(folder / "checkpoint_0", folder / "backup_2024")
+    (folder / "checkpoint_2" / ".metadata").write_bytes(b"no pickle")
+    # Of stock's kind, and cut off.
+    shutil.copytree(folder / "checkpoint_1", folder / "checkpoint_3")
+    (folder / "checkpoint_3" / ".metadata").unlink()
+    for part in ("pytorch_model_fsdp_0", "optimizer_0"):
+        (folder / "checkpoint_3" / part / ".metadata").write_bytes(b"")
+    other = run("plain", folder=tmp_path)
+    with pytest.warns(UserWarning, match=r"newer ones are no good checkpoints: checkpoint_2 .*, checkpoint_3 "):
+        other.accelerator.load_state()
+    assert other.counter.counted == 1
+    (folder / "backup_2024").rename(tmp_path / "backup")
+    with pytest.warns(UserWarning, match=r"no good checkpoints: checkpoint_2 .*, checkpoint_3 "):
+        assert newest_checkpoint(folder) == folder / "checkpoint_1"
+
+
+def test_ours_with_stocks_saved_over_it_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    one = run("plain")
+    path = one.accelerator.save_state(tmp_path / "a")
+    disable(one.accelerator)
+    one.train(2)
+    one.accelerator.save_state(str(path))
+    shutil.copytree(path, tmp_path / "b")
+    other = run("plain", seed=5)
+    before = other.whole_state()
+    with pytest.raises(PlanError, match=r"holds two checkpoints: ours, and, in optimizer\.bin, one of stock"):
+        other.accelerator.load_state(path)
+    assert same(other.whole_state(), before)
+    write_stock_files(path)
+    other.accelerator.load_state(path)
+    assert other.counter.counted == 0
+    disable(other.accelerator).load_state(str(tmp_path / "b"))
+    assert same(other.whole_state(), one.whole_state())
+    enable(other.accelerator, DCPPlugin()).save_state(tmp_path / "b")
+    other.accelerator.load_state(tmp_path / "b")
 
 
 def test_objects_of_the_users_load_as_plain_data_unless_he_says_otherwise(tmp_path: Path) -> None:
@@ -251,6 +339,8 @@ def test_what_does_not_fit_is_said_before_anything_is_changed(tmp_path: Path) ->
     one.accelerator.save_state(tmp_path / "a")
     with pytest.raises(TypeError, match="found offload too"):
         one.accelerator.load_state(tmp_path / "a", offload=True)
+    with pytest.raises(ValueError, match="found the URL 's3://bucket/a'"):
+        one.accelerator.save_state("s3://bucket/a")
     with pytest.raises(ValueError, match="needs output_dir"):
         one.accelerator.save_state()
     with pytest.raises(ValueError, match="needs input_dir"):
@@ -258,6 +348,20 @@ def test_what_does_not_fit_is_said_before_anything_is_changed(tmp_path: Path) ->
     one.accelerator.project_configuration.automatic_checkpoint_naming = True
     with pytest.raises(ValueError, match="needs project_dir"):
         one.accelerator.save_state()
+    changed = run("plain", seed=2)
+    before = changed.whole_state()
+    changed.accelerator.prepare(torch.optim.lr_scheduler.StepLR(changed.optimizer.optimizer, 1))
+    changed.accelerator.register_for_checkpointing(Counter())
+    disable(one.accelerator).project_configuration.automatic_checkpoint_naming = False
+    one.accelerator.save_state(str(tmp_path / "stock"))
+    for path in (tmp_path / "a", tmp_path / "stock"):
+        with pytest.raises(
+            PlanError, match=rf"scheduler_1\.bin in {path}, .* of 2 registered objects in {path}, found 1"
+        ):
+            changed.accelerator.load_state(path)
+    with pytest.raises(TypeError, match="map_location must be None, 'cpu' or 'on_device', got 'cuda:0'"):
+        changed.accelerator.load_state(tmp_path / "a", map_location="cuda:0")
+    assert same(changed.whole_state(), before)
     other = enable(accelerator_for("plain"), DCPPlugin())
     model = other.prepare(nn.Linear(2, 2))
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -294,7 +398,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
         run("plain").accelerator.load_state(tmp_path / "a")
 
 
-def test_the_plugin_is_switched_off_and_on(tmp_path: Path) -> None:
+def test_the_plugin_is_switched_off_and_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     accelerator = accelerator_for("plain")
     stock = accelerator.save_state
     assert enable(accelerator, DCPPlugin()) is accelerator
@@ -309,9 +413,27 @@ def test_the_plugin_is_switched_off_and_on(tmp_path: Path) -> None:
     assert accelerator.free_memory(model) == [None]
     assert is_committed(tmp_path / "a")
     assert accelerator._models == []
+    with monkeypatch.context() as patch:
+        patch.setattr(FileSystemWriter, "finish", lambda *_: 1 // 0)
+        accelerator.save_state(tmp_path / "b")
+        accelerator.save_state.__self__._saver.wait()
+    with pytest.raises(CheckpointException, match="ZeroDivisionError"):
+        enable(accelerator, DCPPlugin(thread_count=1))
+    assert accelerator.save_state.__self__.plugin == DCPPlugin(thread_count=1)
     accelerator.state.__dict__["distributed_type"] = "DEEPSPEED"
     with pytest.raises(ValueError, match="whose checkpoints are its own"):
         enable(accelerator, DCPPlugin())
+
+
+def test_a_subclass_whose_own_save_would_no_longer_be_called_is_refused() -> None:
+    class Mine(Accelerator):
+        def save_state(self, *args: Any, **kwargs: Any) -> Any:
+            return super().save_state(*args, **kwargs)
+
+    accelerator = Mine(cpu=True)
+    with pytest.raises(ValueError, match="Mine has its own save_state, which enable"):
+        enable(accelerator, DCPPlugin())
+    assert "save_state" not in vars(accelerator)
 
 
 def test_another_accelerate_is_refused_in_one_line() -> None:
