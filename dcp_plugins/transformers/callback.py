@@ -227,8 +227,6 @@ def _ours_or(find: Callable[[Path], Path | None], checkpoint: str | None) -> Pat
 
 def _agreed_checkpoint(trainer: Trainer, requested: str | bool | None) -> tuple[Path | None, bool]:
     """Let rank 0 choose the checkpoint to resume from, and tell whether it is ours, so that all ranks take the same."""
-    if requested is None or requested is False:
-        return None, False
 
     def choose() -> tuple[Path | None, bool, Exception | None]:
         try:

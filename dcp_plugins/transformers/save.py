@@ -164,7 +164,10 @@ def _note_best(trainer: Trainer, run_dir: Path, path: Path) -> None:
     if trainer.args.save_strategy == SaveStrategy.NO or not state.best_global_step:
         return
     best = run_dir / NAMES.name(state.best_global_step)
-    if best == path or is_committed(best) or is_stock(best):
+    # One look for all: at the end, ranks load the best model together or not at all.
+    if best == path or deciding_ranks().all_reduce(
+        "look", lambda: None, lambda _: is_committed(best) or is_stock(best)
+    ):
         state.best_model_checkpoint = str(best)
 
 
