@@ -18,7 +18,7 @@ from dcp_plugins.manager import SaveOptions, Saver, is_committed
 from dcp_plugins.manager.agreement import deciding_ranks
 from dcp_plugins.manager.options import Asynchronous
 from dcp_plugins.transformers import load, seam, stock
-from dcp_plugins.transformers.layout import find_checkpoint, restore_state
+from dcp_plugins.transformers.layout import find_checkpoint, forget_states_but, restore_state
 from dcp_plugins.transformers.save import model_of, save_checkpoint
 
 __all__ = ["DCPCallback"]
@@ -178,10 +178,13 @@ class DCPCallback(TrainerCallback):
         log.info("Loading the best model from %s (score: %s)", best, trainer.state.best_metric)
         load.load_model(model_of(trainer), directory)
 
-    def finalize(self, trainer: Trainer, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def finalize(self, trainer: Trainer, original: Callable[..., Any], trial: Any, *args: Any, **kwargs: Any) -> Any:
         # The best model may be in flight, and with save_total_limit=1 the Trainer deletes all but that.
         self.saver.finish()
-        return original(*args, **kwargs)
+        best = trainer.state.best_model_checkpoint
+        if best is not None and trainer.args.save_total_limit == 1 and trainer.is_world_process_zero():
+            forget_states_but(Path(trainer._get_output_dir(trial)), Path(best))
+        return original(trial, *args, **kwargs)
 
 
 def callback_of(trainer: Trainer) -> DCPCallback | None:

@@ -31,6 +31,7 @@ from dcp_plugins.transformers.layout import (
     STATE,
     TRAINER,
     forget_state,
+    has_stock_files,
     is_stock,
     publish_state,
     rotate,
@@ -145,8 +146,8 @@ def _prepare(trainer: Trainer, path: Path, saver: Saver) -> str:
     fresh: Any = TrainerState(stateful_callbacks=stateful)
     state.stateful_callbacks = {**(state.stateful_callbacks or {}), **fresh.stateful_callbacks}
     text = json.dumps(dataclasses.asdict(state), indent=2, sort_keys=True) + "\n"
-    if is_stock(path):
-        # Its files must not be taken for those of the new checkpoint.
+    if is_stock(path) or has_stock_files(path):
+        # They must not be taken for those of the new checkpoint.
         aside = path.with_name(f"{path.name}.replaced")
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
