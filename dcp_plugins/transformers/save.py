@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ __all__ = [
     "scheduler_of",
     "write_hf_weights",
 ]
+
+log = logging.getLogger(__name__)
 
 SCHEDULER = "scheduler"
 SCALER = "scaler"
@@ -92,7 +95,7 @@ def save_checkpoint(
     )
     if is_first:
         saver.after_commit(partial(shutil.rmtree, path.with_name(f"{path.name}.replaced"), ignore_errors=True))
-        saver.after_commit(partial(publish_state, path, text, sync=saver.options.sync_files))
+        saver.after_commit(partial(_attempt, partial(publish_state, path, text, sync=saver.options.sync_files)))
     if push:
         trainer._push_from_checkpoint(str(path))
     limit = trainer.args.save_total_limit
@@ -100,7 +103,7 @@ def save_checkpoint(
         keep = [path, *in_use]
         if trainer.state.best_model_checkpoint is not None:
             keep.append(Path(trainer.state.best_model_checkpoint))
-        saver.after_commit(partial(rotate, run_dir, limit, keep))
+        saver.after_commit(partial(_attempt, partial(rotate, run_dir, limit, keep)))
     return path
 
 
@@ -157,6 +160,14 @@ def _prepare(trainer: Trainer, path: Path, saver: Saver) -> str:
     for weights in path.glob("*.safetensors*"):
         weights.unlink()
     return text
+
+
+def _attempt(follow_up: Callable[[], None]) -> None:
+    """Do what follows a commit; the checkpoint exists whatever comes of it, and one rank must not stop alone."""
+    try:
+        follow_up()
+    except OSError:
+        log.warning("What was to follow a save that is committed failed", exc_info=True)
 
 
 def _note_best(trainer: Trainer, run_dir: Path, path: Path) -> None:
