@@ -73,6 +73,9 @@ _STOCK_FILES = (
 )
 _WEIGHTS = ("*.safetensors*", "pytorch_model*.bin*", "adapter_model.bin", "*/adapter_model.*")
 
+# What a save at SIGTERM (enable_jit_checkpoint) puts beside the checkpoint until it has returned.
+_MARK_OF_JIT_SAVE = "checkpoint-is-incomplete.txt"
+
 log = logging.getLogger(__name__)
 
 _PathLike = str | os.PathLike[str]
@@ -198,7 +201,7 @@ def rotate(run_dir: Path, limit: int, keep: Collection[Path]) -> None:
         if is_committed(path) or is_stock(path):
             complete.append((step, path))
         elif step < newest and path.resolve() not in kept:
-            remove_if_uncommitted(path, also=(TRAINER_STATE_NAME, f"{TRAINER_STATE_NAME}.new"))
+            remove_if_uncommitted(path, also=(TRAINER_STATE_NAME, f"{TRAINER_STATE_NAME}.new", _MARK_OF_JIT_SAVE))
     surplus = len(complete) - max(limit, len(kept))
     for _, path in sorted(complete):
         if surplus <= 0:

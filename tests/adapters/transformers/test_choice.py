@@ -108,6 +108,7 @@ def test_a_folder_that_both_trainers_saved_into_is_not_mixed_up(folder: Path) ->
 def test_the_limit_counts_both_kinds_and_reclaims_what_killed_saves_left(folder: Path) -> None:
     shutil.copytree(folder / "checkpoint-4", folder / "checkpoint-3")
     (folder / "checkpoint-3" / ".metadata").unlink()
+    (folder / "checkpoint-3" / "checkpoint-is-incomplete.txt").write_text("killed in a save at SIGTERM")
     (folder / "checkpoint-7").mkdir()
     (folder / "checkpoint-7" / "notes.txt").write_text("mine")
     (folder / "checkpoint-best").mkdir()
