@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from dcp_plugins.manager import SaveOptions, Saver, is_committed
 from dcp_plugins.manager.agreement import deciding_ranks
 from dcp_plugins.manager.options import Asynchronous
 from dcp_plugins.transformers import load, seam, stock
-from dcp_plugins.transformers.layout import find_checkpoint, restore_state
+from dcp_plugins.transformers.layout import find_checkpoint, forget_states_but, restore_state
 from dcp_plugins.transformers.save import model_of, save_checkpoint
 
 __all__ = ["DCPCallback"]
@@ -70,7 +71,7 @@ class DCPCallback(TrainerCallback):
         self._saved_step: int | None = None
         self._pushed: list[Path] = []
         self._resuming: Path | None = None
-        self._has_loaded = False
+        self._loaded: set[str] = set()
         seam.install(_REPLACEMENTS, callback_of)
 
     def writes_hf_weights(self, args: TrainingArguments) -> bool:
@@ -82,8 +83,17 @@ class DCPCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._resuming is not None and not self._has_loaded:
+        if self._resuming is None:
+            return
+        if "model" not in self._loaded:
             raise _moved(f"train() did not load the model of {self._resuming} through Trainer._load_from_checkpoint")
+        if "optimizer" not in self._loaded:
+            # It may be meant: somebody else's code decides to begin with a fresh optimizer.
+            warnings.warn(
+                f"DCPCallback: the optimizer's state in {self._resuming} was not loaded, as a subclass of Trainer"
+                " overrides _load_optimizer_and_scheduler and did not call super().",
+                stacklevel=2,
+            )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._saved_step != state.global_step:
@@ -102,7 +112,7 @@ class DCPCallback(TrainerCallback):
         _refuse_unsupported(trainer)
         path, is_ours = _agreed_checkpoint(trainer, resume_from_checkpoint)
         self._resuming = path if is_ours else None
-        self._has_loaded = False
+        self._loaded = set()
         self._saved_step = None
         try:
             result = original(None if path is None else str(path), *args, **kwargs)
@@ -144,7 +154,7 @@ class DCPCallback(TrainerCallback):
             original(resume_from_checkpoint, model)
         else:
             load.load_model(model_of(trainer) if model is None else model, directory)
-        self._has_loaded = True
+        self._loaded.add("model")
 
     def load_optimizer_and_scheduler(
         self, trainer: Trainer, original: Callable[..., Any], checkpoint: str | None
@@ -156,6 +166,7 @@ class DCPCallback(TrainerCallback):
             load.load_optimizer_and_scheduler(trainer, directory, weights_only=self.weights_only)
         else:
             stock.load_fsdp_optimizer_and_scheduler(trainer, Path(checkpoint), directory)
+        self._loaded.add("optimizer")
 
     def load_scaler(self, trainer: Trainer, original: Callable[..., Any], checkpoint: str | None) -> None:
         # Of a checkpoint of ours it came with the scheduler.
@@ -178,10 +189,13 @@ class DCPCallback(TrainerCallback):
         log.info("Loading the best model from %s (score: %s)", best, trainer.state.best_metric)
         load.load_model(model_of(trainer), directory)
 
-    def finalize(self, trainer: Trainer, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def finalize(self, trainer: Trainer, original: Callable[..., Any], trial: Any, *args: Any, **kwargs: Any) -> Any:
         # The best model may be in flight, and with save_total_limit=1 the Trainer deletes all but that.
         self.saver.finish()
-        return original(*args, **kwargs)
+        best = trainer.state.best_model_checkpoint
+        if best is not None and trainer.args.save_total_limit == 1 and trainer.is_world_process_zero():
+            forget_states_but(Path(trainer._get_output_dir(trial)), Path(best))
+        return original(trial, *args, **kwargs)
 
 
 def callback_of(trainer: Trainer) -> DCPCallback | None:
@@ -227,8 +241,6 @@ def _ours_or(find: Callable[[Path], Path | None], checkpoint: str | None) -> Pat
 
 def _agreed_checkpoint(trainer: Trainer, requested: str | bool | None) -> tuple[Path | None, bool]:
     """Let rank 0 choose the checkpoint to resume from, and tell whether it is ours, so that all ranks take the same."""
-    if requested is None or requested is False:
-        return None, False
 
     def choose() -> tuple[Path | None, bool, Exception | None]:
         try:

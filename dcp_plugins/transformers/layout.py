@@ -17,10 +17,12 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from transformers.trainer import TRAINER_STATE_NAME
+from accelerate.utils.constants import FSDP_MODEL_NAME
+from accelerate.utils.constants import OPTIMIZER_NAME as ACCELERATE_OPTIMIZER_NAME
+from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import dcp_plugins as dcp
@@ -43,6 +45,8 @@ __all__ = [
     "TRAINER",
     "find_checkpoint",
     "forget_state",
+    "forget_states_but",
+    "has_stock_files",
     "is_stock",
     "last_checkpoint",
     "publish_state",
@@ -57,6 +61,20 @@ TRAINER = "trainer"
 STATE = "state"
 
 NAMES = StepNames(f"{PREFIX_CHECKPOINT_DIR}-")
+
+# What resuming a stock checkpoint needs beside weights; no save of ours has files of these names.
+_STOCK_FILES = (
+    OPTIMIZER_NAME,
+    OPTIMIZER_NAME_BIN,
+    f"{ACCELERATE_OPTIMIZER_NAME}_*",
+    f"{FSDP_MODEL_NAME}*",
+    SCHEDULER_NAME,
+    "rng_state*.pth",
+)
+_WEIGHTS = ("*.safetensors*", "pytorch_model*.bin*", "adapter_model.bin", "*/adapter_model.*")
+
+# What a save at SIGTERM (enable_jit_checkpoint) puts beside the checkpoint until it has returned.
+_MARK_OF_JIT_SAVE = "checkpoint-is-incomplete.txt"
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +136,15 @@ def find_checkpoint(requested: str | bool | None, output_dir: _PathLike) -> Path
 
 def is_stock(path: Path) -> bool:
     """Tell whether the stock Trainer wrote the checkpoint at ``path``, to the end as far as one can see."""
-    return (path / TRAINER_STATE_NAME).is_file() and not is_committed(path) and not any(path.glob("*.distcp"))
+    if is_committed(path) or not (path / TRAINER_STATE_NAME).is_file():
+        return False
+    # With save_only_model it writes weights alone; beside data files of ours these are a killed save's.
+    return has_stock_files(path) or (_holds(path, _WEIGHTS) and not _holds(path, ("*.distcp",)))
+
+
+def has_stock_files(path: Path) -> bool:
+    """Tell whether there are files at ``path`` that only the stock Trainer writes."""
+    return _holds(path, _STOCK_FILES)
 
 
 def publish_state(path: Path, text: str, *, sync: bool) -> None:
@@ -146,6 +172,17 @@ def forget_state(path: Path) -> None:
     (path / TRAINER_STATE_NAME).unlink(missing_ok=True)
 
 
+def forget_states_but(run_dir: Path, best: Path) -> None:
+    """Let the Trainer delete all checkpoints but the best, in any order of their files.
+
+    It removes whole trees. Of one of ours that is interrupted, a ``trainer_state.json`` without the commit would be
+    left, which is what a checkpoint of the stock Trainer looks like.
+    """
+    for path in run_dir.iterdir():
+        if NAMES.step_of(path.name) is not None and is_committed(path) and path.resolve() != best.resolve():
+            forget_state(path)
+
+
 def rotate(run_dir: Path, limit: int, keep: Collection[Path]) -> None:
     """Delete the oldest checkpoints until ``limit`` are left, and what killed saves have left among them.
 
@@ -164,7 +201,7 @@ def rotate(run_dir: Path, limit: int, keep: Collection[Path]) -> None:
         if is_committed(path) or is_stock(path):
             complete.append((step, path))
         elif step < newest and path.resolve() not in kept:
-            remove_if_uncommitted(path, also=(TRAINER_STATE_NAME, f"{TRAINER_STATE_NAME}.new"))
+            remove_if_uncommitted(path, also=(TRAINER_STATE_NAME, f"{TRAINER_STATE_NAME}.new", _MARK_OF_JIT_SAVE))
     surplus = len(complete) - max(limit, len(kept))
     for _, path in sorted(complete):
         if surplus <= 0:
@@ -180,12 +217,21 @@ def _verify(path: Path) -> None:
     """Raise unless there is a whole checkpoint at ``path``, ours or the stock Trainer's."""
     if not is_stock(path):
         verify_checkpoint(path)
+        if has_stock_files(path):
+            raise CorruptCheckpointError(
+                f"{path} was saved with DCPCallback, and then the stock Trainer saved another checkpoint into it:"
+                f" expected files of one of them. Delete .metadata and *.distcp to take the stock Trainer's"
+            )
         return
     state = path / TRAINER_STATE_NAME
     try:
         json.loads(state.read_text(encoding="utf-8"))
     except ValueError as exc:
         raise CorruptCheckpointError(f"{state} is damaged: {exc}") from exc
+
+
+def _holds(path: Path, patterns: Iterable[str]) -> bool:
+    return any(True for pattern in patterns for _ in path.glob(pattern))
 
 
 def _is_newest_name(path: Path, output_dir: Path) -> bool:

@@ -23,7 +23,7 @@ from dcp_plugins.transformers.adapters import has_adapters, only_adapters
 from dcp_plugins.transformers.layout import MODEL, OPTIMIZER, RANDOM, TRAINER
 from dcp_plugins.transformers.save import FLAT, SCALER, SCHEDULER, bare_optimizer, model_of, scheduler_of
 
-__all__ = ["load_model", "load_optimizer_and_scheduler", "load_random_state"]
+__all__ = ["load_model", "load_optimizer_and_scheduler", "load_random_state", "names_in"]
 
 
 def load_model(model: nn.Module, path: Path) -> None:
@@ -34,7 +34,7 @@ def load_model(model: nn.Module, path: Path) -> None:
     Raises:
         PlanError: An adapter's keys are missing, or all keys are.
     """
-    saved = _names(path).get(MODEL, set())
+    saved = names_in(path).get(MODEL, set())
     wanted = only_adapters(model, get_model_state_dict(model))
     missing, unexpected = wanted.keys() - saved, saved - wanted.keys()
     if missing and (has_adapters(model) or missing == wanted.keys()):
@@ -53,7 +53,7 @@ def load_model(model: nn.Module, path: Path) -> None:
 
 def load_optimizer_and_scheduler(trainer: Trainer, path: Path, *, weights_only: bool) -> None:
     """Load what optimizer, scheduler and scaler were at the checkpoint, if it was not of weights alone."""
-    parts = _names(path)
+    parts = names_in(path)
     if OPTIMIZER not in parts:
         if trainer.is_world_process_zero():
             warnings.warn(
@@ -74,11 +74,11 @@ def load_optimizer_and_scheduler(trainer: Trainer, path: Path, *, weights_only: 
 
 def load_random_state(path: Path) -> None:
     """Go on with the random numbers of each rank; on another number of ranks, by the rule of `RandomState`."""
-    if RANDOM in _names(path):
+    if RANDOM in names_in(path):
         load_state({RANDOM: RandomState()}, path)
 
 
-def _names(path: Path) -> dict[str, set[str]]:
+def names_in(path: Path) -> dict[str, set[str]]:
     """Read off the metadata which parts a checkpoint has, and the names in each."""
     metadata = deciding_ranks().settle("read metadata", lambda: dcp.FileSystemReader(path).read_metadata())
     paths = metadata.planner_data or {}

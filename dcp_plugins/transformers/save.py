@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from dcp_plugins.transformers.layout import (
     STATE,
     TRAINER,
     forget_state,
+    has_stock_files,
     is_stock,
     publish_state,
     rotate,
@@ -46,6 +48,8 @@ __all__ = [
     "scheduler_of",
     "write_hf_weights",
 ]
+
+log = logging.getLogger(__name__)
 
 SCHEDULER = "scheduler"
 SCALER = "scaler"
@@ -91,7 +95,7 @@ def save_checkpoint(
     )
     if is_first:
         saver.after_commit(partial(shutil.rmtree, path.with_name(f"{path.name}.replaced"), ignore_errors=True))
-        saver.after_commit(partial(publish_state, path, text, sync=saver.options.sync_files))
+        saver.after_commit(partial(_attempt, partial(publish_state, path, text, sync=saver.options.sync_files)))
     if push:
         trainer._push_from_checkpoint(str(path))
     limit = trainer.args.save_total_limit
@@ -99,7 +103,7 @@ def save_checkpoint(
         keep = [path, *in_use]
         if trainer.state.best_model_checkpoint is not None:
             keep.append(Path(trainer.state.best_model_checkpoint))
-        saver.after_commit(partial(rotate, run_dir, limit, keep))
+        saver.after_commit(partial(_attempt, partial(rotate, run_dir, limit, keep)))
     return path
 
 
@@ -145,8 +149,8 @@ def _prepare(trainer: Trainer, path: Path, saver: Saver) -> str:
     fresh: Any = TrainerState(stateful_callbacks=stateful)
     state.stateful_callbacks = {**(state.stateful_callbacks or {}), **fresh.stateful_callbacks}
     text = json.dumps(dataclasses.asdict(state), indent=2, sort_keys=True) + "\n"
-    if is_stock(path):
-        # Its files must not be taken for those of the new checkpoint.
+    if is_stock(path) or has_stock_files(path):
+        # They must not be taken for those of the new checkpoint.
         aside = path.with_name(f"{path.name}.replaced")
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
@@ -158,13 +162,24 @@ def _prepare(trainer: Trainer, path: Path, saver: Saver) -> str:
     return text
 
 
+def _attempt(follow_up: Callable[[], None]) -> None:
+    """Do what follows a commit; the checkpoint exists whatever comes of it, and one rank must not stop alone."""
+    try:
+        follow_up()
+    except OSError:
+        log.warning("What was to follow a save that is committed failed", exc_info=True)
+
+
 def _note_best(trainer: Trainer, run_dir: Path, path: Path) -> None:
     """Keep the path of the best checkpoint in the Trainer's state; it may be the one that is about to be saved."""
     state = trainer.state
     if trainer.args.save_strategy == SaveStrategy.NO or not state.best_global_step:
         return
     best = run_dir / NAMES.name(state.best_global_step)
-    if best == path or is_committed(best) or is_stock(best):
+    # One look for all: at the end, ranks load the best model together or not at all.
+    if best == path or deciding_ranks().all_reduce(
+        "look", lambda: None, lambda _: is_committed(best) or is_stock(best)
+    ):
         state.best_model_checkpoint = str(best)
 
 

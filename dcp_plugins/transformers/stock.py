@@ -20,7 +20,7 @@ from transformers.trainer_callback import TrainerState
 from dcp_plugins.manager import OptimizerState, RandomState, is_committed, load_state, verify_checkpoint
 from dcp_plugins.manager.agreement import deciding_ranks
 from dcp_plugins.transformers.layout import OPTIMIZER, restore_state
-from dcp_plugins.transformers.load import load_model, load_optimizer_and_scheduler, load_random_state
+from dcp_plugins.transformers.load import load_model, load_optimizer_and_scheduler, load_random_state, names_in
 from dcp_plugins.transformers.save import bare_optimizer, model_of, scheduler_of
 
 __all__ = [
@@ -56,15 +56,24 @@ def write_stock_checkpoint(trainer: Trainer, checkpoint: str | Path, folder: str
 
     ``folder`` then holds ``model.safetensors`` (or adapters), ``optimizer.pt``, ``scheduler.pt``, the random states and
     ``trainer_state.json``, and a Trainer without a callback resumes from it. Under FSDP it holds what the FSDP
-    configuration says. The Trainer's model and optimizer are loaded with the checkpoint's state on the way.
+    configuration says. Of a checkpoint saved with ``save_only_model`` it holds the weights and ``trainer_state.json``.
+    The Trainer's model and optimizer are loaded with the checkpoint's state on the way.
 
     Args:
         trainer: Made as for the training, but not trained. It may have a `DCPCallback`. Every rank calls this.
         checkpoint: A committed one of `DCPCallback`.
         folder: Made if it does not exist. Name it ``checkpoint-<step>`` for ``resume_from_checkpoint=True``.
+
+    Raises:
+        ValueError: ``folder`` is a checkpoint of ours.
     """
     checkpoint, folder = Path(checkpoint), Path(folder)
     ranks = deciding_ranks()
+    if ranks.all_reduce("look", lambda: None, lambda _: is_committed(folder)):
+        raise ValueError(
+            f"expected a folder for the stock Trainer's files alone, but {folder} is a checkpoint of DCPCallback:"
+            " name another"
+        )
     ranks.settle("verify", lambda: verify_checkpoint(checkpoint))
     ranks.settle("restore state", lambda: restore_state(checkpoint) if ranks.is_coordinator else None)
     state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
@@ -74,14 +83,15 @@ def write_stock_checkpoint(trainer: Trainer, checkpoint: str | Path, folder: str
     prepare(state.max_steps, None, None)
     if trainer.is_fsdp_enabled:
         load_model(model_of(trainer), checkpoint)
-    load_optimizer_and_scheduler(trainer, checkpoint, weights_only=True)
     trainer.save_model(str(folder), _internal_call=True)
-    trainer._save_optimizer_and_scheduler(str(folder))
-    trainer._save_scaler(str(folder))
-    current = RandomState().state_dict()
-    load_random_state(checkpoint)
-    trainer._save_rng_state(str(folder))
-    RandomState().load_state_dict(current)
+    if OPTIMIZER in names_in(checkpoint):
+        load_optimizer_and_scheduler(trainer, checkpoint, weights_only=True)
+        trainer._save_optimizer_and_scheduler(str(folder))
+        trainer._save_scaler(str(folder))
+        current = RandomState().state_dict()
+        load_random_state(checkpoint)
+        trainer._save_rng_state(str(folder))
+        RandomState().load_state_dict(current)
     if trainer.is_world_process_zero():
         shutil.copyfile(checkpoint / TRAINER_STATE_NAME, folder / TRAINER_STATE_NAME)
     ranks.barrier()

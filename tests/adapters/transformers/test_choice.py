@@ -14,9 +14,9 @@ from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from dcp_plugins.errors import CheckpointNotFoundError, CorruptCheckpointError, MissingExtraError
-from dcp_plugins.transformers import DCPCallback, last_checkpoint, seam
+from dcp_plugins.transformers import DCPCallback, callback, last_checkpoint, seam
 from dcp_plugins.transformers.layout import find_checkpoint, restore_state, rotate
-from tests.adapters.transformers.trainers import StopAt, checkpoints, files, fit, outcome
+from tests.adapters.transformers.trainers import StopAt, checkpoints, files, fit, outcome, trainer
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +88,27 @@ def test_a_kill_between_commit_and_state_file_costs_nothing(folder: Path) -> Non
     assert state.read_text() == "edited by hand"
 
 
+def test_a_folder_that_both_trainers_saved_into_is_not_mixed_up(folder: Path) -> None:
+    ours, stock = folder / "checkpoint-4", folder / "checkpoint-8"
+    shutil.rmtree(folder / "checkpoint-6")
+    # A killed save of ours, and then a whole one of stock's.
+    data = next(ours.glob("*.distcp"))
+    shutil.copy(data, stock)
+    assert last_checkpoint(folder) == stock
+    # A whole one of ours, and then one of stock's: whose weights belong to trainer_state.json?
+    shutil.copy(ours / ".metadata", stock)
+    with pytest.warns(UserWarning, match=r"Skipped .*checkpoint-8.*stock Trainer saved another checkpoint into it"):
+        assert last_checkpoint(folder) == ours
+    with pytest.warns(UserWarning, match="Skipped .*checkpoint-8"):
+        fit(folder, DCPCallback(), resume=True)
+    assert files(stock) == [".metadata", "data", "trainer_state.json"], "the next save there replaces both"
+    assert last_checkpoint(folder) == stock
+
+
 def test_the_limit_counts_both_kinds_and_reclaims_what_killed_saves_left(folder: Path) -> None:
     shutil.copytree(folder / "checkpoint-4", folder / "checkpoint-3")
     (folder / "checkpoint-3" / ".metadata").unlink()
+    (folder / "checkpoint-3" / "checkpoint-is-incomplete.txt").write_text("killed in a save at SIGTERM")
     (folder / "checkpoint-7").mkdir()
     (folder / "checkpoint-7" / "notes.txt").write_text("mine")
     (folder / "checkpoint-best").mkdir()
@@ -135,6 +153,21 @@ def test_without_the_frameworks_the_extra_is_named() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert "MissingExtraError" in done.stderr
     assert "pip install 'dcp_plugins[transformers]'" in done.stderr
+
+
+def test_what_saves_in_other_ways_is_refused_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = trainer(tmp_path, DCPCallback())
+    for name, flag in (
+        ("DeepSpeed", (runner, "is_deepspeed_enabled", True)),
+        ("SageMaker model parallelism", (callback, "is_sagemaker_mp_enabled", lambda: True)),
+        ("PyTorch/XLA", (callback, "is_torch_xla_available", lambda: True)),
+    ):
+        # None of them runs here; only the Trainer's answer to whether it does is made up.
+        with monkeypatch.context() as patch:
+            patch.setattr(*flag)
+            with pytest.raises(ValueError, match=f"this Trainer uses {name}: remove the callback"):
+                runner.train()
+    assert runner.state.global_step == 0
 
 
 def test_importing_the_adapter_changes_nothing_and_the_seam_is_put_in_once() -> None:

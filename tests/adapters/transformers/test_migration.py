@@ -29,6 +29,17 @@ def test_the_stock_trainer_resumes_exactly_from_what_is_written_for_it(tmp_path:
     assert outcome(fit(tmp_path / "stock", resume=True)) == expected
 
 
+def test_of_weights_alone_no_optimizer_is_made_up_and_no_checkpoint_of_ours_is_written_over(tmp_path: Path) -> None:
+    fit(tmp_path, StopAt(2), DCPCallback(), save_only_model=True)
+    ours, back = tmp_path / "checkpoint-2", tmp_path / "back" / "checkpoint-2"
+    write_stock_checkpoint(trainer(tmp_path), ours, back)
+    assert {"model.safetensors", "trainer_state.json"} <= set(files(back))
+    assert not {"optimizer.pt", "scheduler.pt", "rng_state.pth"} & set(files(back))
+    with pytest.raises(ValueError, match="checkpoint-2 is a checkpoint of DCPCallback: name another"):
+        write_stock_checkpoint(trainer(tmp_path), ours, ours)
+    assert files(ours) == [".metadata", "data", "trainer_state.json"]
+
+
 def test_with_hf_weights_alone_the_stock_trainer_goes_on_with_the_weights_only(tmp_path: Path) -> None:
     seen = Digests()
     fit(tmp_path, StopAt(4), DCPCallback(hf_weights=True))

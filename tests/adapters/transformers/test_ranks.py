@@ -150,6 +150,24 @@ def fail_on_rank_1(folder: Path) -> tuple[str, int]:
     return message, -1 if newest is None else int(newest.name.removeprefix("checkpoint-"))
 
 
+def disagree(folder: Path) -> tuple[int, str]:
+    """Resume where rank 1 sees no checkpoint yet; and train as if each rank were a node that wants its own files."""
+    fit(folder, StopAt(2), DCPCallback(), max_steps=4)
+    resumed = fit(folder, DCPCallback(), resume=True if dist.get_rank() == 0 else None, max_steps=4)
+    os.environ |= {"LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    try:
+        fit(folder, DCPCallback(), save_on_each_node=True)
+    except ValueError as exc:
+        return resumed._initial_global_step, str(exc)
+    return resumed._initial_global_step, ""
+
+
+def test_rank_0_chooses_for_all_and_nodes_with_folders_of_their_own_are_refused(tmp_path: Path) -> None:
+    for begun_at, refusal in run_ranks(2, disagree, tmp_path, timeout_seconds=60):
+        assert begun_at == 2
+        assert "this Trainer uses save_on_each_node=True on several nodes" in refusal
+
+
 def test_a_rank_that_cannot_write_stops_all_and_nothing_is_lost(tmp_path: Path) -> None:
     results = run_ranks(2, fail_on_rank_1, tmp_path, timeout_seconds=60)
     assert all("rank(s) failed: 1" in message and "no space left" in message for message, _ in results)

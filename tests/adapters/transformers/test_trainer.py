@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,12 @@ from transformers.trainer_utils import get_last_checkpoint
 import dcp_plugins as dcp
 from dcp_plugins.errors import CheckpointException, UnsafeCheckpointError
 from dcp_plugins.manager import SaveOptions, Saver
-from dcp_plugins.transformers import DCPCallback
+from dcp_plugins.transformers import DCPCallback, last_checkpoint
 from tests.adapters.transformers.trainers import (
     STEPS,
     Counting,
     Digests,
+    Quiet,
     StopAt,
     checkpoints,
     die_at_the_commit,
@@ -116,6 +119,53 @@ def test_the_best_checkpoint_is_kept_and_loaded_at_the_end(tmp_path: Path, async
     assert checkpoints(tmp_path) == ["checkpoint-4"], (
         "with a limit of one the Trainer deletes all but the best, at the end"
     )
+
+
+def test_a_kill_while_the_trainer_deletes_all_but_the_best_leaves_nothing_to_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove = shutil.rmtree
+
+    def killed(path: Any, *args: Any, **kwargs: Any) -> None:
+        if Path(path).name != "checkpoint-8":
+            remove(path, *args, **kwargs)
+            return
+        # The order of the files in a directory is anybody's: here the worst.
+        for file in [*Path(path).glob(".metadata"), *Path(path).glob("*.distcp")]:
+            file.unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        fit(
+            tmp_path,
+            DCPCallback(hf_weights=True),
+            parts=scored(0.1, 0.9, 0.2, 0.3),
+            save_total_limit=1,
+            greater_is_better=True,
+            **BEST,
+        )
+    monkeypatch.undo()
+    assert "model.safetensors" in files(tmp_path / "checkpoint-8"), "what the stock loader would resume from"
+    with pytest.warns(UserWarning, match="Skipped .*checkpoint-8"):
+        assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+
+
+def test_what_cannot_be_deleted_is_logged_and_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    remove = shutil.rmtree
+
+    def refuse(path: Any, *args: Any, **kwargs: Any) -> None:
+        if Path(path).name == "checkpoint-2":
+            raise OSError("device or resource busy")
+        remove(path, *args, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    # In the foreground, where an error of rank 0 alone would leave the others waiting for it.
+    fit(tmp_path, DCPCallback(), save_total_limit=1, max_steps=4)
+    assert checkpoints(tmp_path) == ["checkpoint-2", "checkpoint-4"]
+    assert "device or resource busy" in caplog.text
 
 
 def test_save_strategy_best_saves_what_is_better_and_the_limit_spares_best_and_newest(tmp_path: Path) -> None:
@@ -217,6 +267,39 @@ def test_a_subclass_that_calls_super_is_served_and_one_that_does_not_is_told(tmp
     assert files(tmp_path / "checkpoint-2") == OURS
     with pytest.raises(RuntimeError, match="step 2 did not go through Trainer._save_checkpoint.*call super"):
         fit(tmp_path / "own", DCPCallback(), kind=Own)
+
+
+class FreshOptimizer(Quiet):
+    """A subclass that loads only what the stock Trainer writes."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        assert checkpoint is None or not Path(checkpoint, "optimizer.pt").exists()
+
+
+def test_an_optimizer_that_a_subclass_does_not_load_is_told_of(tmp_path: Path) -> None:
+    fit(tmp_path, StopAt(2), DCPCallback())
+    with pytest.warns(UserWarning, match=r"optimizer's state in .*checkpoint-2 was not loaded.*call super"):
+        fit(tmp_path, DCPCallback(), resume=True, kind=FreshOptimizer)
+
+
+class Interrupt(TrainerCallback):
+    """Presses Ctrl-C once."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 5:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_an_interrupted_trainer_trains_again_in_the_same_process(tmp_path: Path, whole: Any) -> None:
+    runner = trainer(tmp_path, Interrupt())
+    runner.add_callback(DCPCallback(asynchronous="thread"))
+    with pytest.raises(KeyboardInterrupt):
+        runner.train()
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-4", "the save in flight has come to its end"
+    runner.remove_callback(Interrupt)
+    for resume in (True, str(tmp_path / "checkpoint-6")):
+        runner.train(resume_from_checkpoint=resume)
+        assert outcome(runner) == whole
 
 
 def test_two_callbacks_in_one_trainer_are_refused(tmp_path: Path) -> None:
