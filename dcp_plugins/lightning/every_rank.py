@@ -23,6 +23,8 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from dcp_plugins.errors import CheckpointNotFoundError
 from dcp_plugins.lightning.checkpoint_io import DCPCheckpointIO
@@ -68,6 +70,7 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
     _saved: _Saved | None = None
     """What the last save in the background has saved: the next one may be of the same."""
     _has_saved_again = False
+    _step_hook: RemovableHandle | None = None
     _interruption_timeout_seconds = 30.0
     """How long a rank that an exception has interrupted waits for the others to be interrupted, too."""
 
@@ -182,6 +185,14 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
         is_same = before.fingerprint.proves_same(now) and path.absolute() != before.path.absolute()
         return all(ranks.all_gather("compare", lambda: is_same))
 
+    def _forget_saved(self, *_: Any) -> None:
+        """Let the next save write all of its tensors: they are about to be changed.
+
+        Not every write is counted in a tensor's version: fused optimizers, statistics of a batch norm and third-party
+        kernels go past it. Nor does each step of an optimizer count in ``global_step``.
+        """
+        self._saved = None
+
     @property
     def _is_fitting(self) -> bool:
         """Whether training will go on after this, as far as one can tell."""
@@ -203,10 +214,20 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
         assert self.lightning_module is not None
         # Lightning has set its handlers by now.
         self._requeue = Requeue(self.lightning_module.trainer, no_dist=self.checkpoint_io.no_dist)
+        if self._step_hook is None:
+            self._step_hook = register_optimizer_step_pre_hook(self._forget_saved)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
         self._requeue.answer_if_asked()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._forget_saved()
+        return super().training_step(*args, **kwargs)
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._forget_saved()
+        return super().validation_step(*args, **kwargs)
 
     def teardown(self) -> None:
         """Finish the save in the background first. What it failed with is raised, unless the fit has failed itself."""
@@ -222,6 +243,9 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
             log.exception("The last save in the background failed, too: its checkpoint does not exist")
         finally:
             self._saved, self._has_saved_again = None, False
+            if self._step_hook is not None:
+                self._step_hook.remove()
+                self._step_hook = None
             super().teardown()
 
     def load_checkpoint(self, checkpoint_path: _PathLike, weights_only: bool | None = None) -> dict[str, Any]:
