@@ -33,7 +33,7 @@ from dcp_plugins.lightning.layout import META_FILES, last_checkpoint
 from dcp_plugins.lightning.model_checkpoint import link_after_commit
 from dcp_plugins.lightning.optimizer_state import optimizer_state_of
 from dcp_plugins.lightning.requeue import Requeue, is_requeue_checkpoint
-from dcp_plugins.lightning.strategy_base import SavesThroughDCP, make_room, renormed
+from dcp_plugins.lightning.strategy_base import SavesThroughDCP, instead_of, make_room, renormed
 from dcp_plugins.lightning.twin import Fingerprint
 from dcp_plugins.manager import SaveOptions, is_committed, remove_if_uncommitted
 from dcp_plugins.manager.agreement import deciding_ranks
@@ -275,6 +275,9 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
         """
         if path.is_file() or is_committed(path):
             return path
+        replaced = instead_of(path)
+        if replaced is not None:
+            return replaced
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
         is_fitting = trainer.state.fn == TrainerFn.FITTING
