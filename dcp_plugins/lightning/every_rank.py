@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
-from lightning.pytorch.callbacks import OnExceptionCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
@@ -29,7 +29,7 @@ from torch.utils.hooks import RemovableHandle
 from dcp_plugins.errors import CheckpointNotFoundError
 from dcp_plugins.lightning.checkpoint_io import DCPCheckpointIO
 from dcp_plugins.lightning.interruption import raise_unless_everywhere
-from dcp_plugins.lightning.layout import META_FILES, last_checkpoint
+from dcp_plugins.lightning.layout import META_FILES, last_checkpoint, saved_step
 from dcp_plugins.lightning.model_checkpoint import link_after_commit
 from dcp_plugins.lightning.optimizer_state import optimizer_state_of
 from dcp_plugins.lightning.requeue import Requeue, is_requeue_checkpoint
@@ -270,8 +270,8 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
         """Return where the checkpoint is that ``path`` means. Runs on rank 0.
 
         Lightning takes whatever has one of the names that it looks for, also what a kill has left of the first save
-        under that name. In its place comes the newest checkpoint beside it, or None if there is none and training can
-        start anew.
+        under that name. In its place comes the newest checkpoint beside it or where the run's callbacks save, or None
+        if there is none and training can start anew.
         """
         if path.is_file() or is_committed(path):
             return path
@@ -282,8 +282,9 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
         trainer = self.lightning_module.trainer
         is_fitting = trainer.state.fn == TrainerFn.FITTING
         beside = last_checkpoint(path.parent)
-        if path.is_dir() and _is_looked_for(path, trainer) and (beside is not None or is_fitting):
-            instead = f"Going on from {beside}, the newest beside it." if beside is not None else "Starting anew."
+        newest = _newest_of_run(beside, trainer) if is_fitting else beside
+        if path.is_dir() and _is_looked_for(path, trainer) and (newest is not None or is_fitting):
+            instead = f"Going on from {newest}, the newest there is." if newest is not None else "Starting anew."
             warnings.warn(
                 f"{path} is not a checkpoint: the save into it was killed before it was committed. {instead}",
                 stacklevel=2,
@@ -291,13 +292,20 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
             if is_fitting:
                 # So that the name is free for the next checkpoint that is to have it.
                 remove_if_uncommitted(path, META_FILES)
-            return beside
+            return newest
         if path.is_dir():
             what = f"{path} is not a checkpoint: it has no .metadata, so the save into it never finished"
         else:
             what = f"there is no checkpoint at {path}"
         hint = f" The newest committed checkpoint beside it is {beside}." if beside is not None else ""
         raise CheckpointNotFoundError(f"Expected a committed checkpoint, but {what}.{hint}")
+
+
+def _newest_of_run(beside: Path | None, trainer: Trainer) -> Path | None:
+    """Choose the newest of a checkpoint and those where the callbacks save."""
+    folders = [one.dirpath for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint) and one.dirpath]
+    found = [one for one in (beside, *map(last_checkpoint, folders)) if one is not None]
+    return max(found, key=saved_step, default=None)
 
 
 def _is_looked_for(path: Path, trainer: Trainer) -> bool:
