@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -32,6 +33,8 @@ from dcp_plugins.manager.options import Asynchronous
 from dcp_plugins.storage.companion import CompanionWriter
 
 __all__ = ["DCPCheckpointIO"]
+
+log = logging.getLogger(__name__)
 
 _PathLike = str | os.PathLike[str]
 
@@ -211,7 +214,7 @@ class DCPCheckpointIO(CheckpointIO):
 
     @property
     def newest(self) -> Path | None:
-        """The directory that a save was last begun into, committed or not."""
+        """The directory that a save was last begun into, in flight or committed; None if it failed."""
         return self._saver.newest
 
     def save_again(self, rest: dict[str, Any], path: _PathLike) -> None:
@@ -239,9 +242,9 @@ class DCPCheckpointIO(CheckpointIO):
     def _write_twin(self, source: Path, writer: CompanionWriter, values: dict[str, Any]) -> None:
         try:
             write_twin(source, writer, values)
-        except Exception as exc:  # for the next save to raise, on the thread that trains
+        except Exception as exc:  # for the next save to raise, on every rank: this is rank 0, perhaps in the background
             self._failures.append(exc)
-            raise
+            log.warning("%s could not be made of the files of %s", writer.path, source, exc_info=True)
 
     def raise_noted_failure(self) -> None:
         """Raise what `save_again` has failed with in the background, once. Only rank 0 knows."""
@@ -252,7 +255,11 @@ class DCPCheckpointIO(CheckpointIO):
 
     def finish(self) -> None:
         """Wait until the save in the background is committed and what follows is done; raise its failure, once."""
-        self._saver.finish()
+        try:
+            self._saver.finish()
+        except Exception:
+            self._saver.newest = None  # there is nothing that could be saved again
+            raise
 
     def wait(self) -> None:
         """Wait for the save in the background, whatever comes of it."""

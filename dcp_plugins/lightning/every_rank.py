@@ -17,21 +17,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
-from lightning.pytorch.callbacks import OnExceptionCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from dcp_plugins.errors import CheckpointNotFoundError
 from dcp_plugins.lightning.checkpoint_io import DCPCheckpointIO
 from dcp_plugins.lightning.interruption import raise_unless_everywhere
-from dcp_plugins.lightning.layout import META_FILES, last_checkpoint
+from dcp_plugins.lightning.layout import META_FILES, last_checkpoint, saved_step
 from dcp_plugins.lightning.model_checkpoint import link_after_commit
 from dcp_plugins.lightning.optimizer_state import optimizer_state_of
 from dcp_plugins.lightning.requeue import Requeue, is_requeue_checkpoint
-from dcp_plugins.lightning.strategy_base import SavesThroughDCP, make_room, renormed
+from dcp_plugins.lightning.strategy_base import SavesThroughDCP, instead_of, make_room, renormed
 from dcp_plugins.lightning.twin import Fingerprint
 from dcp_plugins.manager import SaveOptions, is_committed, remove_if_uncommitted
 from dcp_plugins.manager.agreement import deciding_ranks
@@ -68,6 +70,7 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
     _saved: _Saved | None = None
     """What the last save in the background has saved: the next one may be of the same."""
     _has_saved_again = False
+    _step_hook: RemovableHandle | None = None
     _interruption_timeout_seconds = 30.0
     """How long a rank that an exception has interrupted waits for the others to be interrupted, too."""
 
@@ -182,6 +185,14 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
         is_same = before.fingerprint.proves_same(now) and path.absolute() != before.path.absolute()
         return all(ranks.all_gather("compare", lambda: is_same))
 
+    def _forget_saved(self, *_: Any) -> None:
+        """Let the next save write all of its tensors: they are about to be changed.
+
+        Not every write is counted in a tensor's version: fused optimizers, statistics of a batch norm and third-party
+        kernels go past it. Nor does each step of an optimizer count in ``global_step``.
+        """
+        self._saved = None
+
     @property
     def _is_fitting(self) -> bool:
         """Whether training will go on after this, as far as one can tell."""
@@ -203,10 +214,20 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
         assert self.lightning_module is not None
         # Lightning has set its handlers by now.
         self._requeue = Requeue(self.lightning_module.trainer, no_dist=self.checkpoint_io.no_dist)
+        if self._step_hook is None:
+            self._step_hook = register_optimizer_step_pre_hook(self._forget_saved)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
         self._requeue.answer_if_asked()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._forget_saved()
+        return super().training_step(*args, **kwargs)
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._forget_saved()
+        return super().validation_step(*args, **kwargs)
 
     def teardown(self) -> None:
         """Finish the save in the background first. What it failed with is raised, unless the fit has failed itself."""
@@ -222,6 +243,9 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
             log.exception("The last save in the background failed, too: its checkpoint does not exist")
         finally:
             self._saved, self._has_saved_again = None, False
+            if self._step_hook is not None:
+                self._step_hook.remove()
+                self._step_hook = None
             super().teardown()
 
     def load_checkpoint(self, checkpoint_path: _PathLike, weights_only: bool | None = None) -> dict[str, Any]:
@@ -246,17 +270,21 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
         """Return where the checkpoint is that ``path`` means. Runs on rank 0.
 
         Lightning takes whatever has one of the names that it looks for, also what a kill has left of the first save
-        under that name. In its place comes the newest checkpoint beside it, or None if there is none and training can
-        start anew.
+        under that name. In its place comes the newest checkpoint beside it or where the run's callbacks save, or None
+        if there is none and training can start anew.
         """
         if path.is_file() or is_committed(path):
             return path
+        replaced = instead_of(path)
+        if replaced is not None:
+            return replaced
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
         is_fitting = trainer.state.fn == TrainerFn.FITTING
         beside = last_checkpoint(path.parent)
-        if path.is_dir() and _is_looked_for(path, trainer) and (beside is not None or is_fitting):
-            instead = f"Going on from {beside}, the newest beside it." if beside is not None else "Starting anew."
+        newest = _newest_of_run(beside, trainer) if is_fitting else beside
+        if path.is_dir() and _is_looked_for(path, trainer) and (newest is not None or is_fitting):
+            instead = f"Going on from {newest}, the newest there is." if newest is not None else "Starting anew."
             warnings.warn(
                 f"{path} is not a checkpoint: the save into it was killed before it was committed. {instead}",
                 stacklevel=2,
@@ -264,13 +292,20 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
             if is_fitting:
                 # So that the name is free for the next checkpoint that is to have it.
                 remove_if_uncommitted(path, META_FILES)
-            return beside
+            return newest
         if path.is_dir():
             what = f"{path} is not a checkpoint: it has no .metadata, so the save into it never finished"
         else:
             what = f"there is no checkpoint at {path}"
         hint = f" The newest committed checkpoint beside it is {beside}." if beside is not None else ""
         raise CheckpointNotFoundError(f"Expected a committed checkpoint, but {what}.{hint}")
+
+
+def _newest_of_run(beside: Path | None, trainer: Trainer) -> Path | None:
+    """Choose the newest of a checkpoint and those where the callbacks save."""
+    folders = [one.dirpath for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint) and one.dirpath]
+    found = [one for one in (beside, *map(last_checkpoint, folders)) if one is not None]
+    return max(found, key=saved_step, default=None)
 
 
 def _is_looked_for(path: Path, trainer: Trainer) -> bool:

@@ -33,6 +33,7 @@ import dcp_plugins as dcp
 from dcp_plugins.contract import BytesStorageMetadata, Metadata
 from dcp_plugins.errors import PlanError, UnsupportedValueError, listing
 from dcp_plugins.manager import is_committed, remove_if_uncommitted
+from dcp_plugins.storage.companion import replaced_name
 
 __all__ = [
     "META_FILE",
@@ -46,6 +47,7 @@ __all__ = [
     "decode_meta",
     "encode_meta",
     "last_checkpoint",
+    "meta_file",
     "meta_item",
     "optimizer_key",
     "parts_of",
@@ -54,7 +56,7 @@ __all__ = [
 ]
 
 META_FILE = "meta.pt"
-META_FILES = (META_FILE, f"{META_FILE}.new")
+META_FILES = (META_FILE, f"{META_FILE}.new", replaced_name(META_FILE))
 """What a save may leave beside the files of DCP."""
 META_KEY = "lightning_meta"
 ModelKey = Literal["state_dict", "model"]
@@ -161,6 +163,15 @@ def decode_meta(data: bytes, *, weights_only: bool, path: Path) -> dict[str, Any
     return meta
 
 
+def meta_file(path: Path) -> Path:
+    """Return where the non-tensor part of a checkpoint is that has no item with it, as stock Lightning writes it.
+
+    A save that was to replace such a checkpoint, and was never committed, has put it aside.
+    """
+    aside = path / replaced_name(META_FILE)
+    return aside if aside.is_file() and not (path / META_FILE).is_file() else path / META_FILE
+
+
 def meta_item(meta: dict[str, Any], encoded: bytes) -> dict[str, Any]:
     """Make the part of the DCP state dict that holds the non-tensor part."""
     item: dict[str, Any] = {PICKLE: encoded}
@@ -187,7 +198,7 @@ def saved_step(path: str | os.PathLike[str]) -> int:
     name = f"{META_KEY}.{_STEP}"
     if isinstance(reader.read_metadata().state_dict_metadata.get(name), BytesStorageMetadata):
         return int(dcp.load_from_keys(name, storage_reader=reader)[META_KEY][_STEP])
-    step = _step_of(torch.load(path / META_FILE, map_location="cpu", weights_only=True))
+    step = _step_of(torch.load(meta_file(path), map_location="cpu", weights_only=True))
     if step is None:
         raise PlanError(
             f"The checkpoint {path} does not say at which step it was saved. With Fabric, save the number of steps"

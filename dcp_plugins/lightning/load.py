@@ -200,7 +200,7 @@ class Reader(dcp.FileSystemReader):
 
 def meta_of(item: Mapping[str, Any] | None, path: Path, weights_only: bool) -> dict[str, Any]:
     """Deserialise the non-tensor part, from the item in DCP's data or, where there is none, from ``meta.pt``."""
-    data = (path / layout.META_FILE).read_bytes() if item is None else item[layout.PICKLE]
+    data = layout.meta_file(path).read_bytes() if item is None else item[layout.PICKLE]
     return layout.decode_meta(data, weights_only=weights_only, path=path)
 
 

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from dcp_plugins.errors import listing
 from dcp_plugins.lightning.checkpoint_io import DCPCheckpointIO
 from dcp_plugins.lightning.layout import ModelKey
+from dcp_plugins.manager import is_committed
 from dcp_plugins.manager.options import Asynchronous
 from dcp_plugins.storage.local import make_directory
 
-__all__ = ["SavesThroughDCP", "make_room", "renormed"]
+__all__ = ["SavesThroughDCP", "instead_of", "make_room", "renormed"]
 
 _Answer = TypeVar("_Answer")
 
@@ -142,12 +143,23 @@ def make_room(path: Path, *, sync: bool) -> tuple[Path, Path | None]:
     if path.is_symlink():
         # It leads to another checkpoint, which a save through it would overwrite.
         path.unlink()
-    aside = path.with_name(f"{path.name}.replaced") if path.is_file() else None
-    if aside is not None:
+    aside = _aside(path)
+    if path.is_file():
         path.replace(aside)
     # Names for further checkpoints are chosen by what is there, perhaps before a save in the background writes a file.
     make_directory(path, sync=sync)
-    return path, aside
+    # It may be there from a save that was killed or has failed.
+    return path, aside if aside.is_file() else None
+
+
+def instead_of(path: Path) -> Path | None:
+    """Return the ordinary checkpoint file that a save into ``path`` was to replace, if the save was never committed."""
+    aside = _aside(path)
+    return aside if aside.is_file() and not is_committed(path) else None
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.replaced")
 
 
 def renormed(module: nn.Module) -> Iterator[Tensor]:

@@ -95,7 +95,7 @@ def consolidate(path: _PathLike, file: _PathLike, *, weights_only: bool = True, 
     reader = _open(path)
     saved = dcp.load_from_keys(storage_reader=reader)
     item = saved.pop(layout.META_KEY, None)
-    has_meta = item is not None or (path / layout.META_FILE).is_file()
+    has_meta = item is not None or layout.meta_file(path).is_file()
     meta = meta_of(item, path, weights_only) if has_meta else {}
     is_trainers = "pytorch-lightning_version" in meta
     whole = as_trainer_checkpoint(saved, meta, layout.contents_of(reader.read_metadata(), path)) if is_trainers else {}

@@ -36,7 +36,8 @@ class Fingerprint:
     """Where the tensors of a state dict are, and how often each was written to, so that a change is found out.
 
     It proves that two state dicts are the same only if all tensors in them are memory of the model's or of an
-    optimizer's: torch counts the writes to a tensor, but for those through ``tensor.data``.
+    optimizer's: torch counts the writes to a tensor. It does not count those through ``tensor.data``, of fused
+    optimizers and in some kernels: compare only where no forward pass and no optimizer's step has been in between.
 
     Args:
         state: The parts of a checkpoint that hold tensors.

@@ -13,7 +13,12 @@ from dcp_plugins.contract import Metadata, WriteResult
 from dcp_plugins.storage.local import sync_directory
 from dcp_plugins.storage.writer import FileSystemWriter
 
-__all__ = ["CompanionWriter"]
+__all__ = ["CompanionWriter", "replaced_name"]
+
+
+def replaced_name(name: str) -> str:
+    """Name the file that holds the previous companion ``name`` while a save is being committed."""
+    return f"{name}.replaced"
 
 
 class CompanionWriter(FileSystemWriter):
@@ -60,11 +65,15 @@ class CompanionWriter(FileSystemWriter):
             stream.flush()
             if self.sync_files:
                 os.fsync(stream.fileno())
-        # In this order no instant pairs the companion of one save with the .metadata of another.
-        final.unlink(missing_ok=True)
+        # In this order no instant pairs the companion of one save with the .metadata of another. The one before is put
+        # aside until then: whoever reads a checkpoint that has nothing but the companion finds it there.
+        replaced = self.path / replaced_name(self._name)
+        if final.exists():
+            final.replace(replaced)
         if self.sync_files:
             sync_directory(self.path)
         super().finish(metadata, results)
         fresh.replace(final)
+        replaced.unlink(missing_ok=True)
         if self.sync_files:
             sync_directory(self.path)

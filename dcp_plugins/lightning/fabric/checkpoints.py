@@ -31,7 +31,7 @@ from dcp_plugins.lightning.load import (
     fill_raw,
     meta_of,
 )
-from dcp_plugins.lightning.strategy_base import SavesThroughDCP, make_room, renormed
+from dcp_plugins.lightning.strategy_base import SavesThroughDCP, instead_of, make_room, renormed
 from dcp_plugins.manager import is_committed
 from dcp_plugins.manager.agreement import deciding_ranks
 
@@ -230,7 +230,7 @@ class _DirectorySource:
             item = None
             if layout.META_KEY in parts:
                 item = dcp.load_from_keys(layout.META_KEY, storage_reader=self._reader)[layout.META_KEY]
-            elif not (path / layout.META_FILE).is_file():
+            elif not layout.meta_file(path).is_file():
                 return parts, {}  # written by dcp.save, without Lightning
             return parts, meta_of(item, path, weights_only)
 
@@ -261,6 +261,9 @@ def _existing(path: Path) -> Path:
     """Return the path of a checkpoint. Runs on rank 0."""
     if path.is_file() or is_committed(path):
         return path
+    replaced = instead_of(path)
+    if replaced is not None:
+        return replaced
     what = "has no .metadata, so the save into it never finished" if path.is_dir() else "does not exist"
     raise CheckpointNotFoundError(f"Expected a committed checkpoint at {path}, but it {what}.")
 

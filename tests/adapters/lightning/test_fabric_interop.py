@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 import torch
 from lightning.fabric.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 
+import dcp_plugins as dcp
+from dcp_plugins.errors import CheckpointException
 from dcp_plugins.testing.ranks import run_ranks
 from tests.adapters.lightning.fabrics import Run, fabric_of, shard_by_hand, wrap_by_hand
 from tests.adapters.lightning.trainers import Net, fit
@@ -131,3 +134,37 @@ def from_the_trainer(folder: Path) -> tuple[Any, ...]:
 
 def test_fabric_loads_the_trainers_checkpoints_by_the_names_in_them(tmp_path: Path) -> None:
     assert run_ranks(2, from_the_trainer, tmp_path) == [(True, 3)] * 2
+
+
+def fail_to_replace(flag: str, stock: Any, path: Path) -> bool:
+    """Go on from what stock has saved, into the same path, at first with saves that fail."""
+    saved = run_of(stock).train(2).save(path)
+    saved.fabric.barrier()
+    failing = run_of(flag, seed=1)
+    failing.load(path)
+    failing.train(3)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dcp.FileSystemWriter, "finish", fail)
+        for _ in range(2):
+            with pytest.raises(CheckpointException, match="No space left"):
+                failing.save(path)
+    loaded = run_of(flag, seed=2)
+    loaded.load(path)
+    is_as_saved = loaded.state["step"] == 2 and loaded.digest() == saved.digest()
+    failing.save(path)
+    loaded.load(path)
+    return is_as_saved and loaded.state["step"] == 3
+
+
+@pytest.mark.parametrize(("flag", "stock"), [("dcp_fsdp2", model_parallel), ("dcp_ddp", DDPStrategy)])
+def test_what_stock_has_saved_counts_until_a_save_in_its_place_is_committed(
+    tmp_path: Path, flag: str, stock: Any
+) -> None:
+    path = tmp_path / "checkpoint"
+    assert run_ranks(2, fail_to_replace, flag, stock, path) == [True, True]
+    assert os.listdir(tmp_path) == ["checkpoint"]
+    assert sorted(entry.name for entry in path.iterdir() if entry.suffix != ".distcp") == [".metadata", "meta.pt"]

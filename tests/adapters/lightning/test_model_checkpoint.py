@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from dcp_plugins.errors import CheckpointException
 from dcp_plugins.lightning import is_committed, last_checkpoint
+from dcp_plugins.storage.companion import CompanionWriter
 from dcp_plugins.testing.ranks import run_ranks
-from tests.adapters.lightning.trainers import Regression, Ticks, trainer
+from tests.adapters.lightning.test_async import commits
+from tests.adapters.lightning.trainers import Regression, Ticks, fit, trainer
 
 SHARDED = pytest.mark.parametrize("strategy", ["dcp_fsdp", "dcp_fsdp2"])
 
@@ -60,6 +64,27 @@ def test_a_save_through_the_name_of_a_link_leaves_the_linked_checkpoint_alone(tm
 def test_a_directory_takes_the_place_of_an_ordinary_checkpoint_file(tmp_path: Path) -> None:
     (tmp_path / "last.ckpt").write_bytes(b"an old checkpoint")
     run_ranks(2, save_to, tmp_path / "last.ckpt")
+    assert is_committed(tmp_path / "last.ckpt")
+    assert os.listdir(tmp_path) == ["last.ckpt"]
+
+
+def fail_to_replace_a_file(folder: Path) -> list[int]:
+    """Resume a stock run twice from its file "last", the first time with saves that never commit."""
+
+    def last() -> ModelCheckpoint:
+        return ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_top_k=0, save_last=True)
+
+    def fail(writer: CompanionWriter, do: Callable[[], None]) -> None:
+        raise OSError(28, "No space left on device")
+
+    fit("auto", devices=1, steps=2, callbacks=[last()])
+    with commits(fail), pytest.raises(CheckpointException):
+        fit("dcp", devices=1, steps=6, callbacks=[last()], resume="last")
+    return sorted(fit("dcp", devices=1, steps=6, callbacks=[last()], resume="last").losses)
+
+
+def test_an_ordinary_file_counts_until_the_directory_in_its_place_is_committed(tmp_path: Path) -> None:
+    assert run_ranks(1, fail_to_replace_a_file, tmp_path) == [[2, 3, 4, 5]]
     assert is_committed(tmp_path / "last.ckpt")
     assert os.listdir(tmp_path) == ["last.ckpt"]
 

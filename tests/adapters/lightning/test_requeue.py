@@ -13,8 +13,11 @@ import time
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from dcp_plugins.lightning import is_committed
+from dcp_plugins.testing.ranks import run_ranks
+from tests.adapters.lightning.trainers import fit
 
 # Each step waits for a file, so that the signal comes in the midst of a known step, on one rank alone.
 PROGRAM = """
@@ -133,4 +136,24 @@ def test_a_job_that_is_requeued_goes_on_from_a_checkpoint_committed_before(tmp_p
         shutil.rmtree(tmp_path / f"step-{step}.ckpt")
     for output in outcome(start(tmp_path, steps=5)):
         assert output.split("\n")[:2] == ["step 3", "step 4"]
+    assert not (tmp_path / "hpc_ckpt_2.ckpt").exists()
+
+
+def resume_after_a_kill_in_the_save_before_the_requeue(folder: Path, killed: Path) -> list[list[int]]:
+    def callback() -> ModelCheckpoint:
+        return ModelCheckpoint(filename="{step}", every_n_train_steps=2, save_top_k=-1)
+
+    fit("dcp", devices=1, steps=2, save_to=folder / "hpc_ckpt_1.ckpt")
+    steps = []
+    for last in (4, 5):
+        killed.mkdir()
+        module = fit("dcp", devices=1, steps=last, resume=killed, callbacks=[callback()], default_root_dir=folder)
+        steps.append(sorted(module.losses))
+    return steps
+
+
+def test_a_save_killed_before_the_requeue_leaves_what_the_callbacks_saved_to_go_on_from(tmp_path: Path) -> None:
+    [steps] = run_ranks(1, resume_after_a_kill_in_the_save_before_the_requeue, tmp_path, tmp_path / "hpc_ckpt_2.ckpt")
+    # At first there is but an earlier one beside it.
+    assert steps == [[2, 3], [4]]
     assert not (tmp_path / "hpc_ckpt_2.ckpt").exists()

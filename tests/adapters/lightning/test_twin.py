@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as stock
+from torch import nn
 
 from dcp_plugins.lightning import DCPCheckpointIO, is_committed
 from dcp_plugins.lightning.twin import Fingerprint
@@ -18,7 +19,7 @@ from dcp_plugins.manager import verify_checkpoint
 from dcp_plugins.storage.companion import CompanionWriter
 from dcp_plugins.testing.ranks import run_ranks
 from tests.adapters.lightning.test_async import At, commits, every_step
-from tests.adapters.lightning.trainers import Net, Regression, digest, fit
+from tests.adapters.lightning.trainers import WIDTH, Net, Regression, digest, fit
 
 FLAGS = pytest.mark.parametrize(
     ("flag", "ranks"),
@@ -96,6 +97,53 @@ def test_what_is_not_the_same_is_saved_again(tmp_path: Path) -> None:
         assert DCPCheckpointIO().load_checkpoint(tmp_path / name)["state_dict"]["saves"] == saves
 
 
+class Uncounted(Regression):
+    """Changes what it is made of by writes that torch does not count, in steps that Lightning does not count."""
+
+    folder: Path
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.saved: dict[str, dict[str, str]] = {}
+        self.register_buffer("mean", torch.zeros(WIDTH))
+        self.register_buffer("variance", torch.ones(WIDTH))
+
+    def save(self, name: str) -> None:
+        self.trainer.save_checkpoint(self.folder / name)
+        self.saved[name] = digest(self.state_dict())
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> None:  # type: ignore[override]
+        optimizer = self.trainer.optimizers[0]
+        self.save(f"before-{batch_idx}.ckpt")
+        if batch_idx != 1:
+            optimizer.step()
+            self.save(f"stepped-{batch_idx}.ckpt")
+        x = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(batch_idx))
+        x = nn.functional.batch_norm(x, self.mean, self.variance, training=True)
+        optimizer.zero_grad()
+        self.manual_backward(self.net(x).square().mean())
+        self.trainer.should_stop = batch_idx == 3
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9, fused=True)
+
+
+def save_uncounted(folder: Path) -> tuple[int, dict[str, dict[str, str]]]:
+    module = Uncounted()
+    module.folder = folder
+    fit("dcp_async", devices=1, steps=1, module=module, limit_val_batches=0)
+    return module.global_step, module.saved
+
+
+def test_a_step_or_a_forward_pass_in_between_is_never_taken_for_no_change(tmp_path: Path) -> None:
+    [(global_step, saved)] = run_ranks(1, save_uncounted, tmp_path)
+    assert global_step == 0
+    assert len(saved) == 7
+    for name, expected in saved.items():
+        assert digest(DCPCheckpointIO().load_checkpoint(tmp_path / name)["state_dict"]) == expected, name
+
+
 def test_only_what_is_the_same_for_certain_counts_as_the_same() -> None:
     net = Net()
     optimizer = torch.optim.AdamW(net.parameters())
@@ -147,3 +195,36 @@ def test_a_failure_of_either_is_raised_on_every_rank(tmp_path: Path, doomed: str
         assert found == raised_at
     committed = [name for name in sorted(os.listdir(tmp_path)) if is_committed(tmp_path / name)]
     assert committed == ([] if doomed == "step=2.ckpt" else ["step=2.ckpt"])
+
+
+def save_twice_around_a_wait(folder: Path, doomed: str) -> tuple[str, str]:
+    """Save a step twice, with the first save finished by hand in between; return what either call has raised."""
+
+    def commit(writer: CompanionWriter, do: Callable[[], None]) -> None:
+        if writer.path.name == doomed:
+            raise OSError(28, "No space left on device")
+        do()
+
+    found = {"": "", "finish": ""}
+
+    def save(trainer: Any) -> None:
+        trainer.save_checkpoint(folder / "first")
+        try:
+            trainer.strategy.checkpoint_io.finish()
+        except Exception as exc:
+            found["finish"] = str(exc)
+        trainer.save_checkpoint(folder / "second")
+
+    try:
+        with commits(commit):
+            fit("dcp_ddp_async", devices=2, steps=3, callbacks=[At(2, save)])
+    except Exception as exc:
+        found[""] = str(exc)
+    return found["finish"], found[""]
+
+
+@pytest.mark.parametrize("doomed", ["first", "second"])
+def test_a_step_is_saved_again_also_when_the_first_save_has_ended(tmp_path: Path, doomed: str) -> None:
+    for first, second in run_ranks(2, save_twice_around_a_wait, tmp_path, doomed):
+        assert ("No space left" in first, "No space left" in second) == (doomed == "first", doomed == "second")
+    assert [is_committed(tmp_path / name) for name in ("first", "second")] == [doomed == "second", doomed == "first"]
