@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Generic, TypeVar
 
 __all__ = ["SharedWork", "beside_training", "default_thread_count", "run_all", "split_by_bytes"]
@@ -121,5 +121,6 @@ def run_all(function: Callable[[T], R], work: Sequence[T]) -> list[R]:
 
 def _lower_priority() -> None:
     """Let this thread run where a processor would be idle; on Linux priorities are a thread's own."""
-    if hasattr(os, "setpriority"):
+    # Of a process that is nicer already, or may not set priorities, the thread stays as it is.
+    with suppress(OSError, AttributeError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _POLITE_NICENESS)

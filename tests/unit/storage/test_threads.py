@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+import textwrap
 import threading
 
 import pytest
@@ -60,3 +62,21 @@ def test_beside_training_the_helping_threads_yield_and_the_calling_one_does_not(
     assert calling == own
     assert all(other > own for other in helping)
     assert run_all(niceness, range(3)) == [own] * 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux gives each thread a priority of its own")
+def test_beside_a_training_that_is_nicer_still_threads_stay_as_they_are() -> None:
+    program = """
+        import os
+        from dcp_plugins.storage.threads import beside_training, run_all
+
+        os.setpriority(os.PRIO_PROCESS, 0, 19)
+        if os.getuid() == 0:
+            os.setuid(65534)
+        with beside_training():
+            print(run_all(lambda _: os.getpriority(os.PRIO_PROCESS, 0), range(2)))
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.stdout == "[19, 19]\n", ended.stderr
