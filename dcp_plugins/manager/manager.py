@@ -34,7 +34,7 @@ from dcp_plugins.manager.policies import SavePolicy, Whenever
 from dcp_plugins.manager.preemption import Preemption
 from dcp_plugins.manager.rank_bound import load_state
 from dcp_plugins.manager.record import RECORD_KEY, SaveRecord, record_item
-from dcp_plugins.manager.retention import KeepPolicy, best_record
+from dcp_plugins.manager.retention import KeepPolicy
 from dcp_plugins.manager.saver import Saver
 
 __all__ = ["CheckpointManager"]
@@ -126,10 +126,7 @@ class CheckpointManager:
     @property
     def best_step(self) -> int | None:
         """The best step by the first `KeepBest` of the keep policy; None without one, or where none has its metric."""
-        best = best_record(self.keep_policy, self._cleaner.records())
-        step = None if best is None else best.step
-        self._cleaner.best_named = step
-        return step
+        return self._cleaner.name_best()
 
     def all_steps(self) -> list[int]:
         """Return the steps that are committed, ascending, as this rank sees the directory now."""
