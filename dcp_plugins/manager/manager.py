@@ -112,6 +112,7 @@ class CheckpointManager:
         self._last_step: int | None = None
         self._decided: tuple[int, bool] | None = None
         self._served_preemption = False
+        self._warned_of_later = False
 
     @property
     def preempted(self) -> bool:
@@ -228,6 +229,7 @@ class CheckpointManager:
 
         def prepare() -> str:
             item = record_item(step, time.time(), metrics)
+            self._warn_of_later(step)
             self._cleaner.begin(step)
             return item
 
@@ -340,6 +342,19 @@ class CheckpointManager:
             if self.preemption is not None:
                 self.preemption.settle(is_asked, ranks)
         return is_due or (is_asked and not self._served_preemption)
+
+    def _warn_of_later(self, step: int) -> None:
+        """Say once that this run has gone back behind steps which a restart would prefer. Runs on rank 0."""
+        later = [one for one in self.all_steps() if one > step]
+        if later and not self._warned_of_later:
+            self._warned_of_later = True
+            log.warning(
+                "step %d is saved in %s beside later steps: %s. A restore that names no step takes the highest"
+                " good one: move them away if the run is to go on from here",
+                step,
+                self.root,
+                listing(later),
+            )
 
     def _choose(self, step: int | None, candidates: Iterator[int], skipped: str) -> int | None:
         """Return the step to load. Runs on rank 0."""

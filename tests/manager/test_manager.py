@@ -172,14 +172,30 @@ def test_the_newest_good_step_is_restored_whatever_is_wrong_with_newer_ones(tmp_
         manager.restore(target(), step=2)
 
 
+def test_a_run_that_has_gone_back_is_told_once_of_the_steps_that_a_restart_would_take(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    manager = CheckpointManager(tmp_path, options=SYNC)
+    for step in (1, 2, 3):
+        manager.save(step, value(step))
+    assert "later steps" not in caplog.text
+    manager.restore(target(), step=1)
+    manager.save(2, value(2))
+    manager.save(3, value(3))
+    said = [record.getMessage() for record in caplog.records if "later steps" in record.getMessage()]
+    assert len(said) == 1
+    assert f"step 2 is saved in {tmp_path} beside later steps: 3." in said[0]
+
+
 def test_a_run_does_not_begin_anew_beside_damaged_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "step_3").mkdir()
     manager = CheckpointManager(tmp_path, options=SYNC)
     with pytest.warns(UserWarning, match="never finished"):
         assert manager.restore(target()) is None
     manager.save(4, value(4))
+    manager.wait()
+    assert os.listdir(tmp_path) == ["step_4"]  # what was killed before it is gone
     flip_a_bit(tmp_path / "step_4")
-    (tmp_path / "step_3").rmdir()
     with (
         pytest.warns(UserWarning, match="whose data is damaged"),
         pytest.raises(CorruptCheckpointError, match="every committed .* damaged: steps 4"),
