@@ -150,9 +150,7 @@ def async_save(
                     writer.write_first(snapshot.is_original, snapshot.release)
                 return run_save(staged, writer, planner or DefaultSavePlanner(), ranks, use_collectives=use_collectives)
 
-        upload = thread_runner.start(save_staged)
-        upload.add_done_callback(snapshot.written)
-        upload.begin()
+        upload = thread_runner.start(save_staged, then=snapshot.written)
         if snapshot.completion is not None:
             return AsyncSaveResponse(snapshot.completion, upload)
         snapshot.wait()
@@ -187,10 +185,8 @@ def _join_as_failed(ranks: Ranks, failure: BaseException) -> None:
     def fail() -> Metadata:
         raise failure
 
-    future = thread_runner.start(lambda: ranks.settle("stage", fail))
     # This rank raises the failure itself, now.
-    future.disown()
-    future.begin()
+    thread_runner.start(lambda: ranks.settle("stage", fail)).disown()
 
 
 def _synchronize(stager: AsyncStager) -> None:

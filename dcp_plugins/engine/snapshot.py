@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -47,6 +48,10 @@ class Snapshot:
         self._released: Future[None] = Future()
         self._staging: StateDict | Future[StateDict]
         self._original: StateDict | None = None
+        self._held: Future[None] | None = None
+        """The completion, where the staging that would have ended it had no memory."""
+        # Threads of the background have another.
+        self._device = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
         try:
             self._staging = stager.stage(state_dict)
         except MemoryError as exc:
@@ -68,6 +73,7 @@ class Snapshot:
             return staging.result()
         except MemoryError as exc:
             assert self._original is not None
+            self._held = self.completion
             return self._stage_what_fits(self._original, exc)
 
     def release(self) -> None:
@@ -75,8 +81,8 @@ class Snapshot:
         if self._released.done():
             return
         self._released.set_result(None)
-        if self.is_original is not None and self.completion is not None:
-            self.completion.set_result(None)
+        if self._held is not None:
+            self._held.set_result(None)
         self._original = None
 
     def written(self, upload: Future[Metadata]) -> None:
@@ -100,19 +106,22 @@ class Snapshot:
             self.completion.set_exception(failure)
 
     def _stage_what_fits(self, state_dict: StateDict, reason: MemoryError) -> StateDict:
+        if self._device is not None:
+            # What the caller has told its device to compute must be there: for the copies, because they may have been
+            # begun without a mark, and for the background, which reads the rest from a stream of its own.
+            torch.accelerator.synchronize(self._device)
         partial = PartialSnapshot(state_dict, frozenset())
         if self._in_part and isinstance(self._stager, _StagesInPart):
             try:
                 partial = self._stager.stage_what_fits(state_dict)
             except MemoryError:
                 logger.debug("nothing is staged", exc_info=True)
-        self.is_original = partial.is_original
+        # Without the state dict: who is to tell its tensors apart may live longer.
+        self.is_original = dataclasses.replace(partial, state_dict={}).is_original
         logger.warning(
             "no memory for a snapshot (%s): this save is written from the state dict itself, but for what fits, and"
             " blocks until that is done",
-            reason,
+            # Not the exception, whose traceback has the state dict: handlers may keep what they are given.
+            str(reason),
         )
-        if torch.accelerator.is_available():
-            # The background reads from a stream of its own: what the caller's has been told to compute must be there.
-            torch.accelerator.synchronize()
         return partial.state_dict

@@ -54,7 +54,6 @@ class SaveFuture(Future[Metadata]):
     def __init__(self) -> None:
         super().__init__()
         self._seen = False
-        self._may_begin = threading.Event()
         self.set_running_or_notify_cancel()
 
     def result(self, timeout: float | None = None) -> Metadata:
@@ -77,14 +76,6 @@ class SaveFuture(Future[Metadata]):
         found = super().exception(timeout)
         self._seen = True
         return found
-
-    def begin(self) -> None:
-        """Let the save begin, once nothing is left to be done for the caller: the save's work holds the same lock."""
-        self._may_begin.set()
-
-    def wait_to_begin(self) -> None:
-        """Wait for ``begin``; on the save's thread."""
-        self._may_begin.wait()
 
     def disown(self) -> None:
         """Let nobody be told of a failure."""
@@ -121,16 +112,33 @@ class ThreadRunner:
         if last is not None:
             concurrent.futures.wait([last])
 
-    def start(self, job: Callable[[], Metadata | PackedMetadata]) -> SaveFuture:
-        """Run ``job`` on a thread from its future's ``begin``; the previous one has to have ended."""
+    def start(
+        self,
+        job: Callable[[], Metadata | PackedMetadata],
+        then: Callable[[Future[Metadata]], None] | None = None,
+    ) -> SaveFuture:
+        """Run ``job`` on a thread, and ``then`` with its future, there; the previous one has to have ended."""
         if not self._has_exit_hook:
             _register_exit_hook(self._at_exit)
             self._has_exit_hook = True
         future = SaveFuture()
+        if then is not None:
+            future.add_done_callback(then)
+        may_begin = threading.Event()
         # A thread for each save: one that waits for work would have to be told when the interpreter wants to end.
         # Not a daemon, so that the interpreter waits for a save in flight.
-        threading.Thread(target=_run, args=([job], future), name="dcp-async-save").start()
-        self._last = future
+        thread = threading.Thread(target=_run, args=([job], future, may_begin), name="dcp-async-save")
+        previous, self._last = self._last, future
+        try:
+            thread.start()
+        except RuntimeError:
+            # There is no thread, and nobody to end the future.
+            self._last = previous
+            raise
+        finally:
+            # Now that nothing is left to be done for the caller: the save's work holds the same lock. And if a signal's
+            # handler raises: a thread that waits for good would keep the next save, and the interpreter's end, waiting.
+            may_begin.set()
         return future
 
     def forget(self) -> None:
@@ -148,10 +156,10 @@ class ThreadRunner:
         atexit.register(_exit_with_failure)
 
 
-def _run(jobs: list[Callable[[], Metadata | PackedMetadata]], future: SaveFuture) -> None:
+def _run(jobs: list[Callable[[], Metadata | PackedMetadata]], future: SaveFuture, may_begin: threading.Event) -> None:
     """Run the only job in the list, which is then gone: who sees the future done may free what was staged."""
     try:
-        future.wait_to_begin()
+        may_begin.wait()
         with beside_training():
             metadata = jobs.pop()()
     # Whatever it is, it belongs to the one who asks for the result.

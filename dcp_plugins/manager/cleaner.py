@@ -15,7 +15,7 @@ from dcp_plugins.errors import CheckpointError
 from dcp_plugins.manager.directory import StepNames, committed_steps, remove_if_uncommitted, uncommitted_steps
 from dcp_plugins.manager.guard import delete_unless_read
 from dcp_plugins.manager.record import SaveRecord, read_record
-from dcp_plugins.manager.retention import KeepPolicy, steps_to_delete
+from dcp_plugins.manager.retention import KeepPolicy, best_record, steps_to_delete
 
 __all__ = ["Cleaner"]
 
@@ -37,8 +37,11 @@ class Cleaner:
         self._policy = policy
         self.writing: int | None = None
         """The step of the last save that was begun."""
-        self.best_named: int | None = None
+        self._best_named: int | None = None
         """The step that somebody has been told is the best."""
+        self._deleting: set[int] = set()
+        # Held while these two are compared and changed, so that no step is named best that is about to go.
+        self._choice = threading.RLock()
         # Held while steps are deleted, and while one is chosen and read.
         self._turn = threading.Lock()
         self._records: dict[int, SaveRecord] = {}
@@ -81,10 +84,19 @@ class Cleaner:
         with self._turn:
             yield
 
-    def records(self) -> list[SaveRecord]:
+    def name_best(self) -> int | None:
+        """Return the best step by the policy, if there is one; it stays until another is named."""
+        with self._choice:
+            best = best_record(self._policy, self._records_now())
+            self._best_named = None if best is None else best.step
+            return self._best_named
+
+    def _records_now(self) -> list[SaveRecord]:
         """Return what the committed checkpoints say about themselves, by ascending steps, without those unreadable."""
         found = []
         for step in committed_steps(self._root, self._names):
+            if step in self._deleting:
+                continue
             try:
                 found.append(self.record(step))
             except (CheckpointError, OSError) as exc:
@@ -93,9 +105,11 @@ class Cleaner:
 
     def record(self, step: int) -> SaveRecord:
         """Return what a committed checkpoint says about itself, as read the first time."""
-        if step not in self._records or step == self.writing:
-            self._records[step] = read_record(self._root / self._names.name(step), step)
-        return self._records[step]
+        # Another thread may forget it at any time.
+        known = self._records.get(step)
+        if known is None or step == self.writing:
+            known = self._records[step] = read_record(self._root / self._names.name(step), step)
+        return known
 
     def _clean(self) -> None:
         try:
@@ -106,17 +120,37 @@ class Cleaner:
             log.warning("could not delete what is not kept in %s; the next save tries again", self._root, exc_info=True)
 
     def _delete_unkept(self) -> None:
-        records = self.records() if self._policy is not None else []
-        protected = {step for step in (self.writing, self.best_named) if step is not None}
-        for step in steps_to_delete(self._policy, records, now=time.time(), protected=protected):
-            path = self._root / self._names.name(step)
-            if delete_unless_read(path):
-                self._records.pop(step, None)
-                log.info("Deleted %s, which is not kept", path)
-            else:
-                log.info("%s is being read: it is deleted later", path)
+        with self._choice:
+            records = self._records_now() if self._policy is not None else []
+            protected = {step for step in (self.writing, self._best_named) if step is not None}
+            unkept = steps_to_delete(self._policy, records, now=time.time(), protected=protected)
+            self._deleting = set(unkept)
+        try:
+            for step in unkept:
+                with self._going_on(step):
+                    self._delete(step)
+        finally:
+            self._deleting = set()
         newest = max(committed_steps(self._root, self._names), default=-1)
         for step in uncommitted_steps(self._root, self._names):
             # Of a later step, it may be another's save that goes on.
             if step < newest and step != self.writing:
-                remove_if_uncommitted(self._root / self._names.name(step))
+                with self._going_on(step):
+                    remove_if_uncommitted(self._root / self._names.name(step))
+
+    def _delete(self, step: int) -> None:
+        path = self._root / self._names.name(step)
+        if delete_unless_read(path):
+            self._records.pop(step, None)
+            log.info("Deleted %s, which is not kept", path)
+        else:
+            log.info("%s is being read: it is deleted later", path)
+
+    @contextmanager
+    def _going_on(self, step: int) -> Iterator[None]:
+        """Let the deletion of one step fail: the disk must not fill up with all the others."""
+        try:
+            yield
+        except OSError:
+            path = self._root / self._names.name(step)
+            log.warning("could not delete %s, which is not kept; the next save tries again", path, exc_info=True)

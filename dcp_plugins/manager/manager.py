@@ -34,7 +34,7 @@ from dcp_plugins.manager.policies import SavePolicy, Whenever
 from dcp_plugins.manager.preemption import Preemption
 from dcp_plugins.manager.rank_bound import load_state
 from dcp_plugins.manager.record import RECORD_KEY, SaveRecord, record_item
-from dcp_plugins.manager.retention import KeepPolicy, best_record
+from dcp_plugins.manager.retention import KeepPolicy
 from dcp_plugins.manager.saver import Saver
 
 __all__ = ["CheckpointManager"]
@@ -112,6 +112,7 @@ class CheckpointManager:
         self._last_step: int | None = None
         self._decided: tuple[int, bool] | None = None
         self._served_preemption = False
+        self._warned_of_later = False
 
     @property
     def preempted(self) -> bool:
@@ -126,10 +127,7 @@ class CheckpointManager:
     @property
     def best_step(self) -> int | None:
         """The best step by the first `KeepBest` of the keep policy; None without one, or where none has its metric."""
-        best = best_record(self.keep_policy, self._cleaner.records())
-        step = None if best is None else best.step
-        self._cleaner.best_named = step
-        return step
+        return self._cleaner.name_best()
 
     def all_steps(self) -> list[int]:
         """Return the steps that are committed, ascending, as this rank sees the directory now."""
@@ -231,6 +229,7 @@ class CheckpointManager:
 
         def prepare() -> str:
             item = record_item(step, time.time(), metrics)
+            self._warn_of_later(step)
             self._cleaner.begin(step)
             return item
 
@@ -343,6 +342,19 @@ class CheckpointManager:
             if self.preemption is not None:
                 self.preemption.settle(is_asked, ranks)
         return is_due or (is_asked and not self._served_preemption)
+
+    def _warn_of_later(self, step: int) -> None:
+        """Say once that this run has gone back behind steps which a restart would prefer. Runs on rank 0."""
+        later = [one for one in self.all_steps() if one > step]
+        if later and not self._warned_of_later:
+            self._warned_of_later = True
+            log.warning(
+                "step %d is saved in %s beside later steps: %s. A restore that names no step takes the highest"
+                " good one: move them away if the run is to go on from here",
+                step,
+                self.root,
+                listing(later),
+            )
 
     def _choose(self, step: int | None, candidates: Iterator[int], skipped: str) -> int | None:
         """Return the step to load. Runs on rank 0."""

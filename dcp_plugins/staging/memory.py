@@ -74,7 +74,8 @@ class HostMemory:
     @property
     def nbytes(self) -> int:
         """Bytes in slots that are kept, used in this round or not."""
-        return sum(slot.nbytes for slots in self._rounds for slot in slots.values())
+        # Asked for by anybody, while a thread that stages takes more: a list is made in one step.
+        return sum(slot.nbytes for slots in self._rounds for slot in list(slots.values()))
 
     def require(self, nbytes: int) -> None:
         """Raise ``StagingMemoryError`` unless there is room for a round of this many bytes in all.

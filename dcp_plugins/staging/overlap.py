@@ -109,16 +109,22 @@ class _Late:
     def copy_the_rest(self, targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
         """Start the copies that cannot wait, and note the others."""
         now: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
-        aside_bytes = 0
+        room_bytes = _MAX_ASIDE_BYTES
         for target, source in zip(targets, sources, strict=True):
             if not source.is_inference() and _storage(source) in self._storages:
                 self._waiting.append(_Copy(target, source, source._version))
-            elif not source.is_cpu and aside_bytes + source.nbytes <= _MAX_ASIDE_BYTES:
-                aside_bytes += source.nbytes
-                self._waiting.append(_Copy(target, source.detach().clone(), None))
-            else:
-                now[0].append(target)
-                now[1].append(source)
+                continue
+            if not source.is_cpu and source.nbytes <= room_bytes:
+                try:
+                    self._waiting.append(_Copy(target, source.detach().clone(), None))
+                except torch.OutOfMemoryError:
+                    # The training has filled the device: the host waits for the kernels then.
+                    room_bytes = 0
+                else:
+                    room_bytes -= source.nbytes
+                    continue
+            now[0].append(target)
+            now[1].append(source)
         # After the clones, so that their copies wait for them.
         self._copies.mark()
         self._copies.start(*now)

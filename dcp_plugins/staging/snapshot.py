@@ -18,7 +18,7 @@ import torch
 from dcp_plugins.collector import collector_paused
 from dcp_plugins.errors import UnsupportedValueError, listing
 from dcp_plugins.staging.memory import HostMemory
-from dcp_plugins.staging.wrappers import PLAIN_TENSORS, is_plain_memory, parts, rebuild
+from dcp_plugins.staging.wrappers import PLAIN_TENSORS, copies_itself, is_plain_memory, parts, rebuild
 from dcp_plugins.tensors.checkpointable import copy_attributes, is_checkpointable
 
 __all__ = ["Copy", "take_snapshot"]
@@ -69,12 +69,13 @@ def take_snapshot(
         memory: Where the copies go; they are valid until its next round.
         copy_all: Called once, with all tensors to copy; copies from a device may go on when it returns.
         wait: Called where copies have to be complete before the snapshot is.
-        room_bytes: The most to copy: large tensors for which this leaves no room come out as the originals.
+        room_bytes: The most to copy: large tensors for which this leaves no room come out as the originals, and so do
+            those of classes whose copies would have to be compared with them.
 
     Raises:
         UnsupportedValueError: Values that cannot be copied; lists their keys.
     """
-    taker = _Taker(memory, wait)
+    taker = _Taker(memory, wait, in_part=room_bytes is not None)
     taker.collect(state_dict, ())
     copy_all(*taker.place(room_bytes))
     taker.dress()
@@ -105,8 +106,9 @@ class _Layout:
 
 
 class _Taker:
-    def __init__(self, memory: HostMemory, wait: Callable[[], None]) -> None:
+    def __init__(self, memory: HostMemory, wait: Callable[[], None], *, in_part: bool) -> None:
         self.failures: list[tuple[Path, Exception]] = []
+        self._in_part = in_part
         self._memory = memory
         self._wait = wait
         # Tensors that are plain memory.
@@ -279,7 +281,10 @@ class _Taker:
     def _build_other(self, value: Any, path: Path) -> Any:
         made: Any
         try:
-            if isinstance(value, torch.Tensor):
+            if self._in_part and copies_itself(value):
+                # What is inside may be no copy.
+                made = value
+            elif isinstance(value, torch.Tensor):
                 made = rebuild(
                     value, _name(path), lambda name, part: self.build(part, (*path, name)), self._memo, self._wait
                 )

@@ -21,7 +21,7 @@ from dcp_plugins.format.memory import as_buffer
 from dcp_plugins.tensors import find_shard, write_items
 from dcp_plugins.tensors.describe import has_hooks
 
-__all__ = ["PLAIN_TENSORS", "is_plain_memory", "parts", "rebuild"]
+__all__ = ["PLAIN_TENSORS", "copies_itself", "is_plain_memory", "parts", "rebuild"]
 
 PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 """The classes whose instances have no behaviour of their own."""
@@ -100,6 +100,15 @@ def _flattened(tensor: Any) -> tuple[list[str], Any]:
 
 def _has_dispatch(tensor: torch.Tensor) -> bool:
     return type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+
+
+def copies_itself(value: object) -> bool:
+    """Whether a value is a tensor whose class says itself what its shards are, so that a copy has to be compared."""
+    return (
+        isinstance(value, torch.Tensor)
+        and has_hooks(value)
+        and not (type(value) is DTensor or isinstance(value, ShardedTensor))
+    )
 
 
 def _rebuild_sharded(tensor: ShardedTensor, build: Build) -> torch.Tensor:

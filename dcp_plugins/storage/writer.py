@@ -171,10 +171,10 @@ class FileSystemWriter(StorageWriter):
         return done
 
     def write_first(self, is_first: Callable[[torch.Tensor], bool], written: Callable[[], None]) -> None:
-        """Have the next save write some of its tensors before all else.
+        """Have the next save write some of its tensors, and all that is no tensor, before the others.
 
         Args:
-            is_first: Told by what the planner resolves an item to.
+            is_first: Told by what the planner resolves a tensor's item to.
             written: Called when their bytes are in files, on the thread that calls ``write_data``.
         """
         self._first = (is_first, written)
@@ -190,8 +190,12 @@ class FileSystemWriter(StorageWriter):
         first: list[WriteItem] = []
         second: list[WriteItem] = []
         for item in items:
-            data = None if item.type is WriteItemType.BYTE_IO else planner.resolve_data(item)
-            (first if isinstance(data, torch.Tensor) and is_first(data) else second).append(item)
+            # What is not a tensor may have tensors inside, which nobody can ask about.
+            if item.type is WriteItemType.BYTE_IO:
+                first.append(item)
+                continue
+            data = planner.resolve_data(item)
+            (first if not isinstance(data, torch.Tensor) or is_first(data) else second).append(item)
         yield first, written
         yield second, _nothing
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -194,6 +195,53 @@ def test_a_tensor_inside_one_that_does_not_fit_is_written_before_the_call_return
     assert torch.equal(target["flat"], torch.arange(100_000.0))
     assert torch.equal(target["inside"], torch.arange(10.0, 20.0))
     assert torch.equal(target["apart"], torch.arange(10.0))
+    stager.close()
+
+
+def test_a_value_that_holds_what_does_not_fit_is_written_before_the_call_returns(tmp_path: Path) -> None:
+    stager = DefaultStager(StagingOptions(False, False, False, False), max_staging_bytes=1_000_000)
+    values = state(7)
+    # A tuple is one value of a checkpoint, pickled with the tensors in it.
+    values["tuple"] = ("large", values["large"])
+    planner = HeldBehindTheFirst()
+    future = dcp.async_save(values, checkpoint_id=tmp_path, planner=planner, async_stager=stager)
+    assert isinstance(future, Future)
+    assert not future.done()
+    values["large"].zero_()
+    planner.let_go.set()
+    future.result()
+    _, saved = dcp.load_from_keys("tuple", checkpoint_id=tmp_path)["tuple"]
+    assert torch.equal(saved, torch.full((600_000,), 7.0))
+    stager.close()
+
+
+def test_what_does_not_fit_is_let_go_of_when_the_save_has_ended(tmp_path: Path) -> None:
+    stager = DefaultStager(StagingOptions(False, False, False, False), max_staging_bytes=1_000_000)
+    writer = dcp.FileSystemWriter(tmp_path)
+    values = state(7)
+    large = weakref.ref(values["large"])
+    future = dcp.async_save(values, storage_writer=writer, async_stager=stager)
+    assert isinstance(future, Future)
+    future.result()
+    values.clear()
+    gc.collect()
+    assert large() is None
+    stager.close()
+
+
+class Uncopyable:
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError("a lock, for one")
+
+
+def test_the_completion_of_staging_comes_also_if_nothing_can_be_staged_after_all(tmp_path: Path) -> None:
+    stager = DefaultStager(StagingOptions(False, False, True, False), max_staging_bytes=1_000_000)
+    response = dcp.async_save({**state(7), "value": Uncopyable()}, checkpoint_id=tmp_path, async_stager=stager)
+    assert isinstance(response, AsyncSaveResponse)
+    with pytest.raises(dcp.CheckpointException, match="cannot take a snapshot of value"):
+        response.upload_completion.result(timeout=20)
+    # An optimizer's step may be waiting for it.
+    response.staging_completion.result(timeout=20)
     stager.close()
 
 

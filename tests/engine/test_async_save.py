@@ -172,6 +172,34 @@ def test_who_asks_the_future_has_seen_the_failure(look: str) -> None:
     assert future.take_unseen_failure() is None
 
 
+def test_a_save_whose_start_is_interrupted_is_made_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupted(threading.Thread):
+        def start(self) -> None:
+            super().start()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(threading, "Thread", Interrupted)
+        dcp.async_save({"weight": torch.ones(4, 5), "step": 1}, checkpoint_id=tmp_path)
+    # What the next save and the interpreter's end do first: neither must wait for good.
+    assert thread_runner.finish_previous() is None
+    assert loaded(tmp_path)["step"] == 1
+
+
+def test_a_save_that_gets_no_thread_keeps_nobody_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refused(threading.Thread):
+        def start(self) -> None:
+            raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="new thread"):
+        patch.setattr(threading, "Thread", Refused)
+        dcp.async_save({"weight": torch.ones(4, 5), "step": 1}, checkpoint_id=tmp_path)
+    dcp.async_save({"weight": torch.ones(4, 5), "step": 2}, checkpoint_id=tmp_path).result()
+    assert loaded(tmp_path)["step"] == 2
+
+
 def test_mistakes_of_the_call_are_raised_by_the_call(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="`checkpoint_id` must be specified"):
         dcp.async_save({"a": 1})

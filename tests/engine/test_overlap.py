@@ -18,6 +18,7 @@ from dcp_plugins.engine import AsyncSaveResponse, await_staging_before_step
 from dcp_plugins.engine.thread_runner import thread_runner
 from dcp_plugins.errors import CheckpointException, UnsupportedValueError
 from dcp_plugins.staging import OverlappedStager
+from dcp_plugins.staging.memory import HostMemory
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
@@ -250,3 +251,37 @@ def test_a_failed_staging_does_not_fail_the_step() -> None:
     await_staging_before_step([optimizer], failed)
     optimizer.step()
     assert torch.equal(parameter, torch.zeros(2))
+
+
+@pytest.mark.gpu
+def test_what_fits_of_a_state_over_the_budget_is_copied_after_the_kernels_that_compute_it(tmp_path: Path) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(4, device="cuda"))
+    stager = OverlappedStager([torch.optim.SGD([parameter])])
+    stager._memory = HostMemory(pinned=True, max_bytes=1_000_000)
+    busy, value = torch.zeros(8192, 8192, device="cuda"), torch.zeros(1000, device="cuda")
+    for step in range(3):
+        for _ in range(40):
+            busy = busy @ busy
+        value.fill_(step)
+        state = {"value": value, "large": torch.zeros(2_000_000, device="cuda") if step else value}
+        begun: Any = dcp.async_save(state, checkpoint_id=tmp_path / str(step), async_stager=stager)
+        (begun.upload_completion if isinstance(begun, AsyncSaveResponse) else begun).result()
+        saved = dcp.load_from_keys("value", checkpoint_id=tmp_path / str(step))["value"]
+        assert torch.equal(saved, torch.full((1000,), float(step)))
+    stager.close()
+
+
+@pytest.mark.gpu
+def test_on_a_full_device_nothing_is_put_aside(tmp_path: Path) -> None:
+    value = torch.ones(8_000_000, device="cuda")
+    stager = OverlappedStager([torch.optim.SGD([torch.nn.Parameter(torch.zeros(4, device="cuda"))])])
+    torch.cuda.empty_cache()
+    allowed = torch.cuda.memory_reserved() + 1024 * 1024
+    torch.cuda.set_per_process_memory_fraction(allowed / torch.cuda.mem_get_info()[1])
+    try:
+        begun: Any = dcp.async_save({"value": value}, checkpoint_id=tmp_path, async_stager=stager)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    begun.upload_completion.result()
+    assert torch.equal(dcp.load_from_keys("value", checkpoint_id=tmp_path)["value"], torch.ones(8_000_000))
+    stager.close()

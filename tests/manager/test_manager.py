@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import fcntl
 import os
 import shutil
@@ -171,14 +172,30 @@ def test_the_newest_good_step_is_restored_whatever_is_wrong_with_newer_ones(tmp_
         manager.restore(target(), step=2)
 
 
+def test_a_run_that_has_gone_back_is_told_once_of_the_steps_that_a_restart_would_take(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    manager = CheckpointManager(tmp_path, options=SYNC)
+    for step in (1, 2, 3):
+        manager.save(step, value(step))
+    assert "later steps" not in caplog.text
+    manager.restore(target(), step=1)
+    manager.save(2, value(2))
+    manager.save(3, value(3))
+    said = [record.getMessage() for record in caplog.records if "later steps" in record.getMessage()]
+    assert len(said) == 1
+    assert f"step 2 is saved in {tmp_path} beside later steps: 3." in said[0]
+
+
 def test_a_run_does_not_begin_anew_beside_damaged_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "step_3").mkdir()
     manager = CheckpointManager(tmp_path, options=SYNC)
     with pytest.warns(UserWarning, match="never finished"):
         assert manager.restore(target()) is None
     manager.save(4, value(4))
+    manager.wait()
+    assert os.listdir(tmp_path) == ["step_4"]  # what was killed before it is gone
     flip_a_bit(tmp_path / "step_4")
-    (tmp_path / "step_3").rmdir()
     with (
         pytest.warns(UserWarning, match="whose data is damaged"),
         pytest.raises(CorruptCheckpointError, match="every committed .* damaged: steps 4"),
@@ -267,6 +284,32 @@ def test_the_best_just_named_and_a_step_being_read_are_not_deleted(tmp_path: Pat
             pass
 
 
+def test_the_best_is_not_deleted_while_it_is_being_named(tmp_path: Path) -> None:
+    meanwhile: list[Callable[[], None]] = []
+
+    class Interrupted(KeepBest):
+        def ranked(self, records: Any) -> Any:
+            ranked = super().ranked(records)
+            if meanwhile and threading.current_thread() is threading.main_thread():
+                meanwhile.pop()()
+            return ranked
+
+    with CheckpointManager(tmp_path, keep_policy=Interrupted(1, "loss"), options=SYNC) as manager:
+
+        def save_a_better_one() -> None:
+            manager.save(2, value(2), {"loss": 0.1})
+            # The deletion has to wait: there is nothing to await but that it does not come.
+            concurrent.futures.wait(manager._cleaner._jobs, timeout=0.3)
+
+        manager.save(1, value(1), {"loss": 0.5})
+        manager.wait()
+        meanwhile.append(save_a_better_one)
+        assert manager.best_step == 1
+        manager.wait()
+        assert manager.all_steps() == [1, 2]
+        assert manager.best_step == 2
+
+
 def test_a_reader_and_a_deletion_exclude_each_other(tmp_path: Path) -> None:
     manager = CheckpointManager(tmp_path, options=SYNC)
     manager.save(1, value(1))
@@ -287,22 +330,31 @@ def test_a_reader_and_a_deletion_exclude_each_other(tmp_path: Path) -> None:
         assert not is_there
 
 
-def test_a_deletion_that_fails_does_not_fail_the_save(
+def test_a_deletion_that_fails_fails_neither_the_save_nor_the_other_deletions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    really = shutil.rmtree
+
     def fail(path: Path) -> None:
-        raise OSError("read-only")
+        if path.name == "step_1":
+            raise OSError("read-only")
+        really(path)
 
     with CheckpointManager(tmp_path, keep_policy=KeepLatest(1), options=SYNC) as manager:
         manager.save(1, value(1))
-        with monkeypatch.context() as patch:
-            patch.setattr("dcp_plugins.manager.directory.shutil.rmtree", fail)
+        with reading_checkpoint(manager.path(1)):
             manager.save(2, value(2))
             manager.wait()
-        assert "could not delete what is not kept" in caplog.text
-        assert manager.all_steps() == [2]  # its commit went first
-        manager.save(3, value(3))
-    assert os.listdir(tmp_path) == ["step_3"]
+        assert manager.all_steps() == [1, 2]
+        with monkeypatch.context() as patch:
+            patch.setattr("dcp_plugins.manager.directory.shutil.rmtree", fail)
+            manager.save(3, value(3))
+            manager.wait()
+        assert f"could not delete {manager.path(1)}" in caplog.text
+        assert manager.all_steps() == [3]  # the commit went first
+        assert sorted(os.listdir(tmp_path)) == ["step_1", "step_3"]
+        manager.save(4, value(4))
+    assert os.listdir(tmp_path) == ["step_4"]
 
 
 def test_a_step_is_not_saved_into_a_directory_that_is_being_deleted(

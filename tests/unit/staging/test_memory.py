@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import threading
 import weakref
 
 import pytest
@@ -158,3 +159,21 @@ def test_memory_is_freed_with_its_owner() -> None:
     del memory
     gc.collect()
     assert slot() is None
+
+
+def test_its_size_can_be_asked_for_while_another_thread_takes_more() -> None:
+    memory = HostMemory()
+    memory.begin_round()
+    ended = threading.Event()
+
+    def take_many() -> None:
+        for number in range(30_000):
+            memory.take(number, torch.Size([1]), torch.uint8)
+        ended.set()
+
+    thread = threading.Thread(target=take_many)
+    thread.start()
+    while not ended.is_set():
+        assert memory.nbytes <= 30_000
+    thread.join()
+    assert memory.nbytes == 30_000

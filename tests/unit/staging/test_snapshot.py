@@ -15,6 +15,7 @@ from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
 from dcp_plugins.errors import StagingMemoryError, UnsupportedValueError
 from dcp_plugins.staging import memory as memory_module
+from dcp_plugins.staging.host_copy import copy_on_host
 from dcp_plugins.staging.memory import HostMemory
 from dcp_plugins.staging.snapshot import take_snapshot
 from dcp_plugins.staging.streams import Copies
@@ -312,6 +313,32 @@ def test_a_subclass_that_copies_itself_wrongly_is_detected(value: float, problem
     original = Forgetful([torch.full((2, 3), value)], [(0, 0)])
     with pytest.raises(UnsupportedValueError, match=problem):
         snapshot({"t": original})
+
+
+class Flattened(LocalShardsWrapper):
+    """Has hooks, and says what is inside it."""
+
+    @property
+    def shard(self) -> torch.Tensor:
+        return self.local_shards()[0]
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["shard"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, torch.Tensor], context: None, size: Any, stride: Any) -> Flattened:
+        return Flattened([inner["shard"]], [(0, 0)])
+
+
+def test_a_tensor_with_hooks_for_which_there_is_no_room_comes_out_as_it_is() -> None:
+    original, small = Flattened([torch.ones(2, 3)], [(0, 0)]), torch.ones(2)
+    assert snapshot({"t": original})["t"].shard.data_ptr() != original.shard.data_ptr()
+    staged = take_snapshot(
+        {"t": original, "small": small}, HostMemory(), copy_on_host, lambda: None, room_bytes=small.nbytes
+    )
+    assert staged["t"] is original
+    assert torch.equal(staged["small"], small)
+    assert staged["small"].data_ptr() != small.data_ptr()
 
 
 def test_a_checkpointable_tensor_stays_one() -> None:
