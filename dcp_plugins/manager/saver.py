@@ -18,12 +18,12 @@ from dcp_plugins.engine.thread_runner import thread_runner
 from dcp_plugins.manager.agreement import deciding_ranks, is_alone
 from dcp_plugins.manager.in_flight import InFlight
 from dcp_plugins.manager.options import SaveOptions
-from dcp_plugins.staging import BlockingAsyncStager, DefaultStager, OverlappedStager, StagingOptions
+from dcp_plugins.staging import BlockingAsyncStager, HandoverStager, OverlappedStager
 from dcp_plugins.storage import FileSystemWriter
 
 __all__ = ["Saver", "expected_warnings"]
 
-_Stager = BlockingAsyncStager | DefaultStager | OverlappedStager
+_Stager = BlockingAsyncStager | HandoverStager | OverlappedStager
 
 
 class Saver:
@@ -191,10 +191,7 @@ class Saver:
         if self.options.overlap_staging:
             return OverlappedStager(optimizers, changed_by_forward=changed_by_forward, use_shared_memory=in_process)
         if in_process:
-            on_device = torch.accelerator.is_available()
-            return DefaultStager(
-                StagingOptions(use_pinned_memory=False, use_async_staging=False, use_non_blocking_copy=on_device)
-            )
+            return HandoverStager()
         return BlockingAsyncStager(cache_staged_state_dict=True)
 
     def _free_stager(self) -> None:
