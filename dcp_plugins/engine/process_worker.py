@@ -60,6 +60,7 @@ class SaveRequest:
 
 
 _PR_SET_PDEATHSIG = 1
+_NICENESS = 5
 _main_module: dict[str, Any] = {}
 _serving = False
 
@@ -80,6 +81,8 @@ def main(descriptor: int, parent: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     # The writer has its own threads; more would take processors from the training.
     torch.set_num_threads(1)
+    # Where both want a processor, training gets three quarters of it; it never waits for a lock of this process.
+    os.nice(_NICENESS)
     server = _Server(Channel(socket.socket(fileno=descriptor)))
     try:
         server.serve()

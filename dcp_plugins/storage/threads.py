@@ -24,8 +24,8 @@ _MIN_BYTES_PER_THREAD = 16 * 1024 * 1024
 # Smaller pieces are bound by the interpreter, which one thread at a time holds: they do not ask for more threads.
 _MIN_PARALLEL_PIECE_BYTES = 256 * 1024
 # A thread beside training that has waited for a processor for more than this part of a while gives up its place.
-_CROWDED = 0.2
-_WHILE_SECONDS = 0.004
+_CROWDED = 0.25
+_WHILE_SECONDS = 0.01
 
 _here = threading.local()
 
