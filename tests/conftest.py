@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+from dcp_plugins.testing.ranks import preload
 
 # Ranks of a test and the workers of pytest-xdist share few cores: more threads in each would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -21,6 +25,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") is not None:
             item.add_marker(skip)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Let ranks fork from a server that has imported, once, the frameworks that the tests at hand are about."""
+    if session.config.option.collectonly or not session.items:
+        return
+    adapters = Path(__file__).parent / "adapters"
+    wanted = {item.path.relative_to(adapters).parts[0] for item in session.items if item.path.is_relative_to(adapters)}
+    preload(*(f"tests.adapters.{name}.trainers" for name in sorted(wanted)))
+    # Here as there: what was imported for the tests is not to be walked by each collection in one of them.
+    importlib.import_module("dcp_plugins.testing.frozen")
 
 
 @pytest.fixture(autouse=True)

@@ -14,11 +14,12 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-__all__ = ["RankError", "run_ranks"]
+__all__ = ["RankError", "preload", "run_ranks"]
 
 # The first optimizer that a process makes imports `torch._dynamo`: half a second for each rank.
 _PRELOAD = ["torch", "torch.distributed.tensor", "torch.distributed.fsdp", "torch._dynamo", "dcp_plugins"]
@@ -26,6 +27,17 @@ _PRELOAD = ["torch", "torch.distributed.tensor", "torch.distributed.fsdp", "torc
 
 class RankError(AssertionError):
     """Some rank raised, died or missed the deadline; the message holds every rank's traceback."""
+
+
+def preload(*modules: str) -> None:
+    """Start the server that ranks are forked from, unless it runs, and import modules in it once for all ranks.
+
+    Args:
+        modules: Names, beside those of torch and this package that it always imports.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*_PRELOAD, *modules, "dcp_plugins.testing.frozen"])
+    forkserver.ensure_running()
 
 
 def run_ranks(
@@ -50,8 +62,8 @@ def run_ranks(
     Raises:
         RankError: A rank raised (its traceback is in the message), died, or missed the deadline.
     """
+    preload()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
     with tempfile.TemporaryDirectory(prefix="dcp_ranks_") as folder:
         store_path = os.path.join(folder, "store")
         processes: list[BaseProcess] = []

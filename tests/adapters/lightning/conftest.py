@@ -1,18 +1,7 @@
-"""Ranks of these tests fork from a server that has imported Lightning once, if this process starts that server."""
+"""Without Lightning these tests are skipped."""
 
 from __future__ import annotations
-
-import multiprocessing
-from multiprocessing import forkserver
 
 import pytest
 
 pytest.importorskip("lightning")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def ranks_have_lightning() -> None:
-    """Import Lightning once, not once per rank."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed.fsdp", "dcp_plugins", "tests.adapters.lightning.trainers"])
-    forkserver.ensure_running()
