@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 WORLD_SIZES = (1, 2, 4)
-NUM_STEPS_BEFORE, NUM_STEPS = 2, 5
+NUM_STEPS_BEFORE, NUM_STEPS = 2, 4
 
 Shape = tuple[str, int]  # A kind of parallelism and a number of ranks.
 
