@@ -26,7 +26,7 @@ from dcp_plugins.plan import DefaultSavePlanner
 from dcp_plugins.staging import BlockingAsyncStager, HandoverStager, shared_stager
 from dcp_plugins.storage import FileSystemWriter
 
-__all__ = ["AsyncCheckpointerType", "AsyncSaveResponse", "async_save"]
+__all__ = ["AsyncCheckpointerType", "AsyncSaveResponse", "async_save", "begin_save"]
 
 logger = logging.getLogger(__name__)
 
@@ -96,8 +96,40 @@ def async_save(
         CheckpointException: The previous save failed, and nobody has asked its future.
         UnsupportedValueError: A value cannot be copied. The other ranks learn of it from their futures.
     """
-    # By value: torch's own enum will do as well.
-    kind = AsyncCheckpointerType(getattr(async_checkpointer_type, "value", async_checkpointer_type))
+    return begin_save(
+        state_dict,
+        checkpoint_id=checkpoint_id,
+        storage_writer=storage_writer,
+        planner=planner,
+        process_group=process_group,
+        # By value: torch's own enum will do as well.
+        kind=AsyncCheckpointerType(getattr(async_checkpointer_type, "value", async_checkpointer_type)),
+        async_stager=async_stager,
+        no_dist=no_dist,
+        use_collectives=use_collectives,
+    )
+
+
+def begin_save(
+    state_dict: dict[str, Any],
+    *,
+    checkpoint_id: str | os.PathLike[str] | None = None,
+    storage_writer: StorageWriter | None = None,
+    planner: SavePlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    kind: AsyncCheckpointerType = AsyncCheckpointerType.THREAD,
+    async_stager: AsyncStager | None = None,
+    no_dist: bool = False,
+    use_collectives: bool = True,
+    is_queued: bool = False,
+) -> Future[Metadata] | AsyncSaveResponse:
+    """Do what ``async_save`` does, with one choice more, for which torch's signature has no room.
+
+    Args:
+        is_queued: Do not wait for the save in flight: stage now, and write once that save has ended, whatever becomes
+            of it. Its failure is not raised here. The same on every rank. The stager's memory must not be that of a
+            save in flight.
+    """
     in_process = kind is AsyncCheckpointerType.PROCESS
     working_directory = str(Path.cwd()) if in_process else ""
     with thread_runner.turn, record("async_save", checkpoint_id=checkpoint_id):
@@ -106,7 +138,7 @@ def async_save(
         if ranks.distributed:
             ranks = Ranks(side_group(process_group), distributed=True)
         try:
-            previous_failure = thread_runner.finish_previous()
+            previous_failure = None if is_queued else thread_runner.finish_previous()
             if previous_failure is not None:
                 logger.error("an asynchronous save failed, and nobody asked for its result: raised at the next one")
                 raise previous_failure
@@ -114,7 +146,8 @@ def async_save(
             writer = open_writer(None, checkpoint_id) if storage_writer is None else storage_writer
             if in_process:
                 check_sendable(writer, planner or DefaultSavePlanner())
-                process_runner.start()
+                if not thread_runner.is_busy:
+                    process_runner.start()
             stager = _stager_for(writer, in_process) if async_stager is None else async_stager
             with record("stage"):
                 snapshot = Snapshot(stager, to_plain(state_dict), in_part=not in_process)

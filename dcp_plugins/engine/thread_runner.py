@@ -1,4 +1,4 @@
-"""Running a save on a thread of its own: one at a time, to its end, and without losing what it fails with."""
+"""Running a save on a thread of its own: one after another, to its end, and without losing what it fails with."""
 
 from __future__ import annotations
 
@@ -77,6 +77,11 @@ class SaveFuture(Future[Metadata]):
         self._seen = True
         return found
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether the save has ended, and nobody has to be told of a failure any more."""
+        return self.done() and (self._seen or super().exception() is None)
+
     def disown(self) -> None:
         """Let nobody be told of a failure."""
         self._seen = True
@@ -90,34 +95,42 @@ class SaveFuture(Future[Metadata]):
 
 
 class ThreadRunner:
-    """Starts saves on threads; each waits for the one before it, in the order of the calls.
+    """Starts saves on threads; each waits for those before it, in the order of the calls.
 
-    Hold ``turn`` from waiting for the previous save to starting the next: staging in between writes into memory that
-    the previous save reads.
+    Hold ``turn`` from waiting for the previous save, if it is waited for, to starting the next: staging in between
+    writes into memory that the previous save may read.
     """
 
     def __init__(self) -> None:
         self.turn = threading.RLock()
-        self._last: SaveFuture | None = None
+        # Those in flight, the one that is being written first, and those that failed without anybody having seen it.
+        self._saves: list[SaveFuture] = []
         self._has_exit_hook = False
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a save is in flight."""
+        return any(not save.done() for save in self._saves)
+
     def finish_previous(self) -> BaseException | None:
-        """Wait for the save in flight; return its failure if nobody has seen it."""
-        last = self._last
-        return None if last is None else last.take_unseen_failure()
+        """Wait for all saves in flight; return the first failure that nobody has seen, which a call does not repeat."""
+        self.wait()
+        while self._saves:
+            failure = self._saves.pop(0).take_unseen_failure()
+            if failure is not None:
+                return failure
+        return None
 
     def wait(self) -> None:
-        """Wait for the save in flight, whatever comes of it; its failure stays to be reported."""
-        last = self._last
-        if last is not None:
-            concurrent.futures.wait([last])
+        """Wait for all saves in flight, whatever comes of them; their failures stay to be reported."""
+        concurrent.futures.wait(list(self._saves))
 
     def start(
         self,
         job: Callable[[], Metadata | PackedMetadata],
         then: Callable[[Future[Metadata]], None] | None = None,
     ) -> SaveFuture:
-        """Run ``job`` on a thread, and ``then`` with its future, there; the previous one has to have ended."""
+        """Run ``job`` on a thread once those before it have ended, and ``then`` with its future, there."""
         if not self._has_exit_hook:
             _register_exit_hook(self._at_exit)
             self._has_exit_hook = True
@@ -127,13 +140,15 @@ class ThreadRunner:
         may_begin = threading.Event()
         # A thread for each save: one that waits for work would have to be told when the interpreter wants to end.
         # Not a daemon, so that the interpreter waits for a save in flight.
-        thread = threading.Thread(target=_run, args=([job], future, may_begin), name="dcp-async-save")
-        previous, self._last = self._last, future
+        self._saves = [save for save in self._saves if not save.is_settled]
+        arguments = ([job], future, list(self._saves), may_begin)
+        thread = threading.Thread(target=_run, args=arguments, name="dcp-async-save")
+        self._saves.append(future)
         try:
             thread.start()
         except RuntimeError:
             # There is no thread, and nobody to end the future.
-            self._last = previous
+            self._saves.remove(future)
             raise
         finally:
             # Now that nothing is left to be done for the caller: the save's work holds the same lock. And if a signal's
@@ -144,22 +159,30 @@ class ThreadRunner:
     def forget(self) -> None:
         """In a forked child: the parent's save is not this process's, and its thread is not here."""
         self.turn = threading.RLock()
-        self._last = None
+        self._saves = []
 
     def _at_exit(self) -> None:
-        failure = self.finish_previous()
-        if failure is None:
-            return
-        sys.stderr.write("dcp_plugins: the last asynchronous save failed, and nobody asked for its result:\n")
-        traceback.print_exception(failure)
-        # Registered now, it is the first exit handler to run.
-        atexit.register(_exit_with_failure)
+        has_failed = False
+        while (failure := self.finish_previous()) is not None:
+            sys.stderr.write("dcp_plugins: the last asynchronous save failed, and nobody asked for its result:\n")
+            traceback.print_exception(failure)
+            has_failed = True
+        if has_failed:
+            # Registered now, it is the first exit handler to run.
+            atexit.register(_exit_with_failure)
 
 
-def _run(jobs: list[Callable[[], Metadata | PackedMetadata]], future: SaveFuture, may_begin: threading.Event) -> None:
+def _run(
+    jobs: list[Callable[[], Metadata | PackedMetadata]],
+    future: SaveFuture,
+    earlier: list[SaveFuture],
+    may_begin: threading.Event,
+) -> None:
     """Run the only job in the list, which is then gone: who sees the future done may free what was staged."""
     try:
         may_begin.wait()
+        concurrent.futures.wait(earlier)
+        earlier.clear()
         with beside_training():
             metadata = jobs.pop()()
     # Whatever it is, it belongs to the one who asks for the result.

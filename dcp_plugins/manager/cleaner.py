@@ -35,8 +35,10 @@ class Cleaner:
         self._root = root
         self._names = names
         self._policy = policy
-        self.writing: int | None = None
-        """The step of the last save that was begun."""
+        self._begun: int | None = None
+        """The step of the last save that was begun, committed or not."""
+        self._in_flight: set[int] = set()
+        """The steps of the saves that were begun, and of whose commit nothing has been heard: two, if one is queued."""
         self._best_named: int | None = None
         """The step that somebody has been told is the best."""
         self._deleting: set[int] = set()
@@ -48,8 +50,9 @@ class Cleaner:
         self._executor: ThreadPoolExecutor | None = None
         self._jobs: list[Future[None]] = []
 
-    def start(self) -> None:
-        """Delete what is not kept, on a thread. Called after a commit, on rank 0."""
+    def start(self, step: int) -> None:
+        """Delete what is not kept, on a thread. Called after the commit of a step, on rank 0."""
+        self._in_flight.discard(step)
         if self._executor is None:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="dcp-cleaner")
         self._jobs = [job for job in self._jobs if not job.done()]
@@ -66,15 +69,21 @@ class Cleaner:
             executor.shutdown()
         self._jobs = []
 
-    def begin(self, step: int) -> None:
+    def begin(self, step: int, *, is_queued: bool) -> None:
         """Note the step that is about to be saved, perhaps once more: what is known of it is outdated.
 
         On return nothing of that name is being deleted, nor will be.
+
+        Args:
+            step: Its number.
+            is_queued: Whether the save that was begun last is in flight; none is otherwise.
         """
-        for outdated in (self.writing, step):
+        for outdated in (self._begun, step):
             if outdated is not None:
                 self._records.pop(outdated, None)
-        self.writing = step
+        self._in_flight &= {self._begun} if is_queued else set()
+        self._in_flight.add(step)
+        self._begun = step
         if (self._root / self._names.name(step)).exists():
             self.wait()
 
@@ -107,9 +116,14 @@ class Cleaner:
         """Return what a committed checkpoint says about itself, as read the first time."""
         # Another thread may forget it at any time.
         known = self._records.get(step)
-        if known is None or step == self.writing:
+        if known is None or step in self._unsettled:
             known = self._records[step] = read_record(self._root / self._names.name(step), step)
         return known
+
+    @property
+    def _unsettled(self) -> set[int]:
+        """The steps that may be written at any moment, and the one that was saved last."""
+        return self._in_flight | _those_of(self._begun)
 
     def _clean(self) -> None:
         try:
@@ -122,7 +136,7 @@ class Cleaner:
     def _delete_unkept(self) -> None:
         with self._choice:
             records = self._records_now() if self._policy is not None else []
-            protected = {step for step in (self.writing, self._best_named) if step is not None}
+            protected = self._unsettled | _those_of(self._best_named)
             unkept = steps_to_delete(self._policy, records, now=time.time(), protected=protected)
             self._deleting = set(unkept)
         try:
@@ -134,7 +148,7 @@ class Cleaner:
         newest = max(committed_steps(self._root, self._names), default=-1)
         for step in uncommitted_steps(self._root, self._names):
             # Of a later step, it may be another's save that goes on.
-            if step < newest and step != self.writing:
+            if step < newest and step not in self._unsettled:
                 with self._going_on(step):
                     remove_if_uncommitted(self._root / self._names.name(step))
 
@@ -154,3 +168,7 @@ class Cleaner:
         except OSError:
             path = self._root / self._names.name(step)
             log.warning("could not delete %s, which is not kept; the next save tries again", path, exc_info=True)
+
+
+def _those_of(step: int | None) -> set[int]:
+    return set() if step is None else {step}

@@ -1,4 +1,4 @@
-"""The save that goes on in the background, and what may only happen once it is committed.
+"""The saves that go on in the background, and what may only happen once one of them is committed.
 
 Deleting the checkpoint that a save replaces, or pointing a link at the new one, is noted here and done, in the order of
 the calls, after the commit; if the save fails it is not done at all. So at every instant, a kill's too, the paths that
@@ -20,52 +20,78 @@ log = logging.getLogger(__name__)
 
 
 class InFlight:
-    """The last save of one `Saver`; called on the thread that trains."""
+    """The saves of one `Saver`: one being written, and perhaps one that waits; called on the thread that trains."""
 
     def __init__(self) -> None:
-        self._save: Future[Metadata] | None = None
+        self._saves: list[Future[Metadata]] = []
         self._steps: list[Future[None]] = []
         self._executor: ThreadPoolExecutor | None = None
 
     def began(self, save: Future[Metadata]) -> None:
-        """Note a save; the one before has been finished."""
-        self._save = save
+        """Note a save."""
+        self._saves.append(save)
+
+    @property
+    def is_any(self) -> bool:
+        """Whether there are saves that nobody has finished, in flight or ended."""
+        return bool(self._saves)
 
     @property
     def is_busy(self) -> bool:
         """Whether a save has begun and not ended."""
-        return self._save is not None and not self._save.done()
+        return any(not save.done() for save in self._saves)
 
     def after_commit(self, step: Callable[[], None]) -> None:
-        """Do something once the save in flight is committed, or now if there is none.
+        """Do something once the save that was begun last is committed, or now if none is in flight.
 
         What is put off runs on a thread; what fails there is logged, for no checkpoint depends on it.
         """
         self._steps = [future for future in self._steps if not future.done()]
-        if self._save is None and not self._steps:
+        if not self._saves and not self._steps:
             step()
             return
         if self._executor is None:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="dcp-after-commit")
-        self._steps.append(self._executor.submit(_run_after, self._save, step))
+        self._steps.append(self._executor.submit(_run_after, self._saves[-1] if self._saves else None, step))
 
     def wait(self) -> None:
-        """Wait for the save and for what was to follow it, whatever comes of it; a failure stays to be raised."""
-        if self._save is not None:
-            concurrent.futures.wait([self._save])
+        """Wait for the saves and for what was to follow them, whatever comes of them; failures stay to be raised."""
+        concurrent.futures.wait(self._saves)
         concurrent.futures.wait(self._steps)
 
     def finish(self) -> None:
-        """Wait for the save and for what was to follow it; raise what the save failed with, once."""
-        # A signal may end this wait; the save is still in flight then.
+        """Wait for the saves and for what was to follow them; raise what they failed with, once."""
+        # A signal may end this wait; the saves are still in flight then.
         self.wait()
         executor, self._executor = self._executor, None
         if executor is not None:
             executor.shutdown()
         self._steps = []
-        save, self._save = self._save, None
-        if save is not None:
-            save.result()
+        saves, self._saves = self._saves, []
+        _raise_failure_of(saves)
+
+    def finish_but_last(self) -> None:
+        """Let the save that was begun last go on; wait for those before it, and raise what they failed with, once."""
+        earlier = self._saves[:-1]
+        concurrent.futures.wait(earlier)
+        self._saves = self._saves[-1:]
+        _raise_failure_of(earlier)
+
+
+def _raise_failure_of(saves: list[Future[Metadata]]) -> None:
+    """Raise what the first save that failed has failed with, and log what later ones have; empties the list."""
+    failures = [failure for save in saves if (failure := save.exception()) is not None]
+    for failure in failures[1:]:
+        log.error("a save in the background failed after the one whose failure is raised", exc_info=failure)
+    failure = failures[0] if failures else None
+    # With any of these in this frame, the traceback would keep what was staged until the collector runs.
+    saves.clear()
+    failures.clear()
+    if failure is not None:
+        try:
+            raise failure
+        finally:
+            del failure
 
 
 def _run_after(save: Future[Metadata] | None, step: Callable[[], None]) -> None:

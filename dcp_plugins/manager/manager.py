@@ -41,7 +41,7 @@ __all__ = ["CheckpointManager"]
 
 log = logging.getLogger(__name__)
 
-InFlightPolicy = Literal["wait", "skip"]
+InFlightPolicy = Literal["wait", "skip", "queue"]
 
 
 class CheckpointManager:
@@ -71,7 +71,9 @@ class CheckpointManager:
         options: How to save.
         names: How the directories of steps are called.
         in_flight: What a save does that is due while the one before it is still being written on some rank: "wait" for
-            it, or be "skip"-ped, on all ranks. One that is forced, or asked for by a signal, always waits.
+            it; be "skip"-ped, on all ranks; or "queue": be staged at once, in a second copy of the state whose memory
+            is kept, and written after it. One save is in the queue at most; the next waits until the first is written.
+            One that is forced is never skipped. One that a signal has asked for always waits.
         preemption: Listens for signals that ask for a last save; closed with the manager.
         agree_every_steps: At which steps ranks agree on clocks and signals, those whose number this divides, which
             costs one small exchange; only with a preemption or a policy that uses the clock.
@@ -214,13 +216,16 @@ class CheckpointManager:
             return False
         ranks = self._ranks()
         is_last = self.preempted and not self._served_preemption
-        may_skip = self._in_flight_policy == "skip" and not (force or is_last)
-        if may_skip and ranks.any_of("in flight", [self._saver.is_busy])[0]:
+        # What is known on one rank alone, such as that its part is written, is not to be acted on.
+        asks = self._in_flight_policy != "wait" and not is_last
+        is_busy = asks and ranks.any_of("in flight", [self._saver.is_busy])[0]
+        if is_busy and self._in_flight_policy == "skip" and not force:
             log.info("step %d is not saved: the save before it is still being written", step)
             return False
+        is_queued = is_busy and self._in_flight_policy == "queue"
         try:
             # The failure of the save before comes first, and nothing is noted of this one.
-            self._saver.finish()
+            self._saver.finish(but_last=is_queued)
         except CheckpointException:
             if not is_last:
                 raise
@@ -230,26 +235,27 @@ class CheckpointManager:
         def prepare() -> str:
             item = record_item(step, time.time(), metrics)
             self._warn_of_later(step)
-            self._cleaner.begin(step)
+            self._cleaner.begin(step, is_queued=is_queued)
             return item
 
         # No rank writes before rank 0 has seen to it that nothing is being deleted there.
         record = on_rank_zero(ranks, "record", prepare)
         if not ranks.is_coordinator:
-            self._cleaner.begin(step)
+            self._cleaner.begin(step, is_queued=is_queued)
         self._saver.save(
             {**state, RECORD_KEY: record},
             path,
             optimizers=optimizers,
             changed_by_forward=changed_by_forward,
             blocking=True if is_last else None,
+            queue=is_queued,
         )
         self._last_begun = time.monotonic()
         self._last_step = step
         self._decided = (step, False)
         self._served_preemption = self._served_preemption or is_last
         if ranks.is_coordinator:
-            self._saver.after_commit(self._cleaner.start)
+            self._saver.after_commit(partial(self._cleaner.start, step))
         return True
 
     def restore(self, state: dict[str, Any], step: int | None = None) -> int | None:

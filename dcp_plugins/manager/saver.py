@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
-from dcp_plugins.engine import AsyncCheckpointerType, AsyncSaveResponse, async_save, await_staging_before_step, save
+from dcp_plugins.contract import Metadata
+from dcp_plugins.engine import AsyncCheckpointerType, AsyncSaveResponse, await_staging_before_step, save
+from dcp_plugins.engine.async_save import begin_save
 from dcp_plugins.engine.thread_runner import thread_runner
 from dcp_plugins.manager.agreement import deciding_ranks, is_alone
 from dcp_plugins.manager.in_flight import InFlight
@@ -26,8 +30,20 @@ __all__ = ["Saver", "expected_warnings"]
 _Stager = BlockingAsyncStager | HandoverStager | OverlappedStager
 
 
+@dataclass(slots=True)
+class _Staging:
+    """A stager, and the last save that was begun from its memory."""
+
+    stager: _Stager
+    save: Future[Metadata] | None = None
+
+    @property
+    def is_free(self) -> bool:
+        return self.save is None or self.save.done()
+
+
 class Saver:
-    """Saves into one directory after another, at most one save in flight, and does after each commit what must follow.
+    """Saves into one directory after another, one at a time, and does after each commit what must follow.
 
     All ranks of the group call its methods together and in the same order, on the thread that trains, with one
     exception: `after_commit` concerns the calling rank alone. It may be used again after `close`.
@@ -52,7 +68,7 @@ class Saver:
         self.newest: Path | None = None
         """The last directory that a save was begun into, committed or not."""
         self._in_flight = InFlight()
-        self._stager: _Stager | None = None
+        self._stagings: list[_Staging] = []
         self._staged_kind: AsyncCheckpointerType | None = None
         self._staged_tensors: tuple[Sequence[Any], Sequence[Any]] = ((), ())
 
@@ -70,6 +86,7 @@ class Saver:
         changed_by_forward: Iterable[torch.Tensor] = (),
         writer: FileSystemWriter | None = None,
         blocking: bool | None = None,
+        queue: bool = False,
     ) -> None:
         """Save to the directory ``path``, whose previous checkpoint stays loadable until the new one is committed.
 
@@ -87,6 +104,9 @@ class Saver:
             writer: Writes to ``path``; None makes one by the options.
             blocking: True saves in the foreground, False in the background, whatever the options say (in a thread, if
                 they say "off").
+            queue: In the background, let the save in flight go on: this one is staged now, into memory of its own that
+                is kept, and written after it. One save waits at most: if one does, this first waits for the save in
+                flight, whose failure it raises. A failure of the save that goes on is raised by a later call.
 
         Raises:
             CheckpointException: This save, or the one before it, failed; raised on every rank.
@@ -94,10 +114,11 @@ class Saver:
         path = Path(path)
         if writer is not None and writer.path != path:
             raise ValueError(f"path and the writer's path must be the same, got {path} and {writer.path}")
-        self.finish()
+        in_background = self.options.asynchronous != "off" if blocking is None else not blocking
+        self.finish(but_last=queue and in_background)
         if writer is None:
             writer = _Writer(path, sync_files=self.options.sync_files, thread_count=self.options.thread_count)
-        if self.options.asynchronous == "off" if blocking is None else blocking:
+        if not in_background:
             with expected_warnings():
                 save(
                     state_dict,
@@ -110,26 +131,33 @@ class Saver:
             self._begin(state_dict, path, writer, list(optimizers), list(changed_by_forward))
 
     def after_commit(self, step: Callable[[], None]) -> None:
-        """Do something once the save in flight is committed, and not at all if it fails; now if there is none.
+        """Do something once the save begun last is committed, and not at all if it fails; now if none is in flight.
 
         What is put off runs on a thread, in the order of the calls; what fails there is logged.
         """
         self._in_flight.after_commit(step)
 
     def wait(self) -> None:
-        """Wait for the save in flight and what follows it, whatever comes of it; a failure stays to be raised."""
+        """Wait for what is in flight and what follows it, whatever comes of it; a failure stays to be raised."""
         self._in_flight.wait()
 
-    def finish(self) -> None:
-        """Wait until the save in flight is committed and what follows it is done; raise its failure, once."""
-        self._in_flight.finish()
+    def finish(self, *, but_last: bool = False) -> None:
+        """Wait until what is in flight is committed and what follows it is done; raise its failure, once.
+
+        Args:
+            but_last: Let the save that was begun last go on.
+        """
+        if but_last:
+            self._in_flight.finish_but_last()
+        else:
+            self._in_flight.finish()
 
     def close(self) -> None:
         """Finish the save in flight, and free the memory that it was staged in."""
         try:
             self.finish()
         finally:
-            self._free_stager()
+            self._free_stagers()
 
     def _begin(
         self,
@@ -144,21 +172,23 @@ class Saver:
         ranks = deciding_ranks(self.process_group, no_dist=alone)
         in_process = self.options.asynchronous == "process"
         kind = AsyncCheckpointerType.PROCESS if in_process else AsyncCheckpointerType.THREAD
-        stager = self._stager_for(kind, optimizers, changed_by_forward)
+        staging = self._staging_for(kind, optimizers, changed_by_forward)
         failure: BaseException | None = None
         try:
             with expected_warnings():
-                begun = async_save(
+                begun = begin_save(
                     state_dict,
                     storage_writer=writer,
                     process_group=self.process_group,
                     no_dist=alone,
-                    async_checkpointer_type=kind,
-                    async_stager=stager,
+                    kind=kind,
+                    async_stager=staging.stager,
+                    is_queued=self._in_flight.is_any,
                 )
             if isinstance(begun, AsyncSaveResponse):
                 await_staging_before_step(optimizers, begun.staging_completion)
                 begun = begun.upload_completion
+            staging.save = begun
             self._in_flight.began(begun)
             self.newest = path
         except BaseException as exc:  # the other ranks hear of it first
@@ -171,18 +201,23 @@ class Saver:
         if not all_began:
             self.finish()
 
-    def _stager_for(
+    def _staging_for(
         self, kind: AsyncCheckpointerType, optimizers: list[Optimizer], changed_by_forward: list[torch.Tensor]
-    ) -> _Stager:
-        """Return the stager of the last save, with its memory, unless it was made for something else."""
+    ) -> _Staging:
+        """Return a stager that no save in flight needs, with its memory, if there is one for the same things."""
         tensors = (optimizers, changed_by_forward) if self.options.overlap_staging else ((), ())
         earlier = self._staged_tensors
         is_same = _are_identical(tensors[0], earlier[0]) and _are_identical(tensors[1], earlier[1])
-        if self._stager is None or kind is not self._staged_kind or not is_same:
-            self._free_stager()
-            self._stager = self._new_stager(kind, optimizers, changed_by_forward)
+        if kind is not self._staged_kind or not is_same:
+            # The memory of a save in flight cannot be taken from it.
+            self.wait()
+            self._free_stagers()
             self._staged_kind, self._staged_tensors = kind, tensors
-        return self._stager
+        free = next((one for one in self._stagings if one.is_free), None)
+        if free is None:
+            free = _Staging(self._new_stager(kind, optimizers, changed_by_forward))
+            self._stagings.append(free)
+        return free
 
     def _new_stager(
         self, kind: AsyncCheckpointerType, optimizers: list[Optimizer], changed_by_forward: list[torch.Tensor]
@@ -194,12 +229,12 @@ class Saver:
             return HandoverStager()
         return BlockingAsyncStager(cache_staged_state_dict=True)
 
-    def _free_stager(self) -> None:
-        stager, self._stager = self._stager, None
-        # What it was made for would otherwise live as long as this object.
-        self._staged_tensors = ((), ())
-        if stager is not None:
-            stager.close()
+    def _free_stagers(self) -> None:
+        stagings, self._stagings = self._stagings, []
+        # What they were made for would otherwise live as long as this object.
+        self._staged_kind, self._staged_tensors = None, ((), ())
+        for staging in stagings:
+            staging.stager.close()
 
 
 class _Writer(FileSystemWriter):

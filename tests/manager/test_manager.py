@@ -7,6 +7,7 @@ import fcntl
 import os
 import shutil
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -419,6 +420,92 @@ def test_a_save_that_is_due_during_another_waits_or_is_skipped(tmp_path: Path) -
         manager.wait()
         assert manager.save(4, value(4))
     assert manager.all_steps() == [1, 3, 4]
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("kind", ["thread", "process"])
+def test_queued_saves_have_the_values_of_their_steps_and_are_staged_in_two_places_at_most(
+    tmp_path: Path, kind: Any, overlap: bool
+) -> None:
+    options = SaveOptions(asynchronous=kind, overlap_staging=overlap, sync_files=False)
+    weight = torch.nn.Parameter(torch.zeros(300_000))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    with CheckpointManager(tmp_path, options=options, in_flight="queue") as manager:
+        for step in range(1, 7):
+            weight.grad = torch.full_like(weight, -1.0)
+            optimizer.step()
+            assert manager.save(step, {"weight": weight}, optimizers=[optimizer])
+        assert len(manager._saver._stagings) <= 2
+    assert manager.all_steps() == [1, 2, 3, 4, 5, 6]
+    for step in range(1, 7):
+        state = {"weight": torch.zeros(300_000)}
+        assert manager.restore(state, step) == step
+        assert torch.equal(state["weight"], torch.full((300_000,), float(step)))
+
+
+def test_a_queued_save_returns_while_the_one_in_flight_is_written_and_a_second_one_waits(tmp_path: Path) -> None:
+    let_go = threading.Event()
+    with (
+        commits(held(let_go)),
+        CheckpointManager(tmp_path, keep_policy=KeepLatest(1), options=ASYNC, in_flight="queue") as manager,
+    ):
+        manager.save(1, value(1))
+        manager.save(2, value(2))
+        assert manager.all_steps() == []
+        threading.Timer(0.1, let_go.set).start()
+        manager.save(3, value(3))
+        assert manager.all_steps()
+        manager.wait()
+        assert manager.all_steps() == [3]
+    assert manager.restore(target()) == 3
+
+
+def test_a_save_that_goes_back_behind_later_steps_is_not_reclaimed_while_another_is_queued(tmp_path: Path) -> None:
+    let_go = threading.Event()
+    let_go.set()
+    with (
+        commits(held(let_go)),
+        CheckpointManager(tmp_path, keep_policy=KeepLatest(9), options=ASYNC, in_flight="queue") as manager,
+    ):
+        manager.save(9, value(9))
+        manager.wait()
+        let_go.clear()
+        manager.save(1, value(1))
+        manager.save(2, value(2))
+        manager._cleaner.start(9)
+        manager._cleaner.wait()
+        let_go.set()
+    assert manager.all_steps() == [1, 2, 9]
+
+
+def test_a_failure_of_the_save_before_does_not_keep_the_queued_one_from_being_made(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    let_go = threading.Event()
+    manager = CheckpointManager(tmp_path, options=ASYNC, in_flight="queue")
+    with commits(held(let_go, failing=1)):
+        manager.save(1, value(1))
+        manager.save(2, value(2))
+        let_go.set()
+        with pytest.raises(dcp.CheckpointException, match="No space left"):
+            manager.wait()
+        assert manager.all_steps() == [2]
+        manager.save(3, value(3))
+        manager.wait()
+        # At the next save it is known already, and nothing is saved then.
+        manager.save(1, value(1), force=True)
+        while manager._saver.is_busy:
+            time.sleep(0.01)
+        with pytest.raises(dcp.CheckpointException, match="No space left"):
+            manager.save(4, value(4))
+        assert manager.all_steps() == [2, 3]
+        let_go.clear()
+        manager.save(1, value(1), force=True)
+        manager.save(1, value(1), force=True)
+        let_go.set()
+        with pytest.raises(dcp.CheckpointException, match="No space left"):
+            manager.close()
+    assert "failed after the one whose failure is raised" in caplog.text
 
 
 def test_a_save_that_failed_is_raised_once_and_its_step_is_none(tmp_path: Path) -> None:

@@ -115,6 +115,28 @@ def decide(folder: Path) -> dict[str, Any]:
         let_go.set()
         manager.wait()
         seen["skip"].append(manager.save(3, {"x": 3}))
+
+    let_go.clear()
+    failing = 1
+
+    def hold_or_fail(writer: Any, commit: Callable[[], None]) -> None:
+        assert let_go.wait(20)
+        if writer.path.name == f"step_{failing}":
+            raise OSError(28, "No space left on device")
+        commit()
+
+    with commits(hold_or_fail), CheckpointManager(folder / "queue", options=ASYNC, in_flight="queue") as manager:
+        manager.save(1, {"x": 1, "rank": torch.tensor([rank])})
+        manager.save(2, {"x": 2, "rank": torch.tensor([rank])})
+        let_go.set()
+        try:
+            # Two are in flight: it waits for the first of them.
+            manager.save(3, {"x": 3})
+        except dcp.CheckpointException as exc:
+            seen["queue"] = sorted(exc.failures)
+        manager.wait()
+        dist.barrier()
+        seen["queued"] = manager.all_steps()
     return seen
 
 
@@ -134,6 +156,9 @@ class Clock:
 def test_all_ranks_do_what_rank_0_decides(tmp_path: Path) -> None:
     first, second = run_ranks(2, decide, tmp_path)
     assert first == second
+    # Its commit failed, so all ranks have the failure; the save that was in the queue is there.
+    assert first["queue"] == [0]
+    assert first["queued"] == [2]
     # After 60 seconds of rank 0's, at an even step; or at step 7.
     assert first["clock"] == [4, 7, 10]
     assert first["best"] == (1, {"loss": 0.1}, [1, 2])
