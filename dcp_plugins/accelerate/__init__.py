@@ -23,5 +23,6 @@ except ImportError as exc:
 from dcp_plugins.accelerate.enable import disable, enable
 from dcp_plugins.accelerate.layout import newest_checkpoint, write_stock_files
 from dcp_plugins.accelerate.plugin import DCPPlugin
+from dcp_plugins.accelerate.retention import best_checkpoint
 
-__all__ = ["DCPPlugin", "disable", "enable", "newest_checkpoint", "write_stock_files"]
+__all__ = ["DCPPlugin", "best_checkpoint", "disable", "enable", "newest_checkpoint", "write_stock_files"]

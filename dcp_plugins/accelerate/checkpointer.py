@@ -7,14 +7,13 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from accelerate import Accelerator
 from torch import nn
-from torch.optim import Optimizer
 
 import dcp_plugins as dcp
 from dcp_plugins.accelerate import layout
@@ -26,23 +25,18 @@ from dcp_plugins.accelerate.collect import (
     owner_of,
     restore_files,
     state_of,
+    wanted_of,
     weights_of,
 )
-from dcp_plugins.accelerate.layout import Contents
 from dcp_plugins.accelerate.plugin import DCPPlugin
+from dcp_plugins.accelerate.retention import remove_old
 from dcp_plugins.accelerate.stock import load_stock_model, load_stock_optimizer
 from dcp_plugins.coord import Ranks
-from dcp_plugins.errors import CheckpointNotFoundError, PlanError, listing
+from dcp_plugins.errors import CheckpointNotFoundError, listing
 from dcp_plugins.manager import KeepPolicy, Saver, expected_warnings
 from dcp_plugins.manager.agreement import on_rank_zero
 from dcp_plugins.manager.record import RECORD_KEY, record_item
-from dcp_plugins.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from dcp_plugins.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
 from dcp_plugins.storage.parts import PartsWriter
 
 __all__ = ["Checkpointer"]
@@ -61,10 +55,18 @@ class Checkpointer:
         self._is_alone = accelerator.num_processes == 1
         self.plugin = plugin
         self._saver = Saver(plugin, no_dist=self._is_alone)
+        self._calls = 0
+        self._last_begun = time.monotonic()
 
     def save_state(
-        self, output_dir: _PathLike | None = None, safe_serialization: bool = True, **save_model_func_kwargs: Any
-    ) -> Path:
+        self,
+        output_dir: _PathLike | None = None,
+        safe_serialization: bool = True,
+        *,
+        metrics: Mapping[str, Any] | None = None,
+        force: bool = False,
+        **save_model_func_kwargs: Any,
+    ) -> Path | None:
         """Save models, optimizers, schedulers, scaler, samplers, random states and registered objects.
 
         A previous checkpoint in the directory stays loadable until the new one is committed. With ``asynchronous`` off
@@ -74,17 +76,22 @@ class Checkpointer:
         Args:
             output_dir: The same on every process; not needed with automatic checkpoint naming.
             safe_serialization: Has no effect: tensors are in DCP's format either way.
+            metrics: Numbers to choose the best checkpoint by; those of the main process are saved.
+            force: Save whatever the options say of when to.
             save_model_func_kwargs: Have no effect: stock Accelerate gives them to DeepSpeed.
 
         Returns:
-            The checkpoint's directory.
+            The checkpoint's directory; None if the options say not to save now (``save_every``, ``save_every_minutes``,
+            ``in_flight``), which is the same on every process.
         """
         accelerator = self._accelerator
+        self._calls += 1
+        if not self._is_due(force=force):
+            return None
         self._saver.finish()
-        self._require_same_options()
         path = self._decide("make room", lambda: self._make_room(output_dir))
         try:
-            state = self._collect(path)
+            state = self._collect(path, metrics)
         # Whatever hooks and objects of the user raise, the other ranks hear of it from the engine.
         except Exception as exc:
             if self._is_alone:
@@ -106,6 +113,7 @@ class Checkpointer:
             # The program may have changed its directory by then.
             where = path.absolute()
             self._saver.after_commit(lambda: self._follow_up(where, policy))
+        self._last_begun = time.monotonic()
         accelerator.project_configuration.iteration += 1
         return path
 
@@ -215,7 +223,7 @@ class Checkpointer:
         path.mkdir(parents=True, exist_ok=True)
         return path
 
-    def _collect(self, path: Path) -> dict[str, Any]:
+    def _collect(self, path: Path, metrics: Mapping[str, Any] | None) -> dict[str, Any]:
         accelerator = self._accelerator
         shown = weights_of(accelerator)
         before = [dict(weights) for weights in shown]
@@ -224,7 +232,7 @@ class Checkpointer:
             hook(accelerator._models, left, str(path))
         state = state_of(accelerator, shown, before, left)
         if accelerator.is_main_process:
-            state[RECORD_KEY] = record_item(accelerator.save_iteration, time.time(), None)
+            state[RECORD_KEY] = record_item(accelerator.save_iteration, time.time(), metrics)
         return state
 
     def _follow_up(self, path: Path, policy: KeepPolicy | None) -> None:
@@ -232,7 +240,7 @@ class Checkpointer:
         try:
             layout.write_stock_files(path)
             if self._is_naming:
-                layout.remove_old(path, policy)
+                remove_old(path, policy)
         # The checkpoint exists: it must not look as if it did not.
         except Exception:
             log.warning(
@@ -278,7 +286,7 @@ class Checkpointer:
 
         def prepare() -> dict[str, Any]:
             contents = layout.contents_of(reader.read_metadata(), path)
-            state = _wanted(contents, models, optimizers, strict=strict, path=path)
+            state = wanted_of(contents, models, optimizers, strict=strict, path=path)
             check_files(accelerator, contents.files[0], path)
             rest: dict[str, dict[str, bytes]] = {}
             for name, rank in contents.files_for(accelerator.process_index, accelerator.num_processes).items():
@@ -319,17 +327,29 @@ class Checkpointer:
         for index in range(len(optimizers)):
             self._together(layout.optimizer_part(index), partial(load_optimizer, index))
 
-    def _require_same_options(self) -> None:
-        """Refuse saves that some processes would write in the background and others would not: they would not meet."""
-        if self._is_alone:
-            return
-        found = Ranks(None, distributed=True).all_gather("options", lambda: self.plugin.asynchronous)
-        if len(set(found)) > 1:
-            said = listing(f"{value!r} on process {rank}" for rank, value in enumerate(found))
+    def _is_due(self, *, force: bool) -> bool:
+        """Agree whether to save now, in one exchange.
+
+        Raises:
+            ValueError: Some processes would write in the background and others would not: they would not meet.
+        """
+        plugin = self.plugin
+        own = _Wish(
+            asynchronous=plugin.asynchronous,
+            is_due=force or plugin.save_policy.is_due(self._calls, time.monotonic() - self._last_begun),
+            may_be_skipped=plugin.in_flight == "skip" and not force,
+            is_busy=self._saver.is_busy,
+        )
+        found = [own] if self._is_alone else Ranks(None, distributed=True).all_gather("options", lambda: own)
+        if len({one.asynchronous for one in found}) > 1:
+            said = listing(f"{one.asynchronous!r} on process {rank}" for rank, one in enumerate(found))
             raise ValueError(
                 f"Expected asynchronous to be the same on every process, found {said}. It comes from enable(), from"
                 " DCP_PLUGINS_ASYNCHRONOUS, or from the YAML file, which each node reads for itself."
             )
+        # The main process's clock counts, and its options.
+        main = found[0]
+        return main.is_due and not (main.may_be_skipped and any(one.is_busy for one in found))
 
     def _together(self, step: str, local: Callable[[], _Answer]) -> _Answer:
         """Run something on every process; if it fails on one, every process raises."""
@@ -340,6 +360,15 @@ class Checkpointer:
     def _decide(self, step: str, decide: Callable[[], _Answer]) -> _Answer:
         """Run something on the main process and return its answer, or raise its error, on every process."""
         return decide() if self._is_alone else on_rank_zero(Ranks(None, distributed=True), step, decide)
+
+
+class _Wish(NamedTuple):
+    """What one process has to say about whether to save."""
+
+    asynchronous: str
+    is_due: bool
+    may_be_skipped: bool
+    is_busy: bool
 
 
 class _Failed:
@@ -353,42 +382,3 @@ class _Failed:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Do nothing: it is never loaded."""
-
-
-def _wanted(
-    contents: Contents,
-    models: Sequence[nn.Module],
-    optimizers: Sequence[tuple[nn.Module, Optimizer]],
-    *,
-    strict: bool,
-    path: Path,
-) -> dict[str, Any]:
-    """Return what to load of models and optimizers.
-
-    Raises:
-        PlanError: They are not those of the checkpoint; lists everything that differs.
-    """
-    state: dict[str, Any] = {}
-    problems = []
-    for index, model in enumerate(models):
-        model_state = get_model_state_dict(model)
-        saved = contents.model_names.get(index)
-        if saved is None:
-            problems.append(f"model {index} was not saved (a hook may have: register the one that loads it)")
-            continue
-        for what, names in (("Missing", model_state.keys() - saved), ("Unexpected", saved - model_state.keys())):
-            if strict and names:
-                problems.append(f"{what} key(s) of model {index}: {listing(names)}")
-        wanted = {name: value for name, value in model_state.items() if name in saved}
-        state[layout.model_part(index)] = {"model": wanted}
-    for index, (owner, optimizer) in enumerate(optimizers):
-        if index not in contents.optimizers:
-            problems.append(f"optimizer {index} was not saved")
-            continue
-        state[layout.optimizer_part(index)] = {"optimizer": get_optimizer_state_dict(owner, optimizer)}
-    if problems:
-        raise PlanError(
-            f"What was prepared is not what the checkpoint {path} holds: {'. '.join(problems)}."
-            " load_state(strict=False) loads the keys that they share."
-        )
-    return state

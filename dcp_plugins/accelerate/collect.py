@@ -23,6 +23,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dcp_plugins.accelerate import layout
+from dcp_plugins.accelerate.layout import Contents
 from dcp_plugins.errors import PlanError, UnsupportedValueError, listing
 from dcp_plugins.state_dict import get_model_state_dict, get_optimizer_state_dict
 from dcp_plugins.state_dict.names import names_of
@@ -36,6 +37,7 @@ __all__ = [
     "restore_files",
     "small_files",
     "state_of",
+    "wanted_of",
     "weights_of",
 ]
 
@@ -214,3 +216,42 @@ def changed_by_forward(models: Sequence[nn.Module]) -> Iterator[torch.Tensor]:
         for child in model.modules():
             if isinstance(child, (nn.Embedding, nn.EmbeddingBag)) and child.max_norm is not None:
                 yield child.weight
+
+
+def wanted_of(
+    contents: Contents,
+    models: Sequence[nn.Module],
+    optimizers: Sequence[tuple[nn.Module, Optimizer]],
+    *,
+    strict: bool,
+    path: Path,
+) -> dict[str, Any]:
+    """Return what to load of models and optimizers.
+
+    Raises:
+        PlanError: They are not those of the checkpoint; lists everything that differs.
+    """
+    state: dict[str, Any] = {}
+    problems = []
+    for index, model in enumerate(models):
+        model_state = get_model_state_dict(model)
+        saved = contents.model_names.get(index)
+        if saved is None:
+            problems.append(f"model {index} was not saved (a hook may have: register the one that loads it)")
+            continue
+        for what, names in (("Missing", model_state.keys() - saved), ("Unexpected", saved - model_state.keys())):
+            if strict and names:
+                problems.append(f"{what} key(s) of model {index}: {listing(names)}")
+        wanted = {name: value for name, value in model_state.items() if name in saved}
+        state[layout.model_part(index)] = {"model": wanted}
+    for index, (owner, optimizer) in enumerate(optimizers):
+        if index not in contents.optimizers:
+            problems.append(f"optimizer {index} was not saved")
+            continue
+        state[layout.optimizer_part(index)] = {"optimizer": get_optimizer_state_dict(owner, optimizer)}
+    if problems:
+        raise PlanError(
+            f"What was prepared is not what the checkpoint {path} holds: {'. '.join(problems)}."
+            " load_state(strict=False) loads the keys that they share."
+        )
+    return state

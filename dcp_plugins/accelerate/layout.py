@@ -1,4 +1,4 @@
-"""What a checkpoint directory holds, which directories are checkpoints, and which of them go.
+"""What a checkpoint directory holds, and which directories are checkpoints.
 
 ::
 
@@ -18,8 +18,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import shutil
-import time
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -33,25 +31,22 @@ from dcp_plugins.contract import Metadata
 from dcp_plugins.errors import CheckpointError, CheckpointNotFoundError, PlanError, UnsafeCheckpointError, listing
 from dcp_plugins.format.names import METADATA_NAME, save_id_of
 from dcp_plugins.manager import (
-    KeepPolicy,
-    SaveRecord,
     StepNames,
-    delete_checkpoint,
     is_committed,
-    read_record,
-    steps_to_delete,
     verify_checkpoint,
 )
 from dcp_plugins.storage.local import remove_files
 from dcp_plugins.storage.parts import is_foreign, is_view, publish_view
 
 __all__ = [
+    "AUTOMATIC_NAMES",
     "REST",
     "Contents",
     "automatic_number",
     "automatically_named",
     "check_file_name",
     "contents_of",
+    "is_litter",
     "is_random_state",
     "kind_of",
     "model_part",
@@ -60,7 +55,6 @@ __all__ = [
     "numbered",
     "optimizer_part",
     "refuse_unless_checkpoint",
-    "remove_old",
     "write_stock_files",
 ]
 
@@ -77,7 +71,7 @@ _FILE = re.compile(
 )
 _REPLACED = re.compile(rf"({OPTIMIZER_NAME}|{FSDP_MODEL_NAME})(_[0-9]+)?\.bin")
 """Of a stock checkpoint that ours has replaced. Its model.safetensors may be the user's own: hooks write that, too."""
-_NAMES = StepNames(prefix="checkpoint_")
+AUTOMATIC_NAMES = StepNames(prefix="checkpoint_")
 _LAST_OF_STOCK = f"{RNG_STATE_NAME}_0.pkl"
 _NEVER_COMMITTED = "never committed"
 _NUMBER = re.compile(r"([0-9]+)(?=[^0-9/]*$)")
@@ -243,7 +237,7 @@ def _is_picked_by_hand(path: Path) -> bool:
 
 def automatic_number(name: str) -> int | None:
     """Return the number in a name that automatic naming gives; None if it is another name."""
-    return _NAMES.step_of(name)
+    return AUTOMATIC_NAMES.step_of(name)
 
 
 def _number_of(name: str) -> int | None:
@@ -312,47 +306,7 @@ def refuse_unless_checkpoint(path: Path) -> Literal["ours", "stock"]:
     )
 
 
-def remove_old(saved: Path, policy: KeepPolicy | None) -> None:
-    """Delete what a policy lets go of the checkpoints beside the one just saved, and what killed saves left below them.
-
-    Only ``checkpoint_<n>`` is looked at. To be called after a commit, while nothing else is saved there.
-    """
-    records = []
-    litter = []
-    for path in automatically_named(saved.parent):
-        number, kind = _number_of(path.name), kind_of(path)
-        assert number is not None
-        if kind is not None:
-            records.append(_record_of(path, number) if kind == "ours" else SaveRecord(number))
-        elif records and not path.is_symlink() and _is_litter(path):
-            litter.append(path)
-    for path in litter:
-        shutil.rmtree(path)
-        log.info("Removed %s, left by a save that was never committed", path)
-    # Of a run that began again at 0 beside the checkpoints of one before it, it is not among the latest.
-    protected = [record.step for record in records if _NAMES.name(record.step) == saved.name]
-    for number in steps_to_delete(policy, records, now=time.time(), protected=protected):
-        delete_checkpoint(saved.parent / _NAMES.name(number))
-    newest = records[0].step if records else None
-    if newest is not None and newest not in protected:
-        log.warning(
-            "%s has a lower number than checkpoint_%d beside it, which load_state() would take for the newest. If this"
-            " run did not mean to begin again, call load_state() first; if it did, give it another project_dir",
-            saved,
-            newest,
-        )
-
-
-def _record_of(path: Path, number: int) -> SaveRecord:
-    try:
-        return read_record(path, number)
-    except (CheckpointError, OSError):
-        # One that is damaged must not keep the others from being deleted.
-        log.warning("Could not read when %s was saved", path, exc_info=True)
-        return SaveRecord(number)
-
-
-def _is_litter(path: Path) -> bool:
+def is_litter(path: Path) -> bool:
     """Tell whether a directory holds nothing but data of a save that was killed before its commit."""
     for entry in path.iterdir():
         is_part = entry.is_dir() and not entry.is_symlink() and _PART.fullmatch(entry.name) is not None

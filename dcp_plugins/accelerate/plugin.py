@@ -8,19 +8,34 @@ Workers therefore ask which file it was given: the launcher is their parent proc
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 import os
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import yaml
 from accelerate.commands.config.config_args import default_config_file
 from accelerate.commands.launch import launch_command_parser
 
-from dcp_plugins.manager import KeepEvery, KeepLatest, KeepNewerThan, KeepPolicy, SaveOptions
+from dcp_plugins.errors import listing
+from dcp_plugins.manager import (
+    EveryMinutes,
+    EverySteps,
+    KeepBest,
+    KeepEvery,
+    KeepLatest,
+    KeepNewerThan,
+    KeepPolicy,
+    SaveOptions,
+    SavePolicy,
+)
+from dcp_plugins.manager.policies import Whenever
+from dcp_plugins.manager.retention import Mode
 
 __all__ = ["CONFIG_FILE_VARIABLE", "SECTION", "DCPPlugin", "file_read_by", "read_config", "section_of", "variable_of"]
 
@@ -39,11 +54,26 @@ class DCPPlugin(SaveOptions):
         TypeError: A value is of another type than its field.
     """
 
+    save_every: int | None = None
+    """Let only calls of ``save_state`` save whose number, counted from 1, this divides; the others do nothing."""
+    save_every_minutes: float | None = None
+    """Let a call of ``save_state`` save once so much time has passed since the last save, by the clock of the main
+    process; and do nothing before, unless ``save_every`` says to."""
+    in_flight: Literal["wait", "skip"] = "wait"
+    """What a call of ``save_state`` does while a save in the background is still being written: "wait" for it, or
+    "skip", which is to do nothing."""
     keep_every: int | None = None
     """With automatic checkpoint naming and a ``total_limit``: keep, beyond the limit, each checkpoint whose number is a
     multiple of this."""
     keep_newer_than_hours: float | None = None
     """With automatic checkpoint naming and a ``total_limit``: keep, beyond the limit, what was saved less long ago."""
+    keep_best_metric: str | None = None
+    """With automatic checkpoint naming and a ``total_limit``: keep, beyond the limit, the checkpoint with the best
+    value of this one of the ``metrics`` that ``save_state`` was given."""
+    keep_best_mode: Mode = "min"
+    """Whether the least or the greatest value is the best: "min" or "max"."""
+    keep_best: int = 1
+    """How many of the best."""
     weights_only: bool = True
     """Whether the states of registered objects load as plain data only. False unpickles them, which can run code: for
     checkpoints that you trust."""
@@ -53,15 +83,37 @@ class DCPPlugin(SaveOptions):
         SaveOptions.__post_init__(self)
         if not isinstance(self.weights_only, bool):
             raise TypeError(f"weights_only must be true or false, got {self.weights_only!r}")
-        if self.keep_every is not None and (isinstance(self.keep_every, bool) or not isinstance(self.keep_every, int)):
-            raise TypeError(f"keep_every must be a number or None, got {self.keep_every!r}")
-        if self.keep_every is not None and self.keep_every < 1:
-            raise ValueError(f"keep_every must be at least 1, or None, got {self.keep_every}")
-        hours = self.keep_newer_than_hours
-        if hours is not None and (isinstance(hours, bool) or not isinstance(hours, (int, float))):
-            raise TypeError(f"keep_newer_than_hours must be a number or None, got {hours!r}")
-        if hours is not None and not hours > 0:
-            raise ValueError(f"keep_newer_than_hours must be more than 0, or None, got {hours}")
+        for name in ("save_every", "keep_every", "keep_best"):
+            count = getattr(self, name)
+            if count is None and name != "keep_best":
+                continue
+            if isinstance(count, bool) or not isinstance(count, int):
+                raise TypeError(f"{name} must be a whole number, got {count!r}")
+            if count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}")
+        for name in ("save_every_minutes", "keep_newer_than_hours"):
+            time = getattr(self, name)
+            if time is None:
+                continue
+            if isinstance(time, bool) or not isinstance(time, (int, float)):
+                raise TypeError(f"{name} must be a number, got {time!r}")
+            if not time > 0:
+                raise ValueError(f"{name} must be more than 0, got {time}")
+        for name, possible in (("in_flight", ("wait", "skip")), ("keep_best_mode", get_args(Mode))):
+            if getattr(self, name) not in possible:
+                raise ValueError(f"{name} must be one of {listing(possible)}, got {getattr(self, name)!r}")
+        if self.keep_best_metric is not None and not isinstance(self.keep_best_metric, str):
+            raise TypeError(f"keep_best_metric must be a metric's name or None, got {self.keep_best_metric!r}")
+
+    @property
+    def save_policy(self) -> SavePolicy:
+        """At which calls of ``save_state`` to save, by their number."""
+        policies: list[SavePolicy] = []
+        if self.save_every is not None:
+            policies.append(EverySteps(self.save_every))
+        if self.save_every_minutes is not None:
+            policies.append(EveryMinutes(self.save_every_minutes))
+        return functools.reduce(operator.or_, policies) if policies else Whenever()
 
     def keep_policy(self, total_limit: int | None) -> KeepPolicy | None:
         """Return what to keep of the checkpoints that are named automatically; None keeps all."""
@@ -72,6 +124,8 @@ class DCPPlugin(SaveOptions):
             policy |= KeepEvery(self.keep_every)
         if self.keep_newer_than_hours is not None:
             policy |= KeepNewerThan(timedelta(hours=self.keep_newer_than_hours))
+        if self.keep_best_metric is not None:
+            policy |= KeepBest(self.keep_best, self.keep_best_metric, self.keep_best_mode)
         return policy
 
     @classmethod

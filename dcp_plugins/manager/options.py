@@ -66,7 +66,7 @@ class SaveOptions:
         names = [field.name for field in dataclasses.fields(cls)]
         unknown = [name for name in mapping if name not in names]
         if unknown:
-            raise ValueError(f"{where}: unknown option(s) {listing(unknown)}. Valid names: {listing(names)}")
+            raise ValueError(f"{where}: unknown option(s) {listing(unknown)}. Valid names: {', '.join(sorted(names))}")
         try:
             return cls(**mapping)
         except (TypeError, ValueError) as exc:

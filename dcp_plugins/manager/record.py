@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch.distributed.tensor import DTensor
+
 from dcp_plugins.engine import load_from_keys
 from dcp_plugins.errors import CorruptCheckpointError, listing
 from dcp_plugins.storage import FileSystemReader
@@ -36,11 +38,15 @@ def record_item(step: int, saved_at: float, metrics: Mapping[str, Any] | None) -
     """Make the item that holds the record: JSON, so that it is read as data.
 
     Raises:
-        TypeError: A metric is no number; lists all of them.
+        TypeError: A metric is no number, or sharded; lists all of them.
     """
     numbers: dict[str, float] = {}
     wrong = []
     for name, value in (metrics or {}).items():
+        if isinstance(value, DTensor):
+            # Its value is the group's affair, and this runs on one rank.
+            wrong.append(f"{name} (DTensor: give its full_tensor(), which all ranks have to call)")
+            continue
         try:
             numbers[str(name)] = float(value)
         except (TypeError, ValueError, RuntimeError):

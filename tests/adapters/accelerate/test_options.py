@@ -13,7 +13,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from dcp_plugins.accelerate import DCPPlugin, launch, plugin
-from dcp_plugins.manager import KeepEvery, KeepLatest, KeepNewerThan
+from dcp_plugins.manager import EveryMinutes, EverySteps, KeepBest, KeepEvery, KeepLatest, KeepNewerThan
 
 ROOT = Path(__file__).parents[3]
 
@@ -75,6 +75,9 @@ def test_the_section_is_read_in_either_place_and_stock_accepts_the_inner_one(tmp
         ({"thread_count": 0}, "thread_count must be at least 1"),
         ({"keep_every": 0}, "keep_every must be at least 1"),
         ({"keep_newer_than_hours": -1}, "keep_newer_than_hours must be more than 0"),
+        ({"save_every_minutes": 0}, "save_every_minutes must be more than 0"),
+        ({"in_flight": "queue"}, "in_flight must be one of skip, wait, got 'queue'"),
+        ({"keep_best_mode": "least"}, "keep_best_mode must be one of max, min, got 'least'"),
         ([1], "to hold names and values"),
     ],
 )
@@ -83,7 +86,18 @@ def test_a_wrong_section_is_refused_with_the_valid_names(tmp_path: Path, section
         DCPPlugin.from_file(write(tmp_path / "x.yaml", inside=section))
 
 
-@pytest.mark.parametrize("option", ["weights_only", "keep_every", "keep_newer_than_hours", "sync_files"])
+@pytest.mark.parametrize(
+    "option",
+    [
+        "weights_only",
+        "save_every",
+        "save_every_minutes",
+        "keep_every",
+        "keep_newer_than_hours",
+        "keep_best",
+        "sync_files",
+    ],
+)
 def test_a_value_of_another_type_is_refused(option: str) -> None:
     with pytest.raises(TypeError, match=f"{option} must be"):
         DCPPlugin(**{option: "three"})
@@ -150,11 +164,19 @@ def test_the_launchers_take_no_default_file_with_cpu(tmp_path: Path, monkeypatch
 
 
 def test_the_limit_is_accelerates_and_what_goes_beyond_it_ours() -> None:
-    options = DCPPlugin(keep_every=5, keep_newer_than_hours=1.5)
+    options = DCPPlugin(keep_every=5, keep_newer_than_hours=1.5, keep_best_metric="score", keep_best_mode="max")
     assert options.keep_policy(None) is None
     policy: Any = options.keep_policy(3)
-    assert [type(member) for member in policy.members] == [KeepLatest, KeepEvery, KeepNewerThan]
+    assert [type(member) for member in policy.members] == [KeepLatest, KeepEvery, KeepNewerThan, KeepBest]
+    assert policy.members[-1] == KeepBest(1, "score", "max")
     assert DCPPlugin().keep_policy(0) == KeepLatest(1), "the newest is always kept"
+
+
+def test_when_to_save_is_a_union_of_policies_over_the_calls() -> None:
+    policy: Any = DCPPlugin(save_every=3, save_every_minutes=10).save_policy
+    assert policy.members == (EverySteps(3), EveryMinutes(10))
+    assert DCPPlugin(save_every=3).save_policy == EverySteps(3)
+    assert DCPPlugin().save_policy.is_due(1, 0.0)
 
 
 def test_our_launcher_refuses_a_wrong_name_before_it_starts_anything(tmp_path: Path) -> None:
@@ -163,5 +185,5 @@ def test_our_launcher_refuses_a_wrong_name_before_it_starts_anything(tmp_path: P
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, env=environment)
     assert done.returncode == 1
-    assert "unknown option(s) threads. Valid names: asynchronous, keep_every" in done.stderr
+    assert "unknown option(s) threads. Valid names: asynchronous, in_flight, keep_best, " in done.stderr
     assert "Traceback" not in done.stderr

@@ -205,15 +205,16 @@ def test_what_is_new_stays_beyond_the_limit(tmp_path: Path) -> None:
 
 def test_an_uncommitted_directory_is_refused_and_the_newest_committed_one_named(tmp_path: Path) -> None:
     one = run("plain")
+    folder = tmp_path / "of a run"  # beside other tests' folders there may be checkpoints
     for number in (9, 10, 11):
-        one.accelerator.save_state(tmp_path / f"step_{number}")
-    (tmp_path / "step_11" / ".metadata").unlink()
+        one.accelerator.save_state(folder / f"step_{number}")
+    (folder / "step_11" / ".metadata").unlink()
     with pytest.raises(CheckpointNotFoundError, match=r"step_11, but it has no .metadata.*beside it is .*step_10"):
-        one.accelerator.load_state(tmp_path / "step_11")
+        one.accelerator.load_state(folder / "step_11")
     with pytest.raises(ValueError, match=r"step_12 but folder does not exist.*step_10"):
-        one.accelerator.load_state(tmp_path / "step_12")
+        one.accelerator.load_state(folder / "step_12")
     with pytest.raises(CheckpointNotFoundError, match="There is no checkpoint beside it"):
-        one.accelerator.load_state(tmp_path)
+        one.accelerator.load_state(folder)
 
 
 def test_a_killed_save_whose_hook_wrote_weights_is_not_taken_for_one_of_stocks(
