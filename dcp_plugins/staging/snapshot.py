@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -105,12 +106,44 @@ class _Layout:
     """The tensors whose memory is in no other's, outermost first."""
 
 
+_BATCH = 1024
+_LOOK = operator.attrgetter("is_cpu", "layout", "is_quantized", "is_nested", "dtype", "shape")
+_NBYTES = operator.attrgetter("nbytes")
+
+
+def _describe_usual(tensors: list[torch.Tensor], paths: list[Path]) -> list[_Shape] | None:
+    """Describe tensors that are all contiguous memory of the host, in few calls; return None if one is not."""
+    on_host, layouts, quantized, nested, dtypes, shapes = zip(*map(_LOOK, tensors), strict=True)
+    if (
+        not all(on_host)
+        or any(quantized)
+        or any(nested)
+        or set(layouts) != {torch.strided}
+        or any(dtype.is_complex for dtype in set(dtypes))
+        or not all(map(torch.Tensor.is_contiguous, tensors))
+        or any(map(torch.Tensor.is_neg, tensors))
+    ):
+        return None
+    starts = map(torch.Tensor.data_ptr, tensors)
+    return list(zip(starts, map(_NBYTES, tensors), dtypes, shapes, paths, strict=True))
+
+
+def _address(tensor: torch.Tensor) -> int:
+    """Return where a tensor's bytes begin, or 0 if they are not contiguous memory whose elements are what it shows."""
+    if not (tensor.is_cpu or tensor.is_cuda) or not tensor.is_contiguous():
+        return 0
+    return 0 if tensor.is_neg() or (tensor.is_complex() and tensor.is_conj()) else tensor.data_ptr()
+
+
 class _Taker:
     def __init__(self, memory: HostMemory, wait: Callable[[], None], *, in_part: bool) -> None:
         self.failures: list[tuple[Path, Exception]] = []
         self._in_part = in_part
         self._memory = memory
         self._wait = wait
+        # What may be plain memory, and where it was found.
+        self._found: list[torch.Tensor] = []
+        self._paths: list[Path] = []
         # Tensors that are plain memory.
         self._tensors: list[torch.Tensor] = []
         self._places: list[torch.Tensor] = []
@@ -127,14 +160,17 @@ class _Taker:
         """Find the tensors of ``value``."""
         kind = type(value)
         if kind in PLAIN_TENSORS:
-            self._add(value, path)
+            self._found.append(value)
+            self._paths.append(path)
         elif kind in _ATOMIC or id(value) in self._seen:
             return
         elif isinstance(value, Mapping):
             self._see(value)
+            found, paths = self._found, self._paths
             for key, item in value.items():
                 if type(item) in PLAIN_TENSORS:
-                    self._add(item, (*path, key))
+                    found.append(item)
+                    paths.append((*path, key))
                 else:
                     self.collect(item, (*path, key))
         elif isinstance(value, (list, tuple)):
@@ -143,7 +179,8 @@ class _Taker:
                 self.collect(item, (*path, position))
         elif isinstance(value, torch.Tensor):
             if is_plain_memory(value):
-                self._add(value, path)
+                self._found.append(value)
+                self._paths.append(path)
             else:
                 for name, part in parts(value):
                     self.collect(part, (*path, name))
@@ -152,25 +189,29 @@ class _Taker:
         self._seen.add(id(value))
         self._alive.append(value)
 
-    def _add(self, tensor: torch.Tensor, path: Path) -> None:
-        seen = self._seen
-        if id(tensor) in seen or not is_plain_memory(tensor):
-            return
-        # Not _see: the list of tensors keeps it alive.
-        seen.add(id(tensor))
-        start = 0
-        dtype = tensor.dtype
-        if (
-            (tensor.is_cpu or tensor.is_cuda)
-            and tensor.is_contiguous()
-            and not (tensor.is_neg() or (dtype.is_complex and tensor.is_conj()))
-        ):
-            start = tensor.data_ptr()
-        self._tensors.append(tensor)
-        self._shapes.append((start, tensor.nbytes, dtype, tensor.shape, path))
+    def _describe(self) -> None:
+        """Look at all that was found, each tensor once."""
+        found, all_paths = self._found, self._paths
+        if len(set(map(id, found))) < len(found):
+            first: dict[int, tuple[torch.Tensor, Path]] = {}
+            for tensor, path in zip(found, all_paths, strict=True):
+                first.setdefault(id(tensor), (tensor, path))
+            found, all_paths = [tensor for tensor, _ in first.values()], [path for _, path in first.values()]
+        for start in range(0, len(found), _BATCH):
+            tensors, paths = found[start : start + _BATCH], all_paths[start : start + _BATCH]
+            shapes = _describe_usual(tensors, paths)
+            if shapes is not None:
+                self._tensors += tensors
+                self._shapes += shapes
+                continue
+            for tensor, path in zip(tensors, paths, strict=True):
+                if is_plain_memory(tensor):
+                    self._tensors.append(tensor)
+                    self._shapes.append((_address(tensor), tensor.nbytes, tensor.dtype, tensor.shape, path))
 
     def place(self, room_bytes: int | None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Give every tensor its place in host memory; return the targets and sources of the copies that fill them."""
+        self._describe()
         layout = self._memory.layout
         if room_bytes is not None:
             layout = self._lay_out(room_bytes)
