@@ -18,7 +18,7 @@ import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -72,15 +72,10 @@ def _main(
     before: Callable[[], Any] | None,
     outputs: list[Path],
 ) -> None:
-    for descriptor, path in enumerate(outputs, start=1):
-        with path.open("wb") as file:
-            os.dup2(file.fileno(), descriptor)
-    torch.set_num_threads(1)
-    if max_files is not None:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max_files, max_files))
-    os.chdir(folder)
-    code = 1
-    try:
+    def run() -> None:
+        if max_files is not None:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max_files, max_files))
+        os.chdir(folder)
         if before is not None:
             before()
         warnings.resetwarnings()
@@ -91,6 +86,25 @@ def _main(
         module.__file__ = str(program)
         sys.modules["__main__"] = module
         exec(compile(program.read_text(), str(program), "exec"), module.__dict__)
+
+    run_as_a_program(run, *outputs)
+
+
+def run_as_a_program(run: Callable[[], None], stdout: Path, stderr: Path) -> NoReturn:
+    """Call a function and end this process, which has to be a forked one, as an interpreter would.
+
+    Args:
+        run: What the program does.
+        stdout: Where its output goes.
+        stderr: May be the same file.
+    """
+    for descriptor, path in enumerate((stdout, stderr), start=1):
+        with path.open("ab") as file:
+            os.dup2(file.fileno(), descriptor)
+    torch.set_num_threads(1)
+    code = 1
+    try:
+        run()
         code = 0
     except SystemExit as exc:
         code = exc.code if isinstance(exc.code, int) else 0 if exc.code is None else 1
