@@ -47,8 +47,10 @@ def run_workers(task: str, arguments: dict[str, Any], *, num_ranks: int = 1) -> 
         workers: list[subprocess.Popen[bytes]] = []
         try:
             text = json.dumps(request)
+            # One by one, so that those that run are stopped if the next cannot start.
             for rank in range(num_ranks):
-                workers.append(_start(text, _environment(rank, num_ranks), _log_path(root, rank)))
+                worker = _start(text, _environment(rank, num_ranks), _log_path(root, rank))
+                workers.append(worker)
             _wait(workers, root)
         finally:
             for worker in workers:
