@@ -1,7 +1,8 @@
 """What the documentation shows, runs: every Python block of README and docs, every example, every link to a file.
 
-The blocks of one page run in order, as one program, in an empty directory. A block that cannot run says so in a comment
-before it: ``<!-- not run: reason -->``.
+The blocks of one page run in order, as one program, in an empty directory and a process of their own. It is forked, and
+frameworks may be imported in it already, but nothing of ours is plugged into them. A block that cannot run says so in a
+comment before it: ``<!-- not run: reason -->``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from pathlib import Path
 
 import pytest
 
+import dcp_plugins
 from dcp_plugins.testing.ranks import run_ranks
+from tests.programs import run_forked
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -47,19 +50,32 @@ def python_blocks(text: str) -> list[tuple[int, str]]:
     return blocks
 
 
-def run(command: list[str], folder: Path, *, timeout_seconds: float = 120, tolerate: str | None = None) -> str:
-    result = subprocess.run(
-        command,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"},
-        capture_output=True,
-        text=True,
-        timeout=timeout_seconds,
-        check=False,
-    )
-    excused = tolerate is not None and tolerate in result.stderr
-    assert result.returncode == 0 or excused, f"{' '.join(command)}\n{result.stdout}\n{result.stderr}"
+def run(program: Path, folder: Path) -> str:
+    result = run_forked(program, folder=folder, before=unplug)
+    assert result.returncode == 0, f"{program}\n{result.stdout}\n{result.stderr}"
     return result.stdout
+
+
+def unplug() -> None:
+    """Forget what plugs itself into a framework when it is imported: a page that needs it has to import it."""
+    for name in [name for name in sys.modules if name.startswith("dcp_plugins.")]:
+        package, _, rest = name.removeprefix("dcp_plugins.").partition(".")
+        if package in PLUGS:
+            del sys.modules[name]
+            if not rest:
+                delattr(dcp_plugins, package)
+    for registry, attribute in REGISTRIES.items():
+        if registry in sys.modules:
+            flags = getattr(sys.modules[registry], attribute)
+            for flag in [flag for flag in flags if flag.startswith("dcp")]:
+                del flags[flag]
+
+
+PLUGS = ("lightning", "accelerate", "transformers")
+REGISTRIES = {
+    "lightning.pytorch.strategies": "StrategyRegistry",
+    "lightning.fabric.strategies": "STRATEGY_REGISTRY",
+}
 
 
 @pytest.mark.parametrize(
@@ -76,7 +92,7 @@ def test_the_python_blocks_of_the_page_run(page: Path, tmp_path: Path) -> None:
     path.write_text("\n".join(program) + "\n")
     folder = tmp_path / "empty"
     folder.mkdir()
-    run([sys.executable, str(path)], folder)
+    run(path, folder)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: name_of(page))
@@ -86,7 +102,7 @@ def test_links_to_files_lead_somewhere(page: Path) -> None:
 
 
 def test_getting_started_runs(tmp_path: Path) -> None:
-    output = run([sys.executable, str(ROOT / "examples/getting_started.py")], tmp_path)
+    output = run(ROOT / "examples/getting_started.py", tmp_path)
     assert "the next loss is" in output
     assert "in both runs" in output
 
@@ -110,8 +126,18 @@ def test_the_resharding_example_runs_under_torchrun(tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     # Gloo's threads may outlive the interpreter where DTensors were used, and abort a process that has done its work
     # (torch 2.13 on Python before 3.14). So the output is asked, and the checkpoint, rather than the exit status.
-    output = run([*launcher, str(RESHARDING), str(tmp_path)], tmp_path, tolerate="terminate called without an active")
-    assert "2 ranks: steps 0 to 5" in output
+    result = subprocess.run(
+        [*launcher, str(RESHARDING), str(tmp_path)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    excused = "terminate called without an active" in result.stderr
+    assert result.returncode == 0 or excused, f"{result.stdout}\n{result.stderr}"
+    assert "2 ranks: steps 0 to 5" in result.stdout
     assert (tmp_path / "step-5" / ".metadata").exists()
 
 

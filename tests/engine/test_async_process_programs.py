@@ -1,39 +1,48 @@
-"""Whole programs that save in a process of their own: how they end, and what they leave behind."""
+"""Whole programs that save in a process of their own: how they end, and what they leave behind.
+
+Where the claim is about the end of an interpreter, or about what its script defines, one is started; else it is forked.
+"""
 
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import subprocess
 import sys
 import textwrap
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import dcp_plugins as dcp
+from tests.programs import run_forked
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
 
-def run_program(source: str, folder: Path, *, preexec: Any = None) -> subprocess.CompletedProcess[str]:
+def written(source: str, folder: Path) -> Path:
     program = folder / "program.py"
     program.write_text(PREAMBLE + textwrap.dedent(source))
+    return program
+
+
+def start_program(source: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(program), str(folder)],
+        [sys.executable, str(written(source, folder)), str(folder)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},
         capture_output=True,
         text=True,
         timeout=100,
         check=False,
-        preexec_fn=preexec,
     )
+
+
+def fork_program(source: str, folder: Path, *, max_files: int | None = None) -> subprocess.CompletedProcess[str]:
+    return run_forked(written(source, folder), str(folder), folder=ROOT, warn="ignore", max_files=max_files)
 
 
 PREAMBLE = """
@@ -66,24 +75,62 @@ def wait_until_gone(process: int) -> None:
         time.sleep(0.02)
 
 
-def test_a_save_in_flight_is_finished_when_the_program_ends_and_no_process_is_left(tmp_path: Path) -> None:
-    result = run_program(
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """Return the folder and the outcome of a program that changes its directory, forks, and ends during a save."""
+    folder = tmp_path_factory.mktemp("ended")
+    result = start_program(
         """
+        os.chdir(folder)
+        for name in ("one", "two"):
+            os.makedirs(name)
+            os.chdir(name)
+            save({"a": torch.ones(3)}, dcp.FileSystemWriter("here"))
+            os.chdir("..")
+        save({"a": torch.ones(3)}, dcp.FileSystemWriter(folder + "/1")).result()
+        pid = process_runner._worker.process.pid
+        if not (child := os.fork()):
+            print("child's", process_runner._worker, flush=True)
+            sys.exit(0)
+        print("child ended with", os.waitpid(child, 0)[1])
+        save({"a": torch.ones(3)}, dcp.FileSystemWriter(folder + "/2")).result()
+        print("parent's is the same", process_runner._worker.process.pid == pid)
         save({"a": torch.ones(8_000_000)}, dcp.FileSystemWriter(folder + "/good"))
         print(process_runner._worker.process.pid)
         """,
-        tmp_path,
+        folder,
     )
+    return folder, result
+
+
+Ended = tuple[Path, subprocess.CompletedProcess[str]]
+
+
+def test_a_save_in_flight_is_finished_when_the_program_ends_and_no_process_is_left(ended: Ended) -> None:
+    folder, result = ended
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     target = {"a": torch.zeros(8_000_000)}
-    dcp.load(target, checkpoint_id=tmp_path / "good")
+    dcp.load(target, checkpoint_id=folder / "good")
     assert (target["a"] == 1).all()
-    wait_until_gone(int(result.stdout))
+    wait_until_gone(int(result.stdout.split()[-1]))
+
+
+def test_relative_paths_are_those_of_the_call(ended: Ended) -> None:
+    folder, result = ended
+    assert (folder / "one" / "here" / ".metadata").exists(), result.stderr
+    assert (folder / "two" / "here" / ".metadata").exists()
+
+
+def test_a_forked_child_leaves_the_process_to_its_parent(ended: Ended) -> None:
+    folder, result = ended
+    lines = result.stdout.splitlines()[:-1]
+    assert lines == ["child's None", "child ended with 0", "parent's is the same True"], result.stderr
+    assert (folder / "2" / ".metadata").exists()
 
 
 def test_a_failure_nobody_asked_for_fails_the_program(tmp_path: Path) -> None:
-    result = run_program(
+    result = start_program(
         """
         from tests.engine.process_plugins import Full
         save({"a": torch.ones(3)}, Full(folder + "/bad"))
@@ -96,7 +143,7 @@ def test_a_failure_nobody_asked_for_fails_the_program(tmp_path: Path) -> None:
 
 
 def test_classes_of_the_script_itself_are_found(tmp_path: Path) -> None:
-    result = run_program(
+    result = start_program(
         """
         class Doubling(dcp.DefaultSavePlanner):
             def transform_object(self, item, value):
@@ -118,7 +165,7 @@ def test_classes_of_the_script_itself_are_found(tmp_path: Path) -> None:
 
 
 def test_a_script_that_saves_unguarded_is_told_so(tmp_path: Path) -> None:
-    result = run_program(
+    result = start_program(
         """
         class Mine(dcp.DefaultSavePlanner):
             pass
@@ -134,26 +181,9 @@ def test_a_script_that_saves_unguarded_is_told_so(tmp_path: Path) -> None:
     assert "if __name__ == '__main__':" in result.stderr
 
 
-def test_relative_paths_are_those_of_the_call(tmp_path: Path) -> None:
-    result = run_program(
-        """
-        os.chdir(folder)
-        for name in ("one", "two"):
-            os.makedirs(name)
-            os.chdir(name)
-            save({"a": torch.ones(3)}, dcp.FileSystemWriter("here"))
-            os.chdir("..")
-        """,
-        tmp_path,
-    )
-    assert result.returncode == 0, result.stderr
-    assert (tmp_path / "one" / "here" / ".metadata").exists()
-    assert (tmp_path / "two" / "here" / ".metadata").exists()
-
-
 @pytest.mark.parametrize("started_on", ["main thread", "thread that ends"])
 def test_the_process_dies_with_its_parent_and_not_before(tmp_path: Path, started_on: str) -> None:
-    result = run_program(
+    result = fork_program(
         f"""
         from tests.engine.process_plugins import Gated, wait_for
         from pathlib import Path
@@ -184,38 +214,28 @@ def test_the_process_dies_with_its_parent_and_not_before(tmp_path: Path, started
     assert not (tmp_path / "gated" / ".metadata").exists()
 
 
-def test_a_forked_child_leaves_the_process_to_its_parent(tmp_path: Path) -> None:
-    result = run_program(
+def test_few_descriptors_are_enough_for_many_tensors(tmp_path: Path) -> None:
+    # Many small ones; and large ones in blocks that are smaller than usual, so that a few are filled.
+    result = fork_program(
         """
-        save({"a": torch.ones(3)}, dcp.FileSystemWriter(folder + "/1")).result()
-        pid = process_runner._worker.process.pid
-        if not (child := os.fork()):
-            assert process_runner._worker is None
-            sys.exit(0)
-        assert os.waitpid(child, 0)[1] == 0
-        save({"a": torch.ones(3)}, dcp.FileSystemWriter(folder + "/2")).result()
-        assert process_runner._worker.process.pid == pid
+        def save_and_load(count, elements):
+            state_dict = {str(n): torch.full((elements,), float(n)) for n in range(count)}
+            writer = dcp.FileSystemWriter(f"{folder}/{count}", sync_files=False)
+            for step in range(2):
+                save(state_dict, writer).result()
+            target = {str(n): torch.zeros(elements) for n in range(0, count, 10)}
+            dcp.load(target, checkpoint_id=f"{folder}/{count}")
+            assert all((value == float(name)).all() for name, value in target.items())
+            assert len(os.listdir("/proc/self/fd")) - before < 20
+            assert len(os.listdir(f"/proc/{process_runner._worker.process.pid}/fd")) < 30
+
+        from dcp_plugins.staging import shared
+        before = len(os.listdir("/proc/self/fd"))
+        save_and_load(10_000, 1024)
+        shared._BLOCK_BYTES = 100_000_000
+        save_and_load(300, 300_000)
         """,
         tmp_path,
-    )
-    assert result.returncode == 0, result.stderr
-
-
-@pytest.mark.parametrize(("count", "elements"), [(20_000, 1024), (200, 1_500_000)])
-def test_few_descriptors_are_enough_for_many_tensors(tmp_path: Path, count: int, elements: int) -> None:
-    result = run_program(
-        f"""
-        state_dict = {{str(n): torch.full(({elements},), float(n)) for n in range({count})}}
-        writer = dcp.FileSystemWriter(folder + "/c", sync_files=False)
-        for step in range(2):
-            save(state_dict, writer).result()
-        target = {{str(n): torch.zeros({elements}) for n in range(0, {count}, 10)}}
-        dcp.load(target, checkpoint_id=folder + "/c")
-        assert all((value == float(name)).all() for name, value in target.items())
-        assert len(os.listdir("/proc/self/fd")) < 30
-        assert len(os.listdir(f"/proc/{{process_runner._worker.process.pid}}/fd")) < 30
-        """,
-        tmp_path,
-        preexec=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256)),
+        max_files=256,
     )
     assert result.returncode == 0, result.stderr

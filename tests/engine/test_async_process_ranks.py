@@ -1,4 +1,7 @@
-"""Asynchronous saves in processes of several ranks: they find each other, and fail together."""
+"""Asynchronous saves in processes of several ranks: they find each other, and fail together.
+
+The stories of two ranks are told by the same two, and those of three by the same three; each test asks for one.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,7 @@ from dcp_plugins.errors import UnsupportedValueError
 from dcp_plugins.state_dict import get_state_dict, set_state_dict
 from dcp_plugins.testing.ranks import run_ranks
 from tests.engine.process_plugins import FullOnRankOne, Gated, Suicidal, Unpicklable, wait_for
+from tests.engine.stories import Told, tell
 
 
 def save(state_dict: dict[str, Any], path: str | None = None, **options: Any) -> Any:
@@ -78,8 +82,8 @@ def save_during_collectives(folder: str) -> None:
         assert target["step"] == step
 
 
-def test_dtensors_are_saved_beside_the_collectives_of_the_training(tmp_path: Path) -> None:
-    run_ranks(2, save_during_collectives, str(tmp_path), timeout_seconds=100)
+def test_dtensors_are_saved_beside_the_collectives_of_the_training(two_ranks: Told) -> None:
+    two_ranks.of("collectives")
 
 
 def save_fsdp(folder: str) -> None:
@@ -112,8 +116,8 @@ def save_fsdp(folder: str) -> None:
         assert its_optimizer.state[next(iter(other.parameters()))]["step"] == step + 1
 
 
-def test_fsdp2_model_and_optimizer(tmp_path: Path) -> None:
-    run_ranks(2, save_fsdp, str(tmp_path), timeout_seconds=100)
+def test_fsdp2_model_and_optimizer(two_ranks: Told) -> None:
+    two_ranks.of("fsdp")
 
 
 def save_other_kinds(folder: str) -> None:
@@ -144,8 +148,8 @@ def save_other_kinds(folder: str) -> None:
             assert torch.equal(value, full), key
 
 
-def test_older_sharded_tensors_and_those_with_attributes_or_hooks(tmp_path: Path) -> None:
-    run_ranks(2, save_other_kinds, str(tmp_path), timeout_seconds=100)
+def test_older_sharded_tensors_and_those_with_attributes_or_hooks(two_ranks: Told) -> None:
+    two_ranks.of("other kinds")
 
 
 def kill_one(folder: str, where: str) -> tuple[float, str]:
@@ -177,13 +181,14 @@ def kill_one(folder: str, where: str) -> tuple[float, str]:
 @pytest.mark.parametrize("where", ["in the save", "between saves"])
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_no_rank_waits_for_a_killed_process_and_the_next_save_works(
-    tmp_path: Path, world_size: int, where: str
+    request: pytest.FixtureRequest, world_size: int, where: str
 ) -> None:
-    answers = run_ranks(world_size, kill_one, str(tmp_path), where, timeout_seconds=120, collective_timeout_seconds=60)
+    told = request.getfixturevalue({2: "two_ranks", 3: "three_ranks"}[world_size])
+    answers = told.of(f"killed {where}")
     assert all(took < 20 for took, _ in answers)
     if where == "in the save":
         assert all("[rank 1]" in text and "SIGKILL" in text for _, text in answers)
-        assert not (tmp_path / "bad" / ".metadata").exists()
+        assert not (told.folder_of(f"killed {where}") / "bad" / ".metadata").exists()
 
 
 def fail_on_one(folder: str) -> str:
@@ -197,11 +202,11 @@ def fail_on_one(folder: str) -> str:
     return str(failure)
 
 
-def test_a_writer_that_fails_on_one_rank_fails_the_save_on_all(tmp_path: Path) -> None:
-    texts = run_ranks(2, fail_on_one, str(tmp_path), timeout_seconds=100)
-    assert all("No space left" in text for text in texts)
-    assert (tmp_path / "good" / ".metadata").exists()
-    assert not (tmp_path / "bad" / ".metadata").exists()
+def test_a_writer_that_fails_on_one_rank_fails_the_save_on_all(two_ranks: Told) -> None:
+    assert all("No space left" in text for text in two_ranks.of("full"))
+    folder = two_ranks.folder_of("full")
+    assert (folder / "good" / ".metadata").exists()
+    assert not (folder / "bad" / ".metadata").exists()
 
 
 def refuse_on_one(folder: str) -> str:
@@ -222,10 +227,11 @@ def refuse_on_one(folder: str) -> str:
     return where
 
 
-def test_what_one_rank_cannot_send_fails_the_save_on_all(tmp_path: Path) -> None:
-    assert run_ranks(2, refuse_on_one, str(tmp_path), timeout_seconds=100) == ["future", "call"]
-    assert (tmp_path / "good" / ".metadata").exists()
-    assert not (tmp_path / "bad" / ".metadata").exists()
+def test_what_one_rank_cannot_send_fails_the_save_on_all(two_ranks: Told) -> None:
+    assert two_ranks.of("refused") == ["future", "call"]
+    folder = two_ranks.folder_of("refused")
+    assert (folder / "good" / ".metadata").exists()
+    assert not (folder / "bad" / ".metadata").exists()
 
 
 def save_on_subgroups(folder: str) -> None:
@@ -244,10 +250,11 @@ def save_on_subgroups(folder: str) -> None:
     assert torch.equal(target["x"], torch.arange(7.0))
 
 
-def test_subgroups_and_all_ranks_in_turn(tmp_path: Path) -> None:
-    run_ranks(3, save_on_subgroups, str(tmp_path), timeout_seconds=120)
-    assert sorted(os.listdir(tmp_path)) == ["all0", "all1", "alone0", "alone1", "pair0", "pair1"]
-    assert all((tmp_path / name / ".metadata").exists() for name in os.listdir(tmp_path))
+def test_subgroups_and_all_ranks_in_turn(three_ranks: Told) -> None:
+    three_ranks.of("subgroups")
+    folder = three_ranks.folder_of("subgroups")
+    assert sorted(os.listdir(folder)) == ["all0", "all1", "alone0", "alone1", "pair0", "pair1"]
+    assert all((folder / name / ".metadata").exists() for name in os.listdir(folder))
 
 
 def save_alone(folder: str) -> None:
@@ -260,9 +267,38 @@ def save_alone(folder: str) -> None:
     assert os.path.exists(f"{folder}/{rank}/.metadata")
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_saves_without_collectives_and_without_distribution(tmp_path: Path) -> None:
-    run_ranks(2, save_alone, str(tmp_path), timeout_seconds=100)
+def test_saves_without_collectives_and_without_distribution(two_ranks: Told) -> None:
+    two_ranks.of("alone")
+
+
+# The processes meet in the first save, so the first story is one in which a rank does not come that far. A kill leaves
+# processes that did not start together, so those are the last.
+TWO_RANKS: dict[str, tuple[Any, ...]] = {
+    "refused": (refuse_on_one,),
+    "collectives": (save_during_collectives,),
+    "fsdp": (save_fsdp,),
+    "other kinds": (save_other_kinds,),
+    "alone": (save_alone,),
+    "full": (fail_on_one,),
+    "killed in the save": (kill_one, "in the save"),
+    "killed between saves": (kill_one, "between saves"),
+}
+THREE_RANKS: dict[str, tuple[Any, ...]] = {
+    "subgroups": (save_on_subgroups,),
+    "killed in the save": (kill_one, "in the save"),
+    "killed between saves": (kill_one, "between saves"),
+}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Told:
+    return tell(2, tmp_path_factory.mktemp("two_ranks"), TWO_RANKS, timeout_seconds=150, collective_timeout_seconds=60)
+
+
+@pytest.fixture(scope="module")
+def three_ranks(tmp_path_factory: pytest.TempPathFactory) -> Told:
+    folder = tmp_path_factory.mktemp("three_ranks")
+    return tell(3, folder, THREE_RANKS, timeout_seconds=150, collective_timeout_seconds=60)
 
 
 def die_in_a_save(folder: str) -> None:

@@ -6,7 +6,6 @@ import concurrent.futures
 import os
 import subprocess
 import sys
-import textwrap
 import threading
 import warnings
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from dcp_plugins.engine.async_save import _writers_stagers
 from dcp_plugins.engine.thread_runner import SaveFuture, thread_runner
 from dcp_plugins.errors import UnsupportedValueError
 from dcp_plugins.staging import BlockingAsyncStager, DefaultStager, StagingOptions, release_staging_memory
+from tests.programs import run_forked
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -326,17 +326,25 @@ def test_many_saves_leave_no_threads_descriptors_or_memory_behind(tmp_path: Path
     assert used() == before
 
 
-def run_program(source: str, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    program = folder / "program.py"
-    program.write_text(textwrap.dedent(source))
+def start_program(source: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *options, str(program), str(folder)],
+        [sys.executable, str(written(source, folder)), str(folder)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
     )
+
+
+def fork_program(source: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return run_forked(written(source, folder), str(folder), folder=folder, warn="ignore", timeout_seconds=60)
+
+
+def written(source: str, folder: Path) -> Path:
+    program = folder / "program.py"
+    program.write_text(PREAMBLE + source)
+    return program
 
 
 PREAMBLE = """
@@ -356,9 +364,8 @@ class Slow(dcp.FileSystemWriter):
 
 def test_a_save_in_flight_is_finished_when_the_program_ends(tmp_path: Path) -> None:
     # Large enough for two threads: the pool that writes is made after the main thread has ended.
-    result = run_program(
-        PREAMBLE
-        + """
+    result = start_program(
+        """
 state_dict = {"a": torch.ones(8_000_000), "b": torch.ones(8_000_000)}
 dcp.async_save(state_dict, storage_writer=Slow(folder + "/good", thread_count=2))
 """,
@@ -371,9 +378,8 @@ dcp.async_save(state_dict, storage_writer=Slow(folder + "/good", thread_count=2)
 
 
 def test_a_failure_nobody_asked_for_fails_the_program(tmp_path: Path) -> None:
-    result = run_program(
-        PREAMBLE
-        + """
+    result = start_program(
+        """
 atexit.register(lambda: print("first handler"))
 dcp.async_save({"a": torch.ones(3)}, storage_writer=Slow(folder + "/bad"))
 atexit.register(lambda: print("last handler"))
@@ -388,9 +394,8 @@ print("end of program")
 
 
 def test_a_failure_somebody_asked_for_does_not(tmp_path: Path) -> None:
-    result = run_program(
-        PREAMBLE
-        + """
+    result = fork_program(
+        """
 future = dcp.async_save({"a": torch.ones(3)}, storage_writer=Slow(folder + "/bad"))
 assert future.exception() is not None
 """,
@@ -401,9 +406,8 @@ assert future.exception() is not None
 
 
 def test_a_forked_child_does_not_wait_for_its_parents_save(tmp_path: Path) -> None:
-    result = run_program(
-        PREAMBLE
-        + """
+    result = fork_program(
+        """
 import multiprocessing
 writer = Slow(folder + "/bad")
 future = dcp.async_save({"a": torch.ones(3)}, storage_writer=writer)

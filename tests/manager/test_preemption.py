@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import pytest
 import torch.distributed as dist
 
 from dcp_plugins.manager import CheckpointManager, EverySteps, Preemption, SaveOptions, shield_data_worker
-from dcp_plugins.testing.ranks import run_ranks
+from dcp_plugins.testing.ranks import preload, run_ranks
 from tests.manager.test_saver import commits
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -143,44 +146,39 @@ def test_what_python_does_not_allow_is_refused_clearly() -> None:
     assert handlers() == [signal.SIG_DFL, signal.SIG_DFL]
 
 
-def run(program: str, *arguments: str) -> subprocess.Popen[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-c", program, *arguments],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-STUBBORN = """
-import signal, socket
-from dcp_plugins.manager import Preemption
-
-heard, wakeup = socket.socketpair()
-wakeup.setblocking(False)
-signal.set_wakeup_fd(wakeup.fileno())
-with Preemption(repeat_after_seconds=0) as preemption:
-    print("ready", flush=True)
-    while True:
-        heard.recv(1)
-        print("asked", flush=True)
-"""
+def be_stubborn(sender: Connection) -> None:
+    heard, wakeup = socket.socketpair()
+    wakeup.setblocking(False)
+    signal.set_wakeup_fd(wakeup.fileno())
+    with Preemption(repeat_after_seconds=0):
+        sender.send("ready")
+        while True:
+            heard.recv(1)
+            sender.send("asked")
 
 
 def test_a_second_signal_ends_the_process_at_once() -> None:
-    with run(STUBBORN) as process:
-        try:
-            assert process.stdout.readline() == "ready\n"
-            process.send_signal(signal.SIGUSR1)
-            assert process.stdout.readline() == "asked\n"
-            process.send_signal(signal.SIGTERM)  # another one: still the first of its kind
-            assert process.stdout.readline() == "asked\n"
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(20) == -signal.SIGTERM
-        finally:
-            process.kill()
+    preload()
+    context = multiprocessing.get_context("forkserver")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=be_stubborn, args=(sender,))
+    process.start()
+    try:
+        assert receiver.poll(20)
+        assert receiver.recv() == "ready"
+        # Another signal is still the first of its kind.
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            os.kill(process.pid, number)
+            assert receiver.poll(20)
+            assert receiver.recv() == "asked"
+        os.kill(process.pid, signal.SIGTERM)
+        process.join(20)
+        assert process.exitcode == -signal.SIGTERM
+    finally:
+        process.kill()
+        process.join()
+        receiver.close()
+        sender.close()
 
 
 def test_a_worker_that_is_started_otherwise_can_be_shielded_by_its_init_function() -> None:

@@ -46,17 +46,11 @@ def run_workers(task: str, arguments: dict[str, Any], *, num_ranks: int = 1) -> 
         }
         workers: list[subprocess.Popen[bytes]] = []
         try:
+            text = json.dumps(request)
+            # One by one, so that those that run are stopped if the next cannot start.
             for rank in range(num_ranks):
-                with open(_log_path(root, rank), "wb") as log:
-                    workers.append(
-                        subprocess.Popen(
-                            [sys.executable, "-m", _WORKER_MODULE, json.dumps(request)],
-                            env=_environment(rank, num_ranks),
-                            stdin=subprocess.DEVNULL,
-                            stdout=log,
-                            stderr=subprocess.STDOUT,
-                        )
-                    )
+                worker = _start(text, _environment(rank, num_ranks), _log_path(root, rank))
+                workers.append(worker)
             _wait(workers, root)
         finally:
             for worker in workers:
@@ -65,6 +59,17 @@ def run_workers(task: str, arguments: dict[str, Any], *, num_ranks: int = 1) -> 
                 worker.wait()
         answer: dict[str, Any] = json.loads(answer_path.read_text())
         return answer
+
+
+def _start(request: str, environment: dict[str, str], log_path: Path) -> subprocess.Popen[bytes]:
+    with open(log_path, "wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", _WORKER_MODULE, request],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
 
 
 def _wait(workers: list[subprocess.Popen[bytes]], root: Path) -> None:

@@ -13,11 +13,15 @@ from click.testing import CliRunner
 from dcp_plugins.cli import main
 from dcp_plugins.cli.bench import async_saves, command, memory, places, state_dict
 from dcp_plugins.cli.bench.cases import ALL_CASE_NAMES
+from dcp_plugins.cli.bench.options import Options
+from dcp_plugins.cli.bench.processes import run_workers
 from dcp_plugins.cli.bench.runners import make_stock
 from dcp_plugins.cli.bench.state import local_tensors
 
 # Without the flush before each synced save, which waits for whatever else the machine is writing.
 TINY = ["--scale", "0.001", "--repeat", "2", "--no-sync"]
+# Enough to see that the warm-up is not counted.
+ONCE = ["--scale", "0.001", "--repeat", "1", "--no-sync"]
 MEASURES = ["first_save", "repeated_save", "load"]
 
 
@@ -39,6 +43,7 @@ def test_a_case_reports_both_sides_and_the_limit(tmp_path, case):
     check_seconds(json.loads(record_file.read_text()), case, num_ranks=1)
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_the_fsdp2_case_measures_two_ranks(tmp_path):
     result = run("fsdp2", "--path", tmp_path, "--json", "-", *TINY)
     assert result.exit_code == 0, result.output
@@ -48,6 +53,7 @@ def test_the_fsdp2_case_measures_two_ranks(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_the_state_dict_case_times_both_sides_and_splits_ours(monkeypatch):
     monkeypatch.setattr(command, "choose", lambda *arguments: pytest.fail("a case that writes nothing chose a place"))
     result = run("state-dict", "--json", "-", "--targets", "--scale", "0.02", "--repeat", 2)
@@ -70,19 +76,20 @@ def test_the_state_dict_case_times_both_sides_and_splits_ours(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_workers")
 def test_the_async_case_times_both_runners_of_both_sides(tmp_path, monkeypatch):
     # The others are measured no differently.
     monkeypatch.setattr(async_saves, "ASYNC_STATES", ("small",))
     place = tmp_path / "place"
     place.mkdir()
-    result = run("async", "--path", place, "--json", "-", "--targets", *TINY)
+    result = run("async", "--path", place, "--json", "-", "--targets", *ONCE)
     assert result.exit_code == 0, result.output
     (found,) = json.loads(result.stdout)["results"]
     assert (found["case"], found["state"], found["num_tensors"]) == ("async", "small", 20)
     assert found["failures"] == {}
     for measure in (async_saves.FIRST, async_saves.BLOCKED, async_saves.DURABLE):
         samples = found["seconds"][measure]
-        assert {side: len(seconds) for side, seconds in samples.items()} == dict.fromkeys(async_saves.SIDES, 2)
+        assert {side: len(seconds) for side, seconds in samples.items()} == dict.fromkeys(async_saves.SIDES, 1)
     for side in async_saves.SIDES:
         assert found["seconds"]["durable"][side][0] >= found["seconds"]["blocked"][side][0] > 0
         assert found["step_rates"][side][0] > 0
@@ -96,6 +103,7 @@ def test_the_async_case_times_both_runners_of_both_sides(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not memory.is_supported(), reason="reads /proc/self")
+@pytest.mark.usefixtures("forked_workers")
 def test_the_memory_case_reports_the_peaks_of_both_directions(tmp_path):
     result = run("memory", "--path", tmp_path, "--json", "-", "--targets", *TINY)
     assert result.exit_code == 0, result.output
@@ -107,6 +115,16 @@ def test_the_memory_case_reports_the_peaks_of_both_directions(tmp_path):
             assert 0 <= peaks["anonymous"] < 1 << 30
             assert peaks["resident"] is None or 0 <= peaks["resident"] < 1 << 30
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not memory.is_supported(), reason="reads /proc/self")
+def test_a_process_of_the_benchmark_is_a_python_of_its_own_that_leaves_its_answer(tmp_path):
+    options = Options(
+        num_rounds=1, scale=0.001, sync=False, num_threads=None, num_stock_threads=None, num_ranks=2
+    ).to_json()
+    arguments = {"options": options, "side": "ours", "direction": "save", "checkpoint": str(tmp_path / "c")}
+    assert set(run_workers("memory", arguments)) == {"anonymous", "resident"}
+    assert (tmp_path / "c" / ".metadata").exists()
 
 
 def test_json_on_stdout_stands_alone(tmp_path):

@@ -123,6 +123,7 @@ def test_a_given_path_is_the_only_place(tmp_path):
     assert [place.path for place in choose(tmp_path, None)] == [tmp_path.resolve()]
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_rank_that_fails_is_named_and_ends_the_others(capfd):
     with pytest.raises(WorkerError, match="rank [01] ended with code 1") as raised:
         run_workers("no such task", {}, num_ranks=2)

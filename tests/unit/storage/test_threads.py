@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dcp_plugins.storage.threads import SharedWork
+from tests.programs import run_forked
 
 
 @given(st.lists(st.lists(st.integers(), max_size=5), min_size=1, max_size=4), st.data())
@@ -66,15 +67,16 @@ print(counts[1])
 """
 
 
-def helped(how: str) -> int:
-    done = subprocess.run(
-        [sys.executable, "-c", SHARES_A_PROCESSOR, how], capture_output=True, text=True, timeout=120, check=False
-    )
+def helped(how: str, folder: Path) -> int:
+    program = folder / "program.py"
+    program.write_text(SHARES_A_PROCESSOR)
+    done = run_forked(program, how, folder=folder)
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says how long a thread has waited for a processor")
-def test_beside_training_a_helping_thread_that_shares_a_processor_leaves_its_work_to_the_first() -> None:
-    assert helped("beside") <= 8
-    assert helped("alone") >= 20
+def test_beside_training_a_helping_thread_that_shares_a_processor_leaves_its_work_to_the_first(tmp_path: Path) -> None:
+    # It notices after a turn on the processor, whose length the system chooses: nine pieces of its 40 is usual.
+    assert helped("beside", tmp_path) <= 12
+    assert helped("alone", tmp_path) >= 20
