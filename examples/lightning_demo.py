@@ -82,7 +82,7 @@ def main() -> None:
         "--strategy", default="dcp_fsdp2_async", help="dcp_fsdp2, dcp_fsdp or dcp_ddp, with or without _async"
     )
     parser.add_argument("--out", type=Path, help="where checkpoints and logs go; a new temporary directory by default")
-    parser.add_argument("--quick", action="store_true", help="a tiny model and 8 steps, as the tests run it")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, 8 steps, nothing on 4 ranks")
     options = parser.parse_args()
     steps = 8 if options.quick else options.steps
     if steps < 4:
@@ -112,13 +112,13 @@ def main() -> None:
     demo.say(f"  the last committed checkpoint is {checkpoint.name}")
 
     resumed = []
-    for number, ranks in enumerate((2, 1, 4), start=3):
+    for number, ranks in enumerate((2, 1) if options.quick else (2, 1, 4), start=3):
         name = f"resumed on {ranks}"
         demo.say(f"{number}. Resume from {checkpoint.name} on {ranks} rank(s)")
         # The run on 2 ranks goes on where the killed one was; the others leave that directory alone.
         directory = interrupted if ranks == 2 else out / name.replace(" ", "-")
         resumed.append(demo.run(name, ranks, directory, resume=checkpoint))
-    demo.say(f"6. Time what saves cost on one rank of this machine, with strategy='{demo.strategy}'")
+    demo.say(f"{3 + len(resumed)}. Time what saves cost on one rank of this machine, with strategy='{demo.strategy}'")
     demo.time_saves(*((4, 2, 1) if options.quick else (100, 10, 3)))
     compare(demo, checkpoint, reference, resumed)
     finish(demo, checkpoint)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import textwrap
 import threading
 from pathlib import Path
@@ -18,6 +16,7 @@ from dcp_plugins.lightning.fabric import DCPFSDP2Strategy
 from dcp_plugins.testing.ranks import run_ranks
 from tests.adapters.lightning.fabrics import Run
 from tests.adapters.lightning.test_async import commits
+from tests.programs import run_forked
 
 FLAGS = pytest.mark.parametrize("flag", ["dcp_ddp_async", "dcp_fsdp_async", "dcp_fsdp2_async"])
 
@@ -101,7 +100,7 @@ PROGRAM = """
             raise OSError(28, "No space left on device")
         CompanionWriter.finish = finish
 
-    fabric = Fabric(accelerator="cpu", devices=int(sys.argv[3]), strategy="dcp_ddp_async")
+    fabric = Fabric(accelerator="cpu", devices=1, strategy="dcp_ddp_async")
     fabric.launch()
     model = torch.nn.Linear(4, 4)
     model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
@@ -112,16 +111,10 @@ PROGRAM = """
 def test_the_end_of_the_program_waits_for_the_save_and_tells_of_its_failure(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(textwrap.dedent(PROGRAM))
-
-    def run(name: str, how: str, devices: str) -> subprocess.CompletedProcess[str]:
-        # Lightning's own launcher starts the second process.
-        command = [sys.executable, str(script), str(tmp_path / name), how, devices]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-
-    done = run("a", "succeed", "2")
+    done = run_forked(script, str(tmp_path / "a"), "succeed", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert is_committed(tmp_path / "a")
-    failed = run("b", "fail", "1")
+    failed = run_forked(script, str(tmp_path / "b"), "fail", folder=tmp_path)
     assert failed.returncode == 1
     assert "No space left on device" in failed.stderr
     assert not is_committed(tmp_path / "b")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from dcp_plugins.lightning import (
 from dcp_plugins.testing.ranks import run_ranks
 from tests.adapters.lightning.test_async import every_step
 from tests.adapters.lightning.trainers import Regression, Ticks, digest, fit, trainer
+from tests.programs import run_forked
 
 STRATEGIES = pytest.mark.parametrize(
     "strategy",
@@ -160,11 +159,7 @@ def test_lightning_cli_sets_the_options_from_a_file_and_from_the_command_line(tm
     (tmp_path / "config.yaml").write_text(textwrap.dedent(CONFIG))
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "train.py", "fit", "--config", "config.yaml", *arguments]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-        return subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
-        )
+        return run_forked(tmp_path / "train.py", "fit", "--config", "config.yaml", *arguments, folder=tmp_path)
 
     done = run("--trainer.strategy.init_args.thread_count=3")
     assert done.returncode == 0, done.stderr

@@ -7,9 +7,10 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import textwrap
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from dcp_plugins.lightning import is_committed
 from dcp_plugins.testing.ranks import run_ranks
 from tests.adapters.lightning.trainers import fit
+from tests.programs import run_forked
 
 # Each step waits for a file, so that the signal comes in the midst of a known step, on one rank alone.
 PROGRAM = """
@@ -40,7 +42,7 @@ PROGRAM = """
         def training_step(self, batch, index):
             print("step", self.global_step, flush=True)
             if self.global_step == 2:
-                (folder / f"in-step-2-{rank}").touch()
+                (folder / f"in-step-2-{rank}").write_text(str(os.getpid()))
                 while not (folder / "go").exists():
                     time.sleep(0.01)
             return self.net(torch.ones(2, 4)).square().sum()
@@ -67,15 +69,13 @@ echo "$@" $(cd "$FOLDER" && ls -d hpc_ckpt_*/.metadata) >> "$FOLDER/scontrol.log
 """
 
 
-def start(folder: Path, steps: int) -> list[subprocess.Popen[str]]:
+def train(folder: Path, steps: int) -> list[Future[subprocess.CompletedProcess[str]]]:
+    """Begin to train on two ranks, each in the environment of a task of SLURM's."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {
-        **{name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},
         "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "OMP_NUM_THREADS": "1",
         "FOLDER": str(folder),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
@@ -85,27 +85,28 @@ def start(folder: Path, steps: int) -> list[subprocess.Popen[str]]:
         "SLURM_NTASKS_PER_NODE": "2",
         "SLURM_NODEID": "0",
     }
-    return [
-        subprocess.Popen(
-            [sys.executable, str(folder / "train.py"), str(folder), str(steps)],
-            env={**common, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+    pool = ThreadPoolExecutor(2)
+    runs = []
+    for rank in range(2):
+        environment = {**common, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
+        begin = partial(set_environment, environment)
+        arguments = (str(folder), str(steps))
+        runs.append(
+            pool.submit(run_forked, folder / "train.py", *arguments, folder=folder, warn="ignore", before=begin)
         )
-        for rank in range(2)
-    ]
+    pool.shutdown(wait=False)
+    return runs
 
 
-def outcome(processes: list[subprocess.Popen[str]]) -> list[str]:
-    try:
-        results = [process.communicate(timeout=90) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, (_, errors) in zip(processes, results, strict=True):
-        assert process.returncode == 0, errors
-    return [output for output, _ in results]
+def set_environment(variables: dict[str, str]) -> None:
+    os.environ.update(variables)
+
+
+def outcome(runs: list[Future[subprocess.CompletedProcess[str]]]) -> list[str]:
+    results = [run.result() for run in runs]
+    for done in results:
+        assert done.returncode == 0, done.stderr
+    return [done.stdout for done in results]
 
 
 @pytest.mark.slow
@@ -115,16 +116,17 @@ def test_a_job_that_is_requeued_goes_on_from_a_checkpoint_committed_before(tmp_p
     scontrol.write_text(SCONTROL)
     scontrol.chmod(0o755)
 
-    processes = start(tmp_path, steps=4)
+    runs = train(tmp_path, steps=4)
     deadline = time.monotonic() + 60
-    while not all((tmp_path / f"in-step-2-{rank}").exists() for rank in range(2)):
-        assert all(process.poll() is None for process in processes), outcome(processes)
+    notes = [tmp_path / f"in-step-2-{rank}" for rank in range(2)]
+    while not all(note.exists() and note.read_text() for note in notes):
+        assert not any(run.done() for run in runs), outcome(runs)
         assert time.monotonic() < deadline
         time.sleep(0.02)
     # One rank is signalled, in the midst of a step in which both communicate.
-    processes[1].send_signal(signal.SIGUSR1)
+    os.kill(int(notes[1].read_text()), signal.SIGUSR1)
     (tmp_path / "go").touch()
-    outcome(processes)
+    outcome(runs)
     assert (tmp_path / "scontrol.log").read_text() == "requeue 4711 hpc_ckpt_1.ckpt/.metadata\n"
 
     # What a kill has left of a further one is no checkpoint, although Lightning takes the highest number.
@@ -134,7 +136,7 @@ def test_a_job_that_is_requeued_goes_on_from_a_checkpoint_committed_before(tmp_p
     for step in (1, 2, 3, 4):
         assert is_committed(tmp_path / f"step-{step}.ckpt")
         shutil.rmtree(tmp_path / f"step-{step}.ckpt")
-    for output in outcome(start(tmp_path, steps=5)):
+    for output in outcome(train(tmp_path, steps=5)):
         assert output.split("\n")[:2] == ["step 3", "step 4"]
     assert not (tmp_path / "hpc_ckpt_2.ckpt").exists()
 
