@@ -1,6 +1,6 @@
-"""Run a script as ``python script.py`` would, in a process that is forked instead of started: seconds sooner.
+"""Programs that tests run: forked from a server that has imported torch, seconds sooner than they would be started.
 
-For programs whose claim is about what they do. Where it is about how an interpreter begins or ends, start one.
+That is for programs whose claim is about what they do. Where it is about how an interpreter begins or ends, start one.
 """
 
 from __future__ import annotations
@@ -24,6 +24,20 @@ import torch
 
 from dcp_plugins.testing.ranks import preload
 
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_started(program: Path, *arguments: str, timeout_seconds: float = 100) -> subprocess.CompletedProcess[str]:
+    """Run a script in an interpreter of its own, which ignores warnings."""
+    return subprocess.run(
+        [sys.executable, str(program), *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},
+        capture_output=True,
+        text=True,
+        timeout=timeout_seconds,
+        check=False,
+    )
+
 
 def run_forked(
     program: Path,
@@ -34,7 +48,7 @@ def run_forked(
     before: Callable[[], Any] | None = None,
     timeout_seconds: float = 120,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script to its end and return what ``subprocess.run`` would.
+    """Run a script to its end, as ``python script.py`` would, and return what ``subprocess.run`` would.
 
     Args:
         program: The script.

@@ -30,11 +30,7 @@ import dcp_plugins as dcp
 from dcp_plugins.contract import Metadata
 from dcp_plugins.errors import CheckpointError, CheckpointNotFoundError, PlanError, UnsafeCheckpointError, listing
 from dcp_plugins.format.names import METADATA_NAME, save_id_of
-from dcp_plugins.manager import (
-    StepNames,
-    is_committed,
-    verify_checkpoint,
-)
+from dcp_plugins.manager import StepNames, is_committed, verify_checkpoint
 from dcp_plugins.storage.local import remove_files
 from dcp_plugins.storage.parts import is_foreign, is_view, publish_view
 

@@ -22,7 +22,6 @@ import yaml
 from accelerate.commands.config.config_args import default_config_file
 from accelerate.commands.launch import launch_command_parser
 
-from dcp_plugins.errors import listing
 from dcp_plugins.manager import (
     EveryMinutes,
     EverySteps,
@@ -34,6 +33,7 @@ from dcp_plugins.manager import (
     SaveOptions,
     SavePolicy,
 )
+from dcp_plugins.manager.options import check_amount, check_choice, check_count, check_flag
 from dcp_plugins.manager.policies import Whenever
 from dcp_plugins.manager.retention import Mode
 
@@ -43,6 +43,9 @@ SECTION = "dcp"
 """The section of the YAML file: inside ``fsdp_config``, where stock Accelerate tolerates it, or at the top level."""
 
 CONFIG_FILE_VARIABLE = "DCP_PLUGINS_CONFIG_FILE"
+
+
+InFlight = Literal["wait", "skip"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +62,7 @@ class DCPPlugin(SaveOptions):
     save_every_minutes: float | None = None
     """Let a call of ``save_state`` save once so much time has passed since the last save, by the clock of the main
     process; and do nothing before, unless ``save_every`` says to."""
-    in_flight: Literal["wait", "skip"] = "wait"
+    in_flight: InFlight = "wait"
     """What a call of ``save_state`` does while a save in the background is still being written: "wait" for it, or
     "skip", which is to do nothing."""
     keep_every: int | None = None
@@ -81,27 +84,14 @@ class DCPPlugin(SaveOptions):
     def __post_init__(self) -> None:
         # Without arguments, super() would look for the class that the decorator has replaced.
         SaveOptions.__post_init__(self)
-        if not isinstance(self.weights_only, bool):
-            raise TypeError(f"weights_only must be true or false, got {self.weights_only!r}")
-        for name in ("save_every", "keep_every", "keep_best"):
-            count = getattr(self, name)
-            if count is None and name != "keep_best":
-                continue
-            if isinstance(count, bool) or not isinstance(count, int):
-                raise TypeError(f"{name} must be a whole number, got {count!r}")
-            if count < 1:
-                raise ValueError(f"{name} must be at least 1, got {count}")
-        for name in ("save_every_minutes", "keep_newer_than_hours"):
-            time = getattr(self, name)
-            if time is None:
-                continue
-            if isinstance(time, bool) or not isinstance(time, (int, float)):
-                raise TypeError(f"{name} must be a number, got {time!r}")
-            if not time > 0:
-                raise ValueError(f"{name} must be more than 0, got {time}")
-        for name, possible in (("in_flight", ("wait", "skip")), ("keep_best_mode", get_args(Mode))):
-            if getattr(self, name) not in possible:
-                raise ValueError(f"{name} must be one of {listing(possible)}, got {getattr(self, name)!r}")
+        check_flag("weights_only", self.weights_only)
+        check_count("save_every", self.save_every)
+        check_amount("save_every_minutes", self.save_every_minutes)
+        check_count("keep_every", self.keep_every)
+        check_amount("keep_newer_than_hours", self.keep_newer_than_hours)
+        check_count("keep_best", self.keep_best, or_none=False)
+        check_choice("in_flight", self.in_flight, get_args(InFlight))
+        check_choice("keep_best_mode", self.keep_best_mode, get_args(Mode))
         if self.keep_best_metric is not None and not isinstance(self.keep_best_metric, str):
             raise TypeError(f"keep_best_metric must be a metric's name or None, got {self.keep_best_metric!r}")
 

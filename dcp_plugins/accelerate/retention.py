@@ -5,24 +5,22 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import threading
-import time
+from collections import defaultdict
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 
 from dcp_plugins.accelerate.layout import AUTOMATIC_NAMES, automatic_number, automatically_named, is_litter, kind_of
 from dcp_plugins.errors import CheckpointError
-from dcp_plugins.manager import KeepBest, KeepPolicy, SaveRecord, delete_checkpoint, read_record, steps_to_delete
-from dcp_plugins.manager.retention import Mode
+from dcp_plugins.manager import KeepBest, KeepPolicy, SaveRecord, delete_checkpoint, read_record
+from dcp_plugins.manager.retention import Mode, Selection
 
 __all__ = ["best_checkpoint", "remove_old"]
 
 log = logging.getLogger(__name__)
 
-# By folder. Held while these are compared and changed, so that none is named best that is about to go.
-_choice = threading.Lock()
-_named_best: dict[Path, int] = {}
-_going: dict[Path, set[int]] = {}
+_selections: defaultdict[Path, Selection] = defaultdict(Selection)
+"""By folder: whoever asks for the best names a folder, not an accelerator."""
 
 
 def remove_old(saved: Path, policy: KeepPolicy | None) -> None:
@@ -30,25 +28,27 @@ def remove_old(saved: Path, policy: KeepPolicy | None) -> None:
 
     Only ``checkpoint_<n>`` is looked at. To be called after a commit, while nothing else is saved there.
     """
-    records, uncommitted = _records_in(saved.parent)
-    newest = max((record.step for record in records), default=-1)
+    folder, own = saved.parent, automatic_number(saved.name)
+    committed: list[int] = []
+    uncommitted: dict[int, Path] = {}
+    for path in automatically_named(folder):
+        number = automatic_number(path.name)
+        assert number is not None
+        if kind_of(path) is None:
+            uncommitted[number] = path
+        else:
+            committed.append(number)
+    newest = max(committed, default=-1)
     for number, path in uncommitted.items():
-        if number > newest or path.is_symlink() or not is_litter(path):
-            continue
-        shutil.rmtree(path)
-        log.info("Removed %s, left by a save that was never committed", path)
-    # Of a run that began again at 0 beside the checkpoints of one before it, it is not among the latest.
-    own, place = automatic_number(saved.name), saved.parent.resolve()
-    with _choice:
-        named = _named_best.get(place)
-        protected = {number for number in (own, named) if number is not None}
-        unkept = steps_to_delete(policy, records, now=time.time(), protected=protected)
-        _going[place] = set(unkept)
-    try:
+        if number < newest and not path.is_symlink() and is_litter(path):
+            shutil.rmtree(path)
+            log.info("Removed %s, left by a save that was never committed", path)
+    # Of a run that began again at 0 beside the checkpoints of one before it, what it saved is not among the latest.
+    protected = set() if own is None else {own}
+    selection = _selections[folder.resolve()]
+    with selection.letting_go(policy, partial(_records_in, folder), protected=protected) as unkept:
         for number in unkept:
-            delete_checkpoint(saved.parent / AUTOMATIC_NAMES.name(number))
-    finally:
-        del _going[place]
+            delete_checkpoint(folder / AUTOMATIC_NAMES.name(number))
     if newest not in (own, -1):
         log.warning(
             "%s has a lower number than checkpoint_%d beside it, which load_state() would take for the newest. If this"
@@ -69,28 +69,19 @@ def best_checkpoint(folder: str | os.PathLike[str], metric: str, mode: Mode = "m
         mode: "min" or "max".
     """
     folder = Path(folder)
-    place = folder.resolve()
-    with _choice:
-        records, _ = _records_in(folder, but=_going.get(place, ()))
-        best = next(iter(KeepBest(1, metric, mode).ranked(records)), None)
-        if best is None:
-            _named_best.pop(place, None)
-            return None
-        _named_best[place] = best.step
-        return folder / AUTOMATIC_NAMES.name(best.step)
+    best = _selections[folder.resolve()].name_best(KeepBest(1, metric, mode), partial(_records_in, folder))
+    return None if best is None else folder / AUTOMATIC_NAMES.name(best)
 
 
-def _records_in(folder: Path, but: Collection[int] = ()) -> tuple[list[SaveRecord], dict[int, Path]]:
-    """Return what the committed checkpoints of automatic naming say about themselves, and the directories of others."""
-    records, uncommitted = [], {}
+def _records_in(folder: Path, but: Collection[int]) -> list[SaveRecord]:
+    """Return what the committed checkpoints of automatic naming say about themselves; of stock's, that they exist."""
+    records = []
     for path in automatically_named(folder):
         number, kind = automatic_number(path.name), kind_of(path)
         assert number is not None
-        if kind is None:
-            uncommitted[number] = path
-        elif number not in but:
+        if kind is not None and number not in but:
             records.append(_record_of(path, number) if kind == "ours" else SaveRecord(number))
-    return records, uncommitted
+    return records
 
 
 def _record_of(path: Path, number: int) -> SaveRecord:

@@ -29,9 +29,12 @@ from isal import isal_zlib
 from dcp_plugins.errors import CorruptCheckpointError
 from dcp_plugins.format.tensor_pickle import StoredTensor, decode_tensor_pickle, encode_tensor_pickle
 
-__all__ = ["Layout", "crc32", "parse_layout", "predicted_layout", "record_checksums"]
+__all__ = ["SMALL_CONTAINER_BYTES", "Layout", "crc32", "parse_layout", "predicted_layout", "record_checksums"]
 
 ALIGNMENT_BYTES = 64
+
+SMALL_CONTAINER_BYTES = 2048
+"""What is known of a container may be remembered by its bytes, up to this many: one number takes 1.2 KB."""
 
 _LOCAL = struct.Struct("<4s5H3I2H")
 _CENTRAL = struct.Struct("<4s6H3I5H2I")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import logging
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ from dcp_plugins.errors import CheckpointError
 from dcp_plugins.manager.directory import StepNames, committed_steps, remove_if_uncommitted, uncommitted_steps
 from dcp_plugins.manager.guard import delete_unless_read
 from dcp_plugins.manager.record import SaveRecord, read_record
-from dcp_plugins.manager.retention import KeepPolicy, best_record, steps_to_delete
+from dcp_plugins.manager.retention import KeepPolicy, Selection
 
 __all__ = ["Cleaner"]
 
@@ -39,11 +38,7 @@ class Cleaner:
         """The step of the last save that was begun, committed or not."""
         self._in_flight: set[int] = set()
         """The steps of the saves that were begun, and of whose commit nothing has been heard: two, if one is queued."""
-        self._best_named: int | None = None
-        """The step that somebody has been told is the best."""
-        self._deleting: set[int] = set()
-        # Held while these two are compared and changed, so that no step is named best that is about to go.
-        self._choice = threading.RLock()
+        self._selection = Selection()
         # Held while steps are deleted, and while one is chosen and read.
         self._turn = threading.Lock()
         self._records: dict[int, SaveRecord] = {}
@@ -95,16 +90,13 @@ class Cleaner:
 
     def name_best(self) -> int | None:
         """Return the best step by the policy, if there is one; it stays until another is named."""
-        with self._choice:
-            best = best_record(self._policy, self._records_now())
-            self._best_named = None if best is None else best.step
-            return self._best_named
+        return self._selection.name_best(self._policy, self._records_but)
 
-    def _records_now(self) -> list[SaveRecord]:
+    def _records_but(self, going: Collection[int]) -> list[SaveRecord]:
         """Return what the committed checkpoints say about themselves, by ascending steps, without those unreadable."""
         found = []
         for step in committed_steps(self._root, self._names):
-            if step in self._deleting:
+            if step in going:
                 continue
             try:
                 found.append(self.record(step))
@@ -123,7 +115,7 @@ class Cleaner:
     @property
     def _unsettled(self) -> set[int]:
         """The steps that may be written at any moment, and the one that was saved last."""
-        return self._in_flight | _those_of(self._begun)
+        return self._in_flight if self._begun is None else {*self._in_flight, self._begun}
 
     def _clean(self) -> None:
         try:
@@ -134,17 +126,10 @@ class Cleaner:
             log.warning("could not delete what is not kept in %s; the next save tries again", self._root, exc_info=True)
 
     def _delete_unkept(self) -> None:
-        with self._choice:
-            records = self._records_now() if self._policy is not None else []
-            protected = self._unsettled | _those_of(self._best_named)
-            unkept = steps_to_delete(self._policy, records, now=time.time(), protected=protected)
-            self._deleting = set(unkept)
-        try:
+        with self._selection.letting_go(self._policy, self._records_but, protected=self._unsettled) as unkept:
             for step in unkept:
                 with self._going_on(step):
                     self._delete(step)
-        finally:
-            self._deleting = set()
         newest = max(committed_steps(self._root, self._names), default=-1)
         for step in uncommitted_steps(self._root, self._names):
             # Of a later step, it may be another's save that goes on.
@@ -168,7 +153,3 @@ class Cleaner:
         except OSError:
             path = self._root / self._names.name(step)
             log.warning("could not delete %s, which is not kept; the next save tries again", path, exc_info=True)
-
-
-def _those_of(step: int | None) -> set[int]:
-    return set() if step is None else {step}

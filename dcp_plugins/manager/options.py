@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from dcp_plugins.errors import listing
 
-__all__ = ["Asynchronous", "SaveOptions"]
+__all__ = ["Asynchronous", "SaveOptions", "check_amount", "check_choice", "check_count", "check_flag"]
 
 Asynchronous = Literal["off", "thread", "process"]
 
@@ -37,19 +37,10 @@ class SaveOptions:
     changes parameters elsewhere than in an optimizer's step."""
 
     def __post_init__(self) -> None:
-        if self.asynchronous not in get_args(Asynchronous):
-            raise ValueError(
-                f"asynchronous must be one of {listing(get_args(Asynchronous))}, got {self.asynchronous!r}"
-            )
-        if self.thread_count is not None and (
-            isinstance(self.thread_count, bool) or not isinstance(self.thread_count, int)
-        ):
-            raise TypeError(f"thread_count must be a number or None, got {self.thread_count!r}")
-        if self.thread_count is not None and self.thread_count < 1:
-            raise ValueError(f"thread_count must be at least 1, or None, got {self.thread_count}")
-        for name in ("sync_files", "overlap_staging"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        check_choice("asynchronous", self.asynchronous, get_args(Asynchronous))
+        check_count("thread_count", self.thread_count)
+        check_flag("sync_files", self.sync_files)
+        check_flag("overlap_staging", self.overlap_staging)
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any], *, where: str) -> SaveOptions:
@@ -71,3 +62,35 @@ class SaveOptions:
             return cls(**mapping)
         except (TypeError, ValueError) as exc:
             raise type(exc)(f"{where}: {exc}") from exc
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise ``TypeError`` unless an option is true or false."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be true or false, got {value!r}")
+
+
+def check_choice(name: str, value: object, possible: Sequence[str]) -> None:
+    """Raise ``ValueError`` unless an option is one of those that are possible."""
+    if value not in possible:
+        raise ValueError(f"{name} must be one of {listing(possible)}, got {value!r}")
+
+
+def check_count(name: str, value: object, *, or_none: bool = True) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless an option is a whole number of at least 1, or None if it may be."""
+    if value is None and or_none:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a number{' or None' if or_none else ''}, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1{', or None' if or_none else ''}, got {value}")
+
+
+def check_amount(name: str, value: object) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless an option is a number of more than 0, or None."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number or None, got {value!r}")
+    if not value > 0:
+        raise ValueError(f"{name} must be more than 0, or None, got {value}")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import threading
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal, get_args
@@ -12,7 +15,16 @@ from typing import Literal, get_args
 from dcp_plugins.errors import listing
 from dcp_plugins.manager.record import SaveRecord
 
-__all__ = ["KeepBest", "KeepEvery", "KeepLatest", "KeepNewerThan", "KeepPolicy", "best_record", "steps_to_delete"]
+__all__ = [
+    "KeepBest",
+    "KeepEvery",
+    "KeepLatest",
+    "KeepNewerThan",
+    "KeepPolicy",
+    "Selection",
+    "best_record",
+    "steps_to_delete",
+]
 
 Mode = Literal["min", "max"]
 
@@ -142,6 +154,58 @@ def best_record(policy: KeepPolicy | None, records: Sequence[SaveRecord]) -> Sav
         if isinstance(member, KeepBest):
             return next(iter(member.ranked(records)), None)
     return None
+
+
+class Selection:
+    """What is being deleted in one folder, and which step somebody was told is the best: never the same one.
+
+    Called from any thread.
+    """
+
+    def __init__(self) -> None:
+        # Held while the two are compared and changed.
+        self._lock = threading.Lock()
+        self._best: int | None = None
+        self._going: frozenset[int] = frozenset()
+
+    def name_best(
+        self, policy: KeepPolicy | None, read: Callable[[Collection[int]], Sequence[SaveRecord]]
+    ) -> int | None:
+        """Return the best step by a policy, if there is one; it stays until another is named.
+
+        Args:
+            policy: The first `KeepBest` in it says by what.
+            read: Returns the records of what is committed, but for the steps that it is given.
+        """
+        with self._lock:
+            best = best_record(policy, read(self._going))
+            self._best = None if best is None else best.step
+            return self._best
+
+    @contextmanager
+    def letting_go(
+        self,
+        policy: KeepPolicy | None,
+        read: Callable[[Collection[int]], Sequence[SaveRecord]],
+        *,
+        protected: Collection[int],
+    ) -> Iterator[list[int]]:
+        """Choose what a policy lets go, the oldest first, for the block to delete.
+
+        Args:
+            policy: None keeps all; nothing is read then.
+            read: As in `name_best`.
+            protected: Steps to keep, whatever the policy says.
+        """
+        with self._lock:
+            records = [] if policy is None else read(())
+            keep = protected if self._best is None else {*protected, self._best}
+            unkept = steps_to_delete(policy, records, now=time.time(), protected=keep)
+            self._going = frozenset(unkept)
+        try:
+            yield unkept
+        finally:
+            self._going = frozenset()
 
 
 def members_of(policy: KeepPolicy) -> Iterator[KeepPolicy]:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from dcp_plugins.errors import CorruptCheckpointError, UnsafeCheckpointError
+from dcp_plugins.format.container import SMALL_CONTAINER_BYTES
 
 __all__ = ["dump_value", "load_value"]
 
@@ -37,8 +38,7 @@ def _plain_types() -> list[Any]:
     return [io.BytesIO, np.ndarray, np.dtype, *dtypes, *array_makers, *paths, *times]
 
 
-# Larger values are few, and would be kept for the life of the process.
-_MAX_REMEMBERED_BYTES = 2048
+# Kept for the life of the process.
 _MAX_REMEMBERED_VALUES = 4096
 _SCALARS = frozenset({type(None), bool, int, float, complex, str, bytes})
 
@@ -51,7 +51,7 @@ def dump_value(value: Any) -> io.BytesIO:
     if _cannot_change(value):
         # Equal values may differ (True, 1 and 1.0; 0.0 and -0.0), their pickles do not.
         pickled = pickle.dumps(value, protocol=2)
-        if len(pickled) <= _MAX_REMEMBERED_BYTES:
+        if len(pickled) <= SMALL_CONTAINER_BYTES:
             stream = io.BytesIO(_container_of(pickled))
             # As after writing.
             stream.seek(0, io.SEEK_END)
@@ -87,10 +87,10 @@ def load_value(fqn: str, stream: io.BytesIO, *, weights_only: bool) -> Any:
         CorruptCheckpointError: The bytes are no such value.
     """
     start = stream.tell()
-    content = stream.read(_MAX_REMEMBERED_BYTES + 1)
+    content = stream.read(SMALL_CONTAINER_BYTES + 1)
     stream.seek(start)
     # With more than plain data allowed, it is for the pickle to say what it makes each time.
-    is_small = weights_only and len(content) <= _MAX_REMEMBERED_BYTES
+    is_small = weights_only and len(content) <= SMALL_CONTAINER_BYTES
     if is_small and content in _loaded:
         return _loaded[content]
     loaded = _load(fqn, stream, content[:4], weights_only=weights_only)

@@ -24,7 +24,7 @@ from dcp_plugins.contract import (
     TensorStorageMetadata,
 )
 from dcp_plugins.errors import CheckpointNotFoundError, CorruptCheckpointError, listing
-from dcp_plugins.format.container import Layout, record_checksums
+from dcp_plugins.format.container import SMALL_CONTAINER_BYTES, Layout, record_checksums
 from dcp_plugins.format.metadata import decode
 from dcp_plugins.format.names import metadata_name, new_save_id, safe_join
 from dcp_plugins.storage.reads import DataFileReader, TensorRead, load_container
@@ -33,8 +33,6 @@ from dcp_plugins.storage.transforms import ExtensionRegistry, decode_stream
 from dcp_plugins.storage.writer import local_path_is_usable
 
 __all__ = ["FileSystemReader", "resolve_target"]
-
-_MAX_REMEMBERED_BYTES = 2048
 
 
 class FileSystemReader(StorageReader):
@@ -269,7 +267,7 @@ class FileSystemReader(StorageReader):
             content = decode_stream(self.extension_registry.from_descriptor_list(descriptors), content, where)
         if self.verify_checksums and content[:4] == b"PK\x03\x04" and content not in self._verified:
             record_checksums(memoryview(content), where)
-            if len(content) <= _MAX_REMEMBERED_BYTES:
+            if len(content) <= SMALL_CONTAINER_BYTES:
                 self._verified.add(content)
         return content
 

@@ -35,8 +35,7 @@ def preload(*modules: str) -> None:
     Args:
         modules: Names, beside those of torch and this package that it always imports.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*_PRELOAD, *modules, "dcp_plugins.testing.frozen"])
+    forkserver.set_forkserver_preload([*_PRELOAD, *modules, "dcp_plugins.testing.frozen"])
     forkserver.ensure_running()
 
 

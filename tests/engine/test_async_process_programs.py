@@ -5,10 +5,8 @@ Where the claim is about the end of an interpreter, or about what its script def
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-import sys
 import textwrap
 import time
 from pathlib import Path
@@ -17,9 +15,7 @@ import pytest
 import torch
 
 import dcp_plugins as dcp
-from tests.programs import run_forked
-
-ROOT = Path(__file__).resolve().parent.parent.parent
+from tests.programs import ROOT, run_forked, run_started
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
@@ -31,14 +27,7 @@ def written(source: str, folder: Path) -> Path:
 
 
 def start_program(source: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(written(source, folder)), str(folder)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    return run_started(written(source, folder), str(folder))
 
 
 def fork_program(source: str, folder: Path, *, max_files: int | None = None) -> subprocess.CompletedProcess[str]:
@@ -215,7 +204,6 @@ def test_the_process_dies_with_its_parent_and_not_before(tmp_path: Path, started
 
 
 def test_few_descriptors_are_enough_for_many_tensors(tmp_path: Path) -> None:
-    # Many small ones; and large ones in blocks that are smaller than usual, so that a few are filled.
     result = fork_program(
         """
         def save_and_load(count, elements):
@@ -229,11 +217,9 @@ def test_few_descriptors_are_enough_for_many_tensors(tmp_path: Path) -> None:
             assert len(os.listdir("/proc/self/fd")) - before < 20
             assert len(os.listdir(f"/proc/{process_runner._worker.process.pid}/fd")) < 30
 
-        from dcp_plugins.staging import shared
         before = len(os.listdir("/proc/self/fd"))
-        save_and_load(10_000, 1024)
-        shared._BLOCK_BYTES = 100_000_000
-        save_and_load(300, 300_000)
+        save_and_load(20_000, 1024)
+        save_and_load(200, 1_500_000)
         """,
         tmp_path,
         max_files=256,

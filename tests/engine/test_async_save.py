@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import subprocess
-import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -22,9 +21,7 @@ from dcp_plugins.engine.async_save import _writers_stagers
 from dcp_plugins.engine.thread_runner import SaveFuture, thread_runner
 from dcp_plugins.errors import UnsupportedValueError
 from dcp_plugins.staging import BlockingAsyncStager, DefaultStager, StagingOptions, release_staging_memory
-from tests.programs import run_forked
-
-ROOT = Path(__file__).resolve().parent.parent.parent
+from tests.programs import run_forked, run_started
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
@@ -327,14 +324,7 @@ def test_many_saves_leave_no_threads_descriptors_or_memory_behind(tmp_path: Path
 
 
 def start_program(source: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(written(source, folder)), str(folder)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    return run_started(written(source, folder), str(folder), timeout_seconds=60)
 
 
 def fork_program(source: str, folder: Path) -> subprocess.CompletedProcess[str]:
