@@ -22,6 +22,7 @@ from dcp_plugins.engine.side_group import side_group
 from dcp_plugins.engine.snapshot import Snapshot
 from dcp_plugins.engine.thread_runner import PackedMetadata, thread_runner
 from dcp_plugins.events import record
+from dcp_plugins.pace import hurry
 from dcp_plugins.plan import DefaultSavePlanner
 from dcp_plugins.staging import BlockingAsyncStager, HandoverStager, shared_stager
 from dcp_plugins.storage import FileSystemWriter
@@ -158,6 +159,9 @@ def begin_save(
 
         def ready() -> dict[str, Any]:
             staged = snapshot.take()
+            if snapshot.is_original is not None:
+                # Training waits until that is written.
+                hurry()
             if isinstance(stager, HandoverStager):
                 staged = stager.hand_over(staged)
             if storage_writer is not None:

@@ -2,7 +2,8 @@
 
 What is sent has two parts. The *skeleton* is the nested dict with its tensors, where each other value is replaced by a
 number; the *values* are those others. From save to save staged tensors keep their places, so the skeleton's bytes are
-the same and are not sent again; what travels is the values, and of those there are few.
+the same and are not sent again; what travels is the values, and of those there are few. Tensors that are nothing but
+shared memory, of which there may be very many, are rows of a table in it.
 
 A tensor whose memory is not shared travels as bytes, behind the message.
 """
@@ -10,29 +11,40 @@ A tensor whose memory is not shared travels as bytes, behind the message.
 from __future__ import annotations
 
 import io
+import operator
 import pickle
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor, ShardedTensorBase
-from torch.distributed._shard.sharded_tensor.shard import Shard
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from dcp_plugins.engine.process_received import (
+    Place,
+    TensorTable,
+    make_dtensor,
+    make_mesh,
+    make_sharded,
+    make_spec,
+    make_wrapper,
+    private_tensor,
+    shared_tensor,
+)
 from dcp_plugins.errors import UnsupportedValueError, listing
-from dcp_plugins.format.memory import as_buffer
+from dcp_plugins.format.memory import PLAIN_TENSORS, are_directly_addressable
+from dcp_plugins.pace import give_way
 from dcp_plugins.staging.wrappers import is_plain_memory
 
-__all__ = ["BlockTable", "Buffers", "Packed", "blocks", "fill", "pack", "unpack"]
-
-_PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
+__all__ = ["BlockTable", "Packed", "pack"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +64,11 @@ class Packed:
 
 
 class BlockTable:
-    """The sender's list of the shared memory that the other process has, or is to be sent next; not thread-safe."""
+    """The sender's list of the shared memory that the other process has, or is to be sent next."""
 
     def __init__(self) -> None:
+        self.lock = threading.RLock()
+        """Held by each method; for whoever needs two of them to be one."""
         self._next = 0
         # Keyed by the storage's address, which is not used again while there is a weak reference to it.
         self._known: dict[int, tuple[int, StorageWeakRef]] = {}
@@ -62,26 +76,29 @@ class BlockTable:
 
     def number_of(self, storage: torch.UntypedStorage) -> int | None:
         """Return the number that names a storage to the other process; None if it is not shared."""
-        entry = self._known.get(storage._cdata)
-        if entry is not None and not entry[1].expired():  # type: ignore[no-untyped-call]
-            return entry[0]
-        if not storage.is_shared():
-            return None
-        number = self._next
-        self._next += 1
-        self._known[storage._cdata] = (number, StorageWeakRef(storage))  # type: ignore[no-untyped-call]
-        self._unsent.append((number, storage))
-        return number
+        with self.lock:
+            entry = self._known.get(storage._cdata)
+            if entry is not None and not entry[1].expired():  # type: ignore[no-untyped-call]
+                return entry[0]
+            if not storage.is_shared():
+                return None
+            number = self._next
+            self._next += 1
+            self._known[storage._cdata] = (number, StorageWeakRef(storage))  # type: ignore[no-untyped-call]
+            self._unsent.append((number, storage))
+            return number
 
     def take_unsent(self) -> list[tuple[int, torch.UntypedStorage]]:
         """Return the storages that the other process does not have yet."""
-        unsent, self._unsent = self._unsent, []
-        return unsent
+        with self.lock:
+            unsent, self._unsent = self._unsent, []
+            return unsent
 
     def take_freed(self) -> list[int]:
         """Return the numbers of storages that no longer exist here."""
-        gone = [key for key, (_, storage) in self._known.items() if storage.expired()]  # type: ignore[no-untyped-call]
-        return [self._known.pop(key)[0] for key in gone]
+        with self.lock:
+            gone = [key for key, (_, storage) in self._known.items() if storage.expired()]  # type: ignore[no-untyped-call]
+            return [self._known.pop(key)[0] for key in gone]
 
 
 def pack(state_dict: dict[str, Any], table: BlockTable) -> Packed:
@@ -91,10 +108,12 @@ def pack(state_dict: dict[str, Any], table: BlockTable) -> Packed:
         UnsupportedValueError: Values that cannot be sent to another process; lists their keys.
     """
     values: list[Any] = []
-    skeleton = _skeleton(state_dict, values)
+    in_table, numbers = _in_table(state_dict, table)
+    give_way()
+    skeleton = _skeleton(state_dict, values, numbers)
     private: list[torch.Tensor] = []
     try:
-        skeleton_bytes = _dumps(skeleton, table, private)
+        skeleton_bytes = _dumps((in_table, skeleton), table, private)
         num_in_skeleton = len(private)
         values_bytes = _dumps(values, table, private)
     # Pickling runs the code of any class, which may fail in any way.
@@ -132,36 +151,81 @@ def _unsendable(value: Any, name: str) -> Iterator[tuple[str, Exception]]:
 # -- Skeleton and values --------------------------------------------------------------------------------------------
 
 
-class _Place:
-    """Stands in a skeleton for the value of this number."""
-
-    __slots__ = ("number",)
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def __reduce__(self) -> tuple[type[_Place], tuple[int]]:
-        return _Place, (self.number,)
+_BATCH = 512
+_attributes = operator.attrgetter("__dict__")
+_key = operator.attrgetter("_cdata")
+_shape = operator.attrgetter("shape")
+_dtype = operator.attrgetter("dtype")
+_requires_grad = operator.attrgetter("requires_grad")
 
 
-def _skeleton(value: Any, values: list[Any]) -> Any:
+def _in_table(state_dict: dict[str, Any], known: BlockTable) -> tuple[TensorTable, dict[int, int]]:
+    """Return the tensors that are no more than such a table says, and the number of each by the tensor's id."""
+    table = TensorTable()
+    numbers: dict[int, int] = {}
+    shapes: dict[torch.Size, torch.Size] = {}
+    found = list({id(tensor): tensor for tensor in _plain_tensors(state_dict)}.values())
+    for start in range(0, len(found), _BATCH):
+        give_way()
+        tensors = found[start : start + _BATCH]
+        if not are_directly_addressable(tensors) or any(map(_attributes, tensors)):
+            tensors = [tensor for tensor in tensors if are_directly_addressable([tensor]) and not tensor.__dict__]
+        storages = list(map(torch.Tensor.untyped_storage, tensors))
+        keys = list(map(_key, storages))
+        unique = dict(zip(keys, storages, strict=True))
+        blocks = {key: known.number_of(storage) for key, storage in unique.items()}
+        if None in blocks.values():
+            tensors = [tensor for tensor, key in zip(tensors, keys, strict=True) if blocks[key] is not None]
+            keys = [key for key in keys if blocks[key] is not None]
+        first = len(table.blocks)
+        numbers.update(zip(map(id, tensors), range(first, first + len(tensors)), strict=True))
+        table.blocks += map(blocks.__getitem__, keys)
+        table.offsets += map(operator.methodcaller("storage_offset"), tensors)
+        batch = list(map(_shape, tensors))
+        # Equal ones are one object, which is pickled once.
+        table.shapes += map(shapes.setdefault, batch, batch)
+        table.dtypes += map(_dtype, tensors)
+        table.requires_grad += map(_requires_grad, tensors)
+    return table, numbers
+
+
+def _plain_tensors(value: Any) -> Iterator[torch.Tensor]:
     kind = type(value)
-    if kind in _PLAIN_TENSORS or isinstance(value, torch.Tensor):
-        return value
+    if kind in PLAIN_TENSORS:
+        yield value
+    elif kind is dict or kind is OrderedDict:
+        if PLAIN_TENSORS.issuperset(map(type, value.values())):
+            yield from value.values()
+        else:
+            for item in value.values():
+                yield from _plain_tensors(item)
+    elif kind is list or kind is tuple:
+        for item in value:
+            yield from _plain_tensors(item)
+
+
+def _skeleton(value: Any, values: list[Any], numbers: dict[int, int]) -> Any:
+    """Return the structure with a number for each tensor that has a row, and a place for each value."""
+    kind = type(value)
+    if kind in PLAIN_TENSORS or isinstance(value, torch.Tensor):
+        return numbers.get(id(value), value)
     if kind is dict:
-        return {key: _skeleton(item, values) for key, item in value.items()}
+        items = list(value.values())
+        if PLAIN_TENSORS.issuperset(map(type, items)):
+            return dict(zip(value, map(numbers.get, map(id, items), items), strict=True))
+        return {key: _skeleton(item, values, numbers) for key, item in value.items()}
     if kind is OrderedDict:
-        made = OrderedDict((key, _skeleton(item, values)) for key, item in value.items())
+        made = OrderedDict((key, _skeleton(item, values, numbers)) for key, item in value.items())
         # What Module.state_dict() puts there: the versions of the modules.
         made.__dict__.update(value.__dict__)
         return made
     # One without a tensor is a value as a whole, which may grow from save to save.
     if kind is list and _holds_tensors(value):
-        return [_skeleton(item, values) for item in value]
+        return [_skeleton(item, values, numbers) for item in value]
     if kind is tuple and _holds_tensors(value):
-        return tuple([_skeleton(item, values) for item in value])
+        return tuple([_skeleton(item, values, numbers) for item in value])
     values.append(value)
-    return _Place(len(values) - 1)
+    return Place(len(values) - 1)
 
 
 def _holds_tensors(value: Any) -> bool:
@@ -171,24 +235,6 @@ def _holds_tensors(value: Any) -> bool:
     if kind is dict or kind is OrderedDict:
         return any(map(_holds_tensors, value.values()))
     return (kind is list or kind is tuple) and any(map(_holds_tensors, value))
-
-
-def fill(skeleton: Any, values: list[Any]) -> Any:
-    """Return the skeleton with the values in their places, in new containers, which whoever gets them may change."""
-    kind = type(skeleton)
-    if kind is _Place:
-        return values[skeleton.number]
-    if kind is dict:
-        return {key: fill(item, values) for key, item in skeleton.items()}
-    if kind is OrderedDict:
-        made = OrderedDict((key, fill(item, values)) for key, item in skeleton.items())
-        made.__dict__.update(skeleton.__dict__)
-        return made
-    if kind is list:
-        return [fill(item, values) for item in skeleton]
-    if kind is tuple:
-        return tuple([fill(item, values) for item in skeleton])
-    return skeleton
 
 
 # -- The sender's pickler -------------------------------------------------------------------------------------------
@@ -201,35 +247,35 @@ class _Pickler(pickle.Pickler):
         self._private = private
 
     def reducer_override(self, value: Any) -> Any:
-        if type(value) in _PLAIN_TENSORS:
+        if type(value) in PLAIN_TENSORS:
             return self._reduce_memory(value) if is_plain_memory(value) else NotImplemented
         if isinstance(value, torch.Tensor):
             return self._reduce_tensor(value)
         if isinstance(value, DeviceMesh):
             # Its process groups stay here; what a tensor's layout needs of it is a table of ranks.
-            return _make_mesh, (value.device_type, value.mesh, value.mesh_dim_names, dist.get_rank())
+            return make_mesh, (value.device_type, value.mesh, value.mesh_dim_names, dist.get_rank())
         if isinstance(value, DTensorSpec):
             by_placements = value.use_strided_shard_as_shard_order
             order = None if by_placements else value.shard_order
-            return _make_spec, (value.mesh, value.placements, value.tensor_meta, order, by_placements)
+            return make_spec, (value.mesh, value.placements, value.tensor_meta, order, by_placements)
         return NotImplemented
 
     def _reduce_tensor(self, value: Any) -> Any:
         if type(value) is DTensor:
-            return _make_dtensor, (value._local_tensor, value._spec, value.requires_grad)
+            return make_dtensor, (value._local_tensor, value._spec, value.requires_grad)
         if isinstance(value, ShardedTensor):
             shards = [(shard.tensor, shard.metadata) for shard in value.local_shards()]
-            return _make_sharded, (shards, value.metadata(), value.sharding_spec())
+            return make_sharded, (shards, value.metadata(), value.sharding_spec())
         if is_plain_memory(value):
             return self._reduce_memory(value)
         if not value.is_meta and is_traceable_wrapper_subclass(value):
             names, context = value.__tensor_flatten__()
             inner = {name: getattr(value, name) for name in names}
-            return _make_wrapper, (type(value), inner, context, value.size(), value.stride())
+            return make_wrapper, (type(value), inner, context, value.size(), value.stride())
         return NotImplemented
 
     def _reduce_memory(self, tensor: torch.Tensor) -> Any:
-        kind = torch.Tensor if type(tensor) in _PLAIN_TENSORS else type(tensor)
+        kind = torch.Tensor if type(tensor) in PLAIN_TENSORS else type(tensor)
         # Attributes that describe shards, and whatever else a subclass keeps.
         attributes = tensor.__dict__ or None
         number = None
@@ -239,8 +285,8 @@ class _Pickler(pickle.Pickler):
             plain = tensor.detach().as_subclass(torch.Tensor).cpu().resolve_conj().resolve_neg().contiguous()
             self._private.append(plain)
             place = (len(self._private) - 1, plain.dtype, tuple(plain.shape), tensor.requires_grad, kind, attributes)
-            return _private_tensor, place
-        return _shared_tensor, (
+            return private_tensor, place
+        return shared_tensor, (
             number,
             tensor.storage_offset(),
             tuple(tensor.shape),
@@ -250,102 +296,3 @@ class _Pickler(pickle.Pickler):
             kind,
             attributes,
         )
-
-
-# -- The receiver ---------------------------------------------------------------------------------------------------
-
-blocks: dict[int, torch.UntypedStorage] = {}
-"""In the receiving process: the shared memory it has been sent, by number. There is one sender."""
-
-
-class Buffers:
-    """The receiver's memory for tensors that come as bytes."""
-
-    def __init__(self, sizes_bytes: list[int]) -> None:
-        self.tensors = [torch.empty(size, dtype=torch.uint8) for size in sizes_bytes]
-
-    def fill(self, receive_into: Callable[[Any], None]) -> None:
-        """Receive the bytes of each, in order."""
-        for tensor in self.tensors:
-            if tensor.numel():
-                receive_into(as_buffer(tensor))
-
-
-_buffers: list[torch.Tensor] = []
-
-
-def unpack(payload: bytes, buffers: list[torch.Tensor], load: Callable[[bytes], Any]) -> Any:
-    """Return what was packed, with tensors over the shared memory and over ``buffers``.
-
-    Args:
-        load: Unpickles.
-    """
-    _buffers[:] = buffers
-    try:
-        return load(payload)
-    finally:
-        _buffers.clear()
-
-
-def _shared_tensor(
-    number: int,
-    offset: int,
-    shape: tuple[int, ...],
-    stride: tuple[int, ...],
-    dtype: torch.dtype,
-    requires_grad: bool,
-    kind: type[torch.Tensor],
-    attributes: dict[str, Any] | None,
-) -> torch.Tensor:
-    tensor = torch.empty(0, dtype=dtype).set_(blocks[number], offset, shape, stride)
-    return _dressed(tensor, requires_grad, kind, attributes)
-
-
-def _private_tensor(
-    number: int,
-    dtype: torch.dtype,
-    shape: tuple[int, ...],
-    requires_grad: bool,
-    kind: type[torch.Tensor],
-    attributes: dict[str, Any] | None,
-) -> torch.Tensor:
-    return _dressed(_buffers[number].view(dtype).view(shape), requires_grad, kind, attributes)
-
-
-def _dressed(
-    tensor: torch.Tensor, requires_grad: bool, kind: type[torch.Tensor], attributes: dict[str, Any] | None
-) -> torch.Tensor:
-    if kind is not torch.Tensor:
-        tensor = tensor.as_subclass(kind)
-    if attributes:
-        tensor.__dict__.update(attributes)
-    if requires_grad:
-        tensor.requires_grad_()
-    return tensor
-
-
-def _make_mesh(device_type: str, ranks: torch.Tensor, names: tuple[str, ...] | None, rank: int) -> DeviceMesh:
-    # Given the rank and told to set up nothing, it talks to nobody, and a process without a device can make it.
-    return DeviceMesh(device_type, ranks, mesh_dim_names=names, _init_backend=False, _rank=rank)
-
-
-def _make_spec(mesh: DeviceMesh, placements: Any, meta: Any, order: Any, by_placements: bool) -> DTensorSpec:
-    return DTensorSpec(mesh, placements, meta, order, by_placements)
-
-
-def _make_dtensor(local: torch.Tensor, spec: DTensorSpec, requires_grad: bool) -> DTensor:
-    return DTensor(local, spec, requires_grad=requires_grad)  # type: ignore[no-untyped-call]
-
-
-def _make_sharded(shards: list[tuple[torch.Tensor, Any]], metadata: Any, spec: Any) -> Any:
-    # The base class's constructor: ShardedTensor's own talks to the process group.
-    return ShardedTensorBase._init_from_local_shards_and_global_metadata(
-        [Shard(tensor, place) for tensor, place in shards], metadata, sharding_spec=spec
-    )
-
-
-def _make_wrapper(
-    kind: Any, inner: dict[str, torch.Tensor], context: Any, size: torch.Size, stride: tuple[int, ...]
-) -> torch.Tensor:
-    made: torch.Tensor = kind.__tensor_unflatten__(inner, context, size, stride)
-    return made

@@ -25,7 +25,6 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from dcp_plugins.collector import collector_paused
 from dcp_plugins.contract import SavePlanner, StorageWriter
 from dcp_plugins.coord import Ranks
 from dcp_plugins.engine.process_handles import BlockTable, Packed, pack
@@ -59,7 +58,6 @@ class _Worker:
     def __init__(self) -> None:
         self.process, self._channel = launch()
         self._table = BlockTable()
-        self._table_lock = threading.Lock()
         # Digest of a skeleton -> the number that it was sent under; the last used at the end.
         self._states: OrderedDict[bytes, int] = OrderedDict()
         self._next_state = 0
@@ -88,8 +86,7 @@ class _Worker:
     # -- Saving ---------------------------------------------------------------------------------------------------
 
     def pack(self, state_dict: dict[str, Any]) -> Packed:
-        with self._table_lock, collector_paused():
-            packed = pack(state_dict, self._table)
+        packed = pack(state_dict, self._table)
         if packed.private_nbytes >= _UNWORTHY_BYTES:
             _warn_of_private_memory(packed.private_nbytes)
         return packed
@@ -104,7 +101,7 @@ class _Worker:
         digest = hashlib.blake2b(packed.skeleton).digest()
         try:
             # Until the request is sent, nobody may tell the process to forget what it refers to.
-            with self._table_lock:
+            with self._table.lock:
                 for block, storage in self._table.take_unsent():
                     self._channel.send(("block", block, storage.nbytes()), descriptor=descriptor_of(storage))
                 number, skeleton = self._states.get(digest), None
@@ -131,7 +128,7 @@ class _Worker:
 
     def tell_freed(self) -> None:
         """Let the process unmap memory that is gone here; also while it saves, from other memory then."""
-        with self._table_lock:
+        with self._table.lock:
             freed = self._table.take_freed()
             if freed:
                 # Which skeletons lie in it is not kept; most do.

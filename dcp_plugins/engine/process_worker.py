@@ -25,11 +25,12 @@ from dcp_plugins.collector import collector_paused
 from dcp_plugins.contract import Metadata
 from dcp_plugins.coord import Ranks, portable, stack_of
 from dcp_plugins.engine.process_channel import Channel
-from dcp_plugins.engine.process_handles import Buffers, blocks, fill, unpack
 from dcp_plugins.engine.process_meeting import join, leave, open_meeting
+from dcp_plugins.engine.process_received import Buffers, Skeleton, blocks, unpack, unpack_skeleton
 from dcp_plugins.engine.save import run_save
 from dcp_plugins.errors import CheckpointException, LostContactError
 from dcp_plugins.events import Event, subscribe
+from dcp_plugins.format.metadata_pickle import PickleWriter
 from dcp_plugins.storage.threads import beside_training
 
 __all__ = ["SaveRequest", "is_checkpoint_process", "main"]
@@ -104,7 +105,7 @@ def _die_with(parent: int) -> None:
 
 @dataclass(slots=True)
 class _State:
-    skeleton: Any
+    skeleton: Skeleton
     buffers: Buffers
 
 
@@ -112,6 +113,7 @@ class _Server:
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._states: dict[int, _State] = {}
+        self._metadata_writer = PickleWriter()
 
     def serve(self) -> None:
         while True:
@@ -157,11 +159,11 @@ class _Server:
 
         def receive() -> tuple[Any, Any, Any]:
             if request.skeleton is not None:
-                skeleton = unpack(request.skeleton, buffers, _loads)
+                skeleton = unpack_skeleton(request.skeleton, buffers, _loads)
                 self._states[request.state_number] = _State(skeleton, of_skeleton)
             values = unpack(request.values, buffers, _loads)
             writer, planner = _loads(request.plugins)
-            return fill(self._states[request.state_number].skeleton, values), writer, planner
+            return self._states[request.state_number].skeleton.filled(values), writer, planner
 
         unsubscribe = subscribe(self._send_event) if request.wants_events else None
         ranks = Ranks(None, distributed=request.in_group, coordinator_rank=request.coordinator_rank)
@@ -172,7 +174,7 @@ class _Server:
                 metadata: Metadata = run_save(
                     state_dict, writer, planner, ranks, use_collectives=request.use_collectives
                 )
-                return "saved", pickle.dumps(metadata, protocol=pickle.HIGHEST_PROTOCOL)
+                return "saved", self._metadata_writer.write(metadata)
         except CheckpointException as exc:
             return _failed(exc)
         # Anything else is reported in the same form: the training process raises it on this rank.

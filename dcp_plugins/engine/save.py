@@ -17,11 +17,12 @@ from dcp_plugins.engine.commit import commit, commit_alone
 from dcp_plugins.engine.setup import accepts, open_writer, ranks_of, storage_second, to_plain
 from dcp_plugins.engine.thread_runner import thread_runner
 from dcp_plugins.events import record
+from dcp_plugins.format.metadata import MetadataEncoder
 from dcp_plugins.plan import DefaultSavePlanner
 from dcp_plugins.plan.cache import CachedPlan, lookup, new_generation, store
 from dcp_plugins.plan.codec import PackedChoice, PackedPlan, choose, chosen, pack, unpack
 from dcp_plugins.storage import FileSystemWriter
-from dcp_plugins.storage.writer import check_results
+from dcp_plugins.storage.planned import check_results
 
 __all__ = ["run_save", "save", "save_state_dict"]
 
@@ -99,6 +100,7 @@ def run_save(
         return step.save_alone()
     with record("plan"):
         plan = step.agreed_plan()
+    step.hand_over_encoder()
     return commit(writer, ranks, step.metadata, lambda: step.write(plan))
 
 
@@ -122,6 +124,7 @@ class _Save:
         self._cache_key: Hashable = None
         self._earlier: CachedPlan | None = None
         self._proposed: SavePlan | None = None
+        self._encoder: MetadataEncoder | None = None
         self.metadata: Metadata | None = None
         """Of the whole checkpoint; on the coordinator only, once the plan is agreed."""
 
@@ -138,17 +141,18 @@ class _Save:
         assert self._proposed is not None
         final_plan = chosen(self._proposed, cached.plan)
         if self._description is not None:
-            store(
-                self._cache_key,
-                CachedPlan(
-                    cached.generation,
-                    self._description,
-                    final_plan,
-                    # Storage is about to add its part to the metadata, which belongs to this save alone.
-                    _copy_of(self.metadata) if self.metadata is not None else None,
-                ),
-            )
+            kept = None
+            if self.metadata is not None:
+                # Storage is about to add its part to the metadata, which belongs to this save alone.
+                kept = _copy_of(self.metadata)
+                self._encoder = MetadataEncoder()
+            store(self._cache_key, CachedPlan(cached.generation, self._description, final_plan, kept, self._encoder))
         return final_plan
+
+    def hand_over_encoder(self) -> None:
+        """On the coordinator: let the writer encode the metadata as it did at the last save of the same plan."""
+        if self._encoder is not None and isinstance(self._writer, FileSystemWriter):
+            self._writer.encode_with(self._encoder)
 
     def save_alone(self) -> Metadata:
         """Save without agreement: this rank's plan is the whole plan, and its metadata a file of its own."""
@@ -237,6 +241,7 @@ class _Save:
         if not plans and entry is not None and generations == {entry.generation}:
             assert entry.metadata is not None
             self.metadata = _copy_of(entry.metadata)
+            self._encoder = entry.encoder
             return [_Reuse(entry.generation)] * len(proposals)
         if generations:
             return [_Resend()] * len(proposals)

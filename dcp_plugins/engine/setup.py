@@ -100,6 +100,8 @@ def to_plain(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     Containers that hold none are not copied. Keys are visited sorted: a ``state_dict`` method may run collectives, and
     ranks may order their dicts differently.
     """
+    if type(state_dict) is dict and _holds_leaves_only(state_dict):
+        return state_dict.copy()
     plain: dict[str, Any] = {}
     for key in sorted(state_dict, key=str):
         # A state_dict method may take keys away.
@@ -138,6 +140,11 @@ _LEAVES = frozenset({torch.Tensor, torch.nn.Parameter, str, int, float, bool})
 _NEVER_STATEFUL = _LEAVES | {dict, OrderedDict, list, tuple}
 
 
+def _holds_leaves_only(state_dict: Mapping[Any, Any]) -> bool:
+    """Whether a dict is flat, as large ones are."""
+    return _LEAVES.issuperset(map(type, state_dict.values()))
+
+
 def _expand(value: Any) -> Any:
     if type(value) in _LEAVES:
         return value
@@ -155,6 +162,8 @@ def holds_stateful(value: Any) -> bool:
     if type(value) in _LEAVES:
         return False
     if isinstance(value, MutableMapping):
+        if type(value) in (dict, OrderedDict) and _holds_leaves_only(value):
+            return False
         return any(is_stateful(entry) or holds_stateful(entry) for entry in value.values())
     return isinstance(value, list) and any(is_stateful(entry) or holds_stateful(entry) for entry in value)
 

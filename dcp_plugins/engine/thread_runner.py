@@ -11,15 +11,16 @@ import pickle
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, cast
 
 from dcp_plugins.collector import collector_paused
 from dcp_plugins.contract import Metadata
+from dcp_plugins.pace import paced
 from dcp_plugins.storage.threads import beside_training
 
-__all__ = ["PackedMetadata", "SaveFuture", "ThreadRunner", "thread_runner"]
+__all__ = ["PackedMetadata", "SaveFuture", "ThreadRunner", "await_saves", "thread_runner"]
 
 
 class PackedMetadata:
@@ -54,10 +55,15 @@ class SaveFuture(Future[Metadata]):
     def __init__(self) -> None:
         super().__init__()
         self._seen = False
+        self.awaited = threading.Event()
+        """Set once somebody waits: the save need not give way to training any more."""
+        self.before: list[SaveFuture] = []
+        """The saves that this one waits for itself; empty once they have ended."""
         self.set_running_or_notify_cancel()
 
     def result(self, timeout: float | None = None) -> Metadata:
         """Wait, and return the checkpoint's metadata or raise what the save failed with."""
+        self.hurry()
         try:
             found: Any = super().result(timeout)
             return found.unpack() if isinstance(found, PackedMetadata) else found
@@ -73,9 +79,15 @@ class SaveFuture(Future[Metadata]):
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Wait, and return what the save failed with, or None."""
+        self.hurry()
         found = super().exception(timeout)
         self._seen = True
         return found
+
+    def hurry(self) -> None:
+        """Have the save, and those that it waits for, know that somebody waits."""
+        for save in (*self.before, self):
+            save.awaited.set()
 
     @property
     def is_settled(self) -> bool:
@@ -92,6 +104,14 @@ class SaveFuture(Future[Metadata]):
         unseen = None if self._seen else failure
         self._seen = True
         return unseen
+
+
+def await_saves(saves: Sequence[Future[Metadata]]) -> None:
+    """Wait for saves, whatever comes of them, and have them know that somebody waits."""
+    for save in saves:
+        if isinstance(save, SaveFuture):
+            save.hurry()
+    concurrent.futures.wait(saves)
 
 
 class ThreadRunner:
@@ -123,7 +143,7 @@ class ThreadRunner:
 
     def wait(self) -> None:
         """Wait for all saves in flight, whatever comes of them; their failures stay to be reported."""
-        concurrent.futures.wait(list(self._saves))
+        await_saves(list(self._saves))
 
     def start(
         self,
@@ -141,7 +161,8 @@ class ThreadRunner:
         # A thread for each save: one that waits for work would have to be told when the interpreter wants to end.
         # Not a daemon, so that the interpreter waits for a save in flight.
         self._saves = [save for save in self._saves if not save.is_settled]
-        arguments = ([job], future, list(self._saves), may_begin)
+        future.before = list(self._saves)
+        arguments = ([job], future, may_begin)
         thread = threading.Thread(target=_run, args=arguments, name="dcp-async-save")
         self._saves.append(future)
         try:
@@ -175,15 +196,14 @@ class ThreadRunner:
 def _run(
     jobs: list[Callable[[], Metadata | PackedMetadata]],
     future: SaveFuture,
-    earlier: list[SaveFuture],
     may_begin: threading.Event,
 ) -> None:
     """Run the only job in the list, which is then gone: who sees the future done may free what was staged."""
     try:
         may_begin.wait()
-        concurrent.futures.wait(earlier)
-        earlier.clear()
-        with beside_training():
+        concurrent.futures.wait(future.before)
+        future.before = []
+        with beside_training(), paced(future.awaited):
             metadata = jobs.pop()()
     # Whatever it is, it belongs to the one who asks for the result.
     except BaseException as exc:

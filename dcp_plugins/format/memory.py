@@ -5,11 +5,16 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-__all__ = ["as_buffer", "is_directly_addressable"]
+__all__ = ["PLAIN_TENSORS", "are_directly_addressable", "as_buffer", "is_directly_addressable"]
+
+PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
+"""The classes whose instances have no behaviour of their own."""
 
 _NUMPY_DTYPES = frozenset(
     {
@@ -38,6 +43,27 @@ def is_directly_addressable(tensor: torch.Tensor) -> bool:
         and tensor.is_contiguous()
         and not tensor.is_neg()
         and not tensor.is_conj()
+    )
+
+
+_look = operator.attrgetter("is_cpu", "layout", "is_quantized", "is_nested")
+
+
+def are_directly_addressable(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether all of them are, and none is of a class or kind that needs a second look; in few calls for very many."""
+    if not tensors:
+        return True
+    if not PLAIN_TENSORS.issuperset(map(type, tensors)):
+        return False
+    on_host, layouts, quantized, nested = zip(*map(_look, tensors), strict=True)
+    return (
+        all(on_host)
+        and set(layouts) == {torch.strided}
+        and not any(quantized)
+        and not any(nested)
+        and all(map(torch.Tensor.is_contiguous, tensors))
+        and not any(map(torch.Tensor.is_neg, tensors))
+        and not any(map(torch.Tensor.is_conj, tensors))
     )
 
 

@@ -1,6 +1,6 @@
 """The ``.metadata`` file: a pickle that stock torch reads, and a trailer behind it that only this package reads.
 
-``metadata_writer`` emits the pickle, ``metadata_trailer`` frames and checks the bytes, ``metadata_reader`` admits the
+``metadata_pickle`` writes the pickle, ``metadata_trailer`` frames and checks the bytes, ``metadata_reader`` admits the
 vocabulary and nothing else, and ``metadata_verifier`` checks what came out before anybody relies on it.
 """
 
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 from dcp_plugins.collector import collector_paused
 from dcp_plugins.contract import Metadata
+from dcp_plugins.format.metadata_pickle import PickleWriter
 from dcp_plugins.format.metadata_reader import read_pickle, read_trusted_pickle
 from dcp_plugins.format.metadata_trailer import JSON, add_trailer, split_trailer
 from dcp_plugins.format.metadata_verifier import verify
-from dcp_plugins.format.metadata_writer import write_pickle
 
-__all__ = ["JSON", "Decoded", "decode", "decode_extras", "decode_with_extras", "encode"]
+__all__ = ["JSON", "Decoded", "MetadataEncoder", "decode", "decode_extras", "decode_with_extras", "encode"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,21 @@ def encode(metadata: Metadata, *, extras: Mapping[str, JSON] | None = None) -> b
     Raises:
         UnsupportedValueError: Something in ``metadata`` cannot be pickled, or in ``extras`` is no JSON.
     """
-    return add_trailer(write_pickle(metadata), extras or {})
+    return MetadataEncoder().encode(metadata, extras=extras)
+
+
+class MetadataEncoder:
+    """Encodes as ``encode`` does, and remembers how it has written what is the same for all saves of one plan.
+
+    To be kept with the plan: the entries of ``state_dict_metadata`` must not change between two calls.
+    """
+
+    def __init__(self) -> None:
+        self._pickle_writer = PickleWriter()
+
+    def encode(self, metadata: Metadata, *, extras: Mapping[str, JSON] | None = None) -> bytes:
+        """Return the bytes of a ``.metadata`` file."""
+        return add_trailer(self._pickle_writer.write(metadata), extras or {})
 
 
 def decode(data: bytes | bytearray | memoryview, source: str, *, trust_pickle: bool = False) -> Metadata:

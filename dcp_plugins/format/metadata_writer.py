@@ -1,26 +1,23 @@
-"""Emits the pickle of a ``Metadata``, opcode by opcode.
+"""Emits a ``Metadata`` as opcodes of pickle; ``metadata_pickle`` makes a stream of them.
 
 ``pickle.dumps`` spends some 20 microseconds on a tensor: it walks each object, calls each ``__getstate__``, and looks
 up each string. Yet nearly all of a checkpoint's metadata are the same few byte sequences around names and offsets.
 Here these sequences are built once and joined.
 
-The stream is ``PROTO 4, FRAME, MARK, pool, POP_MARK, Metadata, STOP``. The pool pushes everything that is referred to
-more than once (classes, strings, sizes, states) and memoizes it in order, so that the memo's index of an entry is its
-place in the pool; POP_MARK then drops the pool from the stack and what follows refers to it with BINGET. Objects that
-are not of the vocabulary come first in the pool, pickled by ``pickle`` itself.
-
-Mutable objects are never shared through the memo, whatever the original shares: each reader of a tensor's entry has
-it for himself. (Only the state that BUILD copies from is shared.)
+What is referred to more than once (classes, strings, sizes, states) is in the *pool*, whose entries are pushed and
+memoized in order before all else, so that the memo's index of an entry is its place in the pool. Mutable objects are
+never shared through it, whatever the original shares: each reader of a tensor's entry has it for himself. (Only the
+state that BUILD copies from is shared.)
 """
 
 from __future__ import annotations
 
+import operator
 import os
 import pathlib
-import pickle
 import struct
-from collections.abc import Mapping
-from operator import attrgetter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -29,7 +26,6 @@ from dcp_plugins.contract import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
     MemoryFormatEncoding,
-    Metadata,
     MetadataIndex,
     StorageInfo,
     StorageMeta,
@@ -37,9 +33,10 @@ from dcp_plugins.contract import (
     TensorStorageMetadata,
 )
 from dcp_plugins.errors import UnsupportedValueError
-from dcp_plugins.format.pickle_opcodes import pickle_foreign, push_integer, push_reference, push_string, push_tuple
+from dcp_plugins.format.pickle_opcodes import push_integer, push_reference, push_string, push_tuple
+from dcp_plugins.pace import giving_way
 
-__all__ = ["write_pickle"]
+__all__ = ["Emitter"]
 
 _MEMORY_FORMATS = {
     torch.contiguous_format: MemoryFormatEncoding.TORCH_CONTIGUOUS_FORMAT,
@@ -55,35 +52,11 @@ _PATHS = (
 # Values nested deeper go to pickle, which also knows how to write a value that contains itself.
 _MAX_DEPTH = 16
 
-_get_tensor = attrgetter("properties", "size", "chunks")
-_get_properties = attrgetter("dtype", "layout", "requires_grad", "memory_format", "pin_memory")
-_get_chunk = attrgetter("offsets", "sizes")
-_get_index = attrgetter("fqn", "offset", "index")
-_get_storage = attrgetter("relative_path", "offset", "length", "transform_descriptors")
-
-
-def write_pickle(metadata: Metadata) -> bytes:
-    """Return a pickle that ``pickle.loads`` reads to an object equal to ``metadata``.
-
-    Raises:
-        UnsupportedValueError: Something in it cannot be pickled.
-    """
-    try:
-        if type(metadata) is not Metadata or type(metadata.state_dict_metadata) is not dict:
-            return pickle.dumps(metadata, protocol=4)
-        emitter = _Emitter(b"", 0, {})
-        body = emitter.metadata(metadata)
-        if emitter.foreign:
-            # Their opcodes number the memo from zero, so they lead the stream: start over with them known.
-            emitter = _Emitter(*pickle_foreign(list(emitter.foreign.values())))
-            body = emitter.metadata(metadata)
-    except (pickle.PicklingError, TypeError, AttributeError, RecursionError) as exc:
-        raise UnsupportedValueError(
-            f"the checkpoint's metadata cannot be pickled: {exc}. Objects that a planner or a storage puts into it "
-            "must be of importable classes"
-        ) from exc
-    frame = b"".join((b"(", emitter.head, *emitter.pool, b"1", body, b"."))
-    return b"".join((b"\x80\x04\x95", struct.pack("<Q", len(frame)), frame))
+_get_tensor = operator.attrgetter("properties", "size", "chunks")
+_get_properties = operator.attrgetter("dtype", "layout", "requires_grad", "memory_format", "pin_memory")
+_get_chunk = operator.attrgetter("offsets", "sizes")
+_get_index = operator.attrgetter("fqn", "offset", "index")
+_get_storage = operator.attrgetter("relative_path", "offset", "length", "transform_descriptors")
 
 
 class _TooDeep(Exception):
@@ -96,7 +69,7 @@ class _Strings(dict[Any, bytes]):
     Other values are accepted too, as elements of a path: they are emitted in place and not remembered.
     """
 
-    def __init__(self, emitter: _Emitter) -> None:
+    def __init__(self, emitter: Emitter) -> None:
         super().__init__()
         self._emitter = emitter
 
@@ -107,8 +80,14 @@ class _Strings(dict[Any, bytes]):
         return reference
 
 
-class _Emitter:
-    """Emits one ``Metadata``; every method returns opcodes that push exactly one object."""
+class Emitter:
+    """Emits the parts of one ``Metadata``; what a method returns pushes exactly one object.
+
+    Args:
+        head: Opcodes before the pool, which push and memoize objects that pickle has written.
+        num_memoized: How many.
+        foreign_references: The reference to each, by its id.
+    """
 
     def __init__(self, head: bytes, num_memoized: int, foreign_references: dict[int, bytes]) -> None:
         self.head = head
@@ -121,6 +100,7 @@ class _Emitter:
         self._sizes: dict[Any, bytes] = {}
         self._properties: dict[Any, bytes] = {}
         self._chunks: dict[Any, bytes] = {}
+        self._index_tails: dict[Any, bytes] = {}
 
     def memoize(self, push: bytes) -> bytes:
         """Put what ``push`` pushes into the pool and return the reference to it."""
@@ -129,21 +109,22 @@ class _Emitter:
         self._num_memoized += 1
         return push_reference(self._num_memoized - 1)
 
-    def metadata(self, metadata: Metadata) -> bytes:
-        fields = []
-        for name, value in vars(metadata).items():
-            if name == "state_dict_metadata":
-                emitted = self._tensors(value)
-            elif name == "storage_data" and type(value) is dict:
-                emitted = self._storage(value)
-            elif name == "planner_data" and type(value) is dict:
-                emitted = self._paths(value)
-            elif name == "storage_meta" and type(value) is StorageMeta:
-                emitted = self._storage_meta(value)
-            else:
-                emitted = self.value(value)
-            fields.append((name, emitted))
-        return self._instance(Metadata, fields)
+    def fork(self) -> Emitter:
+        """Return an emitter that goes on from here, and leaves this one as it is."""
+        fork = Emitter(self.head, self._num_memoized, self._foreign_references)
+        fork.pool = self.pool.copy()
+        fork.foreign = self.foreign.copy()
+        fork._strings.update(self._strings)
+        fork._classes = self._classes.copy()
+        fork._sizes = self._sizes.copy()
+        fork._properties = self._properties.copy()
+        fork._chunks = self._chunks.copy()
+        fork._index_tails = self._index_tails.copy()
+        return fork
+
+    def join_pool(self) -> None:
+        """Make one piece of the pool, for forks to copy."""
+        self.pool = [b"".join(self.pool)]
 
     def value(self, value: Any) -> bytes:
         """Emit any value: plain data here, the rest through ``pickle``."""
@@ -192,7 +173,7 @@ class _Emitter:
     def _type(self, kind: type) -> bytes:
         return self._class(kind.__module__, kind.__qualname__)
 
-    def _instance(self, kind: type, fields: list[tuple[str, bytes]]) -> bytes:
+    def instance(self, kind: type, fields: list[tuple[str, bytes]]) -> bytes:
         items = [part for name, emitted in fields for part in (self._strings[name], emitted)]
         return b"".join((self._type(kind), b")\x81}(", *items, b"ub"))
 
@@ -209,12 +190,13 @@ class _Emitter:
             reference = self._sizes[size] = self.memoize(push)
         return reference
 
-    def _tensors(self, tensors: dict[Any, Any]) -> bytes:
+    def tensors(self, tensors: dict[Any, Any]) -> bytes:
+        """Emit ``state_dict_metadata``."""
         strings = self._strings
         in_bytes = self._type(BytesStorageMetadata) + b")\x81"
         whole: dict[Any, bytes] = {}
         parts = [b"}("]
-        for fqn, tensor in tensors.items():
+        for fqn, tensor in giving_way(tensors.items()):
             if type(tensor) is TensorStorageMetadata:
                 properties, size, chunks = _get_tensor(tensor)
                 if (
@@ -268,7 +250,7 @@ class _Emitter:
             ("size", self._size(size)),
             ("chunks", emitted_chunks),
         ]
-        return self._instance(TensorStorageMetadata, fields)
+        return self.instance(TensorStorageMetadata, fields)
 
     def _chunk(self, offsets: Any, sizes: Any) -> bytes:
         fields = (self._strings["offsets"], self._size(offsets), self._strings["sizes"], self._size(sizes))
@@ -300,42 +282,21 @@ class _Emitter:
             emitted = self._properties[key] = self._type(TensorProperties) + b")\x81" + reference + b"b"
         return emitted
 
-    def _storage(self, storage: Mapping[Any, Any]) -> bytes:
-        strings = self._strings
-        index_head = self._type(MetadataIndex) + b")\x81}(" + strings["fqn"]
-        info_head = self._type(StorageInfo) + b")\x81}(" + strings["relative_path"]
-        k_offset, k_length = strings["offset"], strings["length"]
-        near = struct.Struct(f"<{len(k_offset)}sci{len(k_length)}sci2s").pack
-        far = struct.Struct(f"<{len(k_offset)}s2sq{len(k_length)}s2sq2s").pack
-        tails: dict[Any, bytes] = {}
-        parts = [b"}("]
-        for index, info in storage.items():
-            if type(index) is MetadataIndex:
-                fqn, offset, hint = _get_index(index)
-                tail = tails.get((offset, hint))
-                if tail is None:
-                    tail = tails[offset, hint] = self._index_tail(offset, hint)
-                parts += (index_head, strings[fqn], tail)
-            else:
-                parts.append(self.value(index))
-            if type(info) is not StorageInfo:
-                parts.append(self.value(info))
+    def indices(self, indices: Iterable[Any]) -> list[bytes]:
+        """Emit each of the keys of ``storage_data``."""
+        strings, tails = self._strings, self._index_tails
+        head = self._type(MetadataIndex) + b")\x81}(" + strings["fqn"]
+        emitted = []
+        for index in giving_way(indices):
+            if type(index) is not MetadataIndex:
+                emitted.append(self.value(index))
                 continue
-            path, start, length, transforms = _get_storage(info)
-            if transforms is None and type(path) is str and type(start) is type(length) is int:
-                if 0 <= start < 2**31 and 0 <= length < 2**31:
-                    numbers = near(k_offset, b"J", start, k_length, b"J", length, b"ub")
-                    parts += (info_head, strings[path], numbers)
-                    continue
-                if 0 <= start < 2**63 and 0 <= length < 2**63:
-                    numbers = far(k_offset, b"\x8a\x08", start, k_length, b"\x8a\x08", length, b"ub")
-                    parts += (info_head, strings[path], numbers)
-                    continue
-            # Like StorageInfo.__getstate__, which leaves out what is None.
-            state = {name: value for name, value in vars(info).items() if value is not None}
-            parts.append(self._instance(StorageInfo, [(name, self.value(value)) for name, value in state.items()]))
-        parts.append(b"u")
-        return b"".join(parts)
+            fqn, offset, hint = _get_index(index)
+            tail = tails.get((offset, hint))
+            if tail is None:
+                tail = tails[offset, hint] = self._index_tail(offset, hint)
+            emitted.append(head + strings[fqn] + tail)
+        return emitted
 
     def _index_tail(self, offset: Any, hint: Any) -> bytes:
         fields = [self._strings["index"], self.value(hint)]
@@ -343,10 +304,51 @@ class _Emitter:
             fields += (self._strings["offset"], self._size(offset))
         return b"".join((*fields, b"ub"))
 
-    def _paths(self, paths: Mapping[Any, Any]) -> bytes:
+    def storage(self, indices: Sequence[bytes], infos: Collection[Any]) -> bytes:
+        """Emit ``storage_data``, whose keys have been emitted already."""
+        emitted = self._usual_infos(infos)
+        if emitted is None:
+            emitted = [self._info(info) for info in giving_way(infos)]
+        parts = [b""] * (2 * len(indices))
+        parts[::2], parts[1::2] = indices, emitted
+        return b"".join((b"}(", *parts, b"u"))
+
+    def _usual_infos(self, infos: Collection[Any]) -> list[bytes] | None:
+        """Emit places in files, without transforms, in few calls; return None if there are others."""
+        if not infos or not {StorageInfo}.issuperset(map(type, infos)):
+            return None
+        paths, starts, lengths, transforms = zip(*map(_get_storage, infos), strict=True)
+        numbers = (*starts, *lengths)
+        if (
+            not {type(None)}.issuperset(map(type, transforms))
+            or not {str}.issuperset(map(type, paths))
+            or not {int}.issuperset(map(type, numbers))
+            or not 0 <= min(numbers) <= max(numbers) < 2**63
+        ):
+            return None
+        head = self._type(StorageInfo) + b")\x81}(" + self._strings["relative_path"]
+        # In the order of their first use, so that the same metadata always gives the same bytes.
+        heads = {path: head + self._strings[path] for path in dict.fromkeys(paths)}
+        k_offset, k_length = self._strings["offset"], self._strings["length"]
+        push, code = (b"J", "i") if max(numbers) < 2**31 else (b"\x8a\x08", "q")
+        formed = struct.Struct(f"<{len(k_offset)}s{len(push)}s{code}{len(k_length)}s{len(push)}s{code}2s").pack
+        places = map(
+            formed, repeat(k_offset), repeat(push), starts, repeat(k_length), repeat(push), lengths, repeat(b"ub")
+        )
+        return list(map(operator.add, map(heads.__getitem__, paths), places))
+
+    def _info(self, info: Any) -> bytes:
+        if type(info) is not StorageInfo:
+            return self.value(info)
+        # Like StorageInfo.__getstate__, which leaves out what is None.
+        state = {name: value for name, value in vars(info).items() if value is not None}
+        return self.instance(StorageInfo, [(name, self.value(value)) for name, value in state.items()])
+
+    def paths(self, paths: Mapping[Any, Any]) -> bytes:
+        """Emit ``planner_data``: fqn -> path."""
         strings = self._strings
         parts = [b"}("]
-        for fqn, path in paths.items():
+        for fqn, path in giving_way(paths.items()):
             if type(path) is tuple:
                 if len(path) == 1 and type(path[0]) is str:
                     parts += (strings[fqn], strings[path[0]], b"\x85")
@@ -358,14 +360,15 @@ class _Emitter:
         parts.append(b"u")
         return b"".join(parts)
 
-    def _storage_meta(self, storage_meta: StorageMeta) -> bytes:
+    def storage_meta(self, storage_meta: StorageMeta) -> bytes:
+        """Emit ``storage_meta``."""
         fields = []
         for name, value in vars(storage_meta).items():
             if name == "checkpoint_id" and isinstance(value, os.PathLike):
                 fields.append((name, self._path(value)))
             else:
                 fields.append((name, self.value(value)))
-        return self._instance(StorageMeta, fields)
+        return self.instance(StorageMeta, fields)
 
     def _path(self, path: os.PathLike[str]) -> bytes:
         # By hand, because pickle would name the class by the module that defines it in this version of Python.

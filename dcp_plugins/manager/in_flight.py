@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from dcp_plugins.contract import Metadata
+from dcp_plugins.engine.thread_runner import await_saves
 
 __all__ = ["InFlight"]
 
@@ -56,7 +57,7 @@ class InFlight:
 
     def wait(self) -> None:
         """Wait for the saves and for what was to follow them, whatever comes of them; failures stay to be raised."""
-        concurrent.futures.wait(self._saves)
+        await_saves(self._saves)
         concurrent.futures.wait(self._steps)
 
     def finish(self) -> None:
@@ -73,7 +74,7 @@ class InFlight:
     def finish_but_last(self) -> None:
         """Let the save that was begun last go on; wait for those before it, and raise what they failed with, once."""
         earlier = self._saves[:-1]
-        concurrent.futures.wait(earlier)
+        await_saves(earlier)
         self._saves = self._saves[-1:]
         _raise_failure_of(earlier)
 

@@ -13,6 +13,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 from dcp_plugins.contract import Metadata, SavePlan
+from dcp_plugins.format.metadata import MetadataEncoder
 
 __all__ = ["CachedPlan", "clear_cache", "lookup", "new_generation", "store"]
 
@@ -32,6 +33,8 @@ class CachedPlan:
     """What this rank writes."""
     metadata: Metadata | None = None
     """The checkpoint's metadata before storage added its part; on the coordinator only."""
+    encoder: MetadataEncoder | None = None
+    """Has encoded that metadata, with the part of the last storage; on the coordinator only."""
 
 
 _entries: OrderedDict[Hashable, CachedPlan] = OrderedDict()

@@ -23,6 +23,7 @@ from dcp_plugins.contract import (
     WriteItem,
     WriteItemType,
 )
+from dcp_plugins.pace import giving_way
 
 __all__ = ["PackedChoice", "PackedPlan", "choose", "chosen", "pack", "unpack"]
 
@@ -63,7 +64,7 @@ def pack(plan: SavePlan) -> PackedPlan | SavePlan:
     fqns: list[str] = []
     properties: list[TensorProperties] = []
     positions: dict[tuple[Any, ...], int] = {}
-    for item in plan.items:
+    for item in giving_way(plan.items):
         index, data = item.index, item.tensor_data
         if type(item) is not WriteItem or type(index) is not MetadataIndex or item.bytes_io_data is not None:
             return plan
@@ -103,7 +104,7 @@ def unpack(packed: PackedPlan | SavePlan) -> SavePlan:
         position += count
         return numbers[position - count : position]
 
-    for fqn in packed.fqns:
+    for fqn in giving_way(packed.fqns):
         code, hint, num_dims = take(3)
         offset = None if num_dims == _NONE else torch.Size(take(num_dims))
         index = MetadataIndex(fqn, offset, None if hint == _NONE else hint)
@@ -122,7 +123,7 @@ def choose(proposed: SavePlan, final: SavePlan) -> PackedChoice | SavePlan:
     """Return ``final`` as a choice among the items of ``proposed``; as it is where it is more than that."""
     known = {item.index: position for position, item in enumerate(proposed.items)}
     positions, hints = array("q"), array("q")
-    for item in final.items:
+    for item in giving_way(final.items):
         position = known.get(item.index)
         if position is None:
             return final
@@ -150,7 +151,8 @@ def chosen(proposed: SavePlan, choice: PackedChoice | SavePlan) -> SavePlan:
     if isinstance(choice, SavePlan):
         return choice
     items = []
-    for position, hint in zip(array("q", choice.positions), array("q", choice.hints), strict=True):
+    places = zip(array("q", choice.positions), array("q", choice.hints), strict=True)
+    for position, hint in giving_way(places):
         item = proposed.items[position]
         wanted = None if hint == _NONE else hint
         if item.index.index != wanted:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from dcp_plugins.errors import PlanError
+from dcp_plugins.format.memory import PLAIN_TENSORS
+from dcp_plugins.pace import giving_way
 
 __all__ = ["FlattenMapping", "Path", "flatten_state_dict", "get_element", "set_element", "unflatten_state_dict"]
 
@@ -33,35 +35,35 @@ def flatten_state_dict(
     Raises:
         PlanError: Two values have the same fqn, as in ``{"a": {"b": 1}, "a.b": 2}``.
     """
+    if type(state_dict) is dict and _is_flat(state_dict):
+        # As most large ones are: zip makes the paths, of one element each.
+        return state_dict.copy(), dict(zip(state_dict, zip(state_dict, strict=True), strict=True))
     flat: dict[str, Any] = {}
     mapping: FlattenMapping = {}
     is_leaf = _is_leaf if enter_plain_dicts else _is_leaf_before_2_4
 
-    def visit(path: Path, value: Any) -> None:
-        if not is_leaf(value):
-            entries = (
-                ((str(key), entry) for key, entry in value.items()) if isinstance(value, Mapping) else enumerate(value)
-            )
-            for key, entry in entries:
-                visit((*path, key), entry)
-            return
-        fqn = ".".join(map(str, path)) if len(path) > 1 else str(path[0])
-        if fqn in flat:
-            raise PlanError(
-                f"two values of the state dict have the key {fqn!r}: at {mapping[fqn]} and at {path}; rename one"
-            )
-        flat[fqn] = value
-        mapping[fqn] = path
-
-    for key, value in state_dict.items():
-        fqn = str(key)
-        if isinstance(value, torch.Tensor) and fqn not in flat:
-            # Most state dicts are flat already, and large.
+    def enter(path: Path, prefix: str, container: Any) -> None:
+        is_list = isinstance(container, list)
+        for key, value in giving_way(enumerate(container) if is_list else container.items()):
+            fqn = f"{prefix}{key}"
+            here = (*path, key if is_list else str(key))
+            if not (isinstance(value, torch.Tensor) or is_leaf(value)):
+                enter(here, f"{fqn}.", value)
+                continue
+            if fqn in flat:
+                raise PlanError(
+                    f"two values of the state dict have the key {fqn!r}: at {mapping[fqn]} and at {here}; rename one"
+                )
             flat[fqn] = value
-            mapping[fqn] = (fqn,)
-        else:
-            visit((fqn,), value)
+            mapping[fqn] = here
+
+    enter((), "", state_dict)
     return flat, mapping
+
+
+def _is_flat(state_dict: dict[Any, Any]) -> bool:
+    """Whether all that a dict holds is tensors under strings."""
+    return {str}.issuperset(map(type, state_dict)) and PLAIN_TENSORS.issuperset(map(type, state_dict.values()))
 
 
 def _is_leaf(value: Any) -> bool:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 from dcp_plugins.contract import MetadataIndex, SavePlan, WriteItem
+from dcp_plugins.pace import giving_way
 
 __all__ = ["assign_replicas", "item_nbytes"]
 
@@ -32,13 +33,13 @@ def assign_replicas(plans: list[SavePlan], *, to_lowest_rank: bool = False) -> l
     holders: dict[MetadataIndex, list[int]] = {}
     items: dict[MetadataIndex, WriteItem] = {}
     for rank, plan in enumerate(plans):
-        for item in plan.items:
+        for item in giving_way(plan.items):
             holders.setdefault(item.index, []).append(rank)
             items.setdefault(item.index, item)
     writer: dict[MetadataIndex, int] = {}
     load_bytes = [0] * len(plans)
     replicated = []
-    for index, ranks in holders.items():
+    for index, ranks in giving_way(holders.items()):
         if len(ranks) == 1 or to_lowest_rank:
             writer[index] = ranks[0]
             load_bytes[ranks[0]] += item_nbytes(items[index])
@@ -46,7 +47,7 @@ def assign_replicas(plans: list[SavePlan], *, to_lowest_rank: bool = False) -> l
             replicated.append(index)
     # The sort is stable, so equal sizes keep the order of the first plan that lists them.
     replicated.sort(key=lambda index: -item_nbytes(items[index]))
-    for index in replicated:
+    for index in giving_way(replicated):
         rank = min(holders[index], key=lambda rank: load_bytes[rank])
         writer[index] = rank
         # Values of unknown size count a little, so that many of them spread over the ranks.
@@ -56,7 +57,7 @@ def assign_replicas(plans: list[SavePlan], *, to_lowest_rank: bool = False) -> l
 
 def _once(items: list[WriteItem], rank: int, writer: dict[MetadataIndex, int]) -> list[WriteItem]:
     kept: dict[MetadataIndex, WriteItem] = {}
-    for item in items:
+    for item in giving_way(items):
         if writer[item.index] == rank:
             kept.setdefault(item.index, item)
     return list(kept.values())

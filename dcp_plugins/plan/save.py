@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,11 +22,12 @@ from dcp_plugins.contract import (
     WriteItemType,
 )
 from dcp_plugins.errors import PlanError
+from dcp_plugins.pace import giving_way
 from dcp_plugins.plan.flatten import FlattenMapping, flatten_state_dict
 from dcp_plugins.plan.replicas import assign_replicas
 from dcp_plugins.plan.validate import plan_problems
 from dcp_plugins.plan.values import dump_value
-from dcp_plugins.tensors import find_object, flatten_sharded_tensors, signature, write_items
+from dcp_plugins.tensors import find_object, find_objects, flatten_sharded_tensors, signatures, write_items
 
 __all__ = ["DefaultSavePlanner", "create_default_global_save_plan", "create_default_local_save_plan"]
 
@@ -106,6 +108,18 @@ class DefaultSavePlanner(SavePlanner):
         resolved: torch.Tensor | io.BytesIO = self.transform_object(write_item, self.lookup_object(write_item.index))
         return resolved
 
+    def resolve_data_of_items(self, write_items: Sequence[WriteItem]) -> list[torch.Tensor | io.BytesIO]:
+        """Return what ``resolve_data`` returns for each item; of very many small tensors, in few calls."""
+        for hook in ("resolve_data", "lookup_object", "transform_object"):
+            if getattr(getattr(self, hook), "__func__", None) is not getattr(DefaultSavePlanner, hook):
+                return [self.resolve_data(item) for item in write_items]
+        found = find_objects(self.state_dict, [item.index for item in write_items])
+        is_bytes = WriteItemType.BYTE_IO
+        return [
+            dump_value(value) if item.type is is_bytes else value
+            for item, value in zip(write_items, found, strict=True)
+        ]
+
     def lookup_object(self, index: MetadataIndex) -> Any:
         """Return the value, or the local view of the tensor, that ``index`` names; to be overridden at will."""
         return find_object(self.state_dict, index)
@@ -124,20 +138,18 @@ class DefaultSavePlanner(SavePlanner):
         hooks = ("create_local_plan", "create_global_plan", "finish_plan")
         if any(getattr(type(self), hook) is not getattr(DefaultSavePlanner, hook) for hook in hooks):
             return None
-        described = []
-        for fqn, value in self.state_dict.items():
-            key = signature(value)
-            if key is None:
-                return None
-            described.append((fqn, key))
+        described = signatures(list(self.state_dict.values()))
+        if described is None:
+            return None
         # Paths are part of the plan: {"a": {"b": t}} and {"a.b": t} have the same fqns.
-        return (self.flatten_state_dict, self.dedup_save_to_lowest_rank, described, list(self.mappings.values()))
+        paths = list(self.mappings.values())
+        return (self.flatten_state_dict, self.dedup_save_to_lowest_rank, list(self.state_dict), described, paths)
 
 
 def create_default_local_save_plan(state_dict: dict[str, Any], is_coordinator: bool) -> SavePlan:
     """Return the plan that lists all that this rank holds of a flat state dict, replicas included."""
     items: list[WriteItem] = []
-    for fqn, value in state_dict.items():
+    for fqn, value in giving_way(state_dict.items()):
         items += write_items(fqn, value)
     return SavePlan(items)
 
@@ -159,7 +171,7 @@ def create_default_global_save_plan(
     new_plans = []
     for rank, plan in enumerate(all_plans):
         new_items: list[WriteItem] = []
-        for item in plan.items:
+        for item in giving_way(plan.items):
             fqn = item.index.fqn
             entry = entries.get(fqn)
             data = item.tensor_data

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from dcp_plugins.contract import ChunkStorageMetadata, Metadata, TensorStorageMetadata
 from dcp_plugins.geometry import Box, covers, overlaps
+from dcp_plugins.pace import giving_way
 
 __all__ = ["box_of", "coverage_problems", "overlap_problems", "plan_problems"]
 
@@ -54,7 +55,7 @@ def plan_problems(metadata: Metadata, *, complete: bool) -> list[str]:
         complete: Whether the chunks of every tensor must cover it (not so for one rank's plan of a sharded model).
     """
     problems: list[str] = []
-    for fqn, entry in metadata.state_dict_metadata.items():
+    for fqn, entry in giving_way(metadata.state_dict_metadata.items()):
         if not isinstance(entry, TensorStorageMetadata):
             continue
         chunks = entry.chunks

@@ -34,6 +34,10 @@ def copy_on_host(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor
     small_targets: list[torch.Tensor] = []
     small_sources: list[torch.Tensor] = []
     work: list[_Work] = []
+    if sources and max(map(torch.Tensor.numel, sources)) < _MIN_TORCH_PARALLEL_ELEMENTS:
+        # As very many are.
+        small_targets, small_sources = list(targets), list(sources)
+        targets = sources = ()
     runs: list[_Run] = []
     room = _PIECE_BYTES
     for target, source in zip(targets, sources, strict=True):

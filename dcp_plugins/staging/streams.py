@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 
 from dcp_plugins.staging.host_copy import copy_on_host
@@ -35,7 +37,7 @@ class Copies:
 
     def start(self, targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
         """Copy host sources now, and begin to copy those on devices."""
-        if all(source.is_cpu for source in sources):
+        if all(map(_is_on_host, sources)):
             copy_on_host(targets, sources)
             return
         by_device: dict[torch.device, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
@@ -81,6 +83,9 @@ class Copies:
         self._under_way.extend(sources)
         with stream:
             _copy(targets, sources, non_blocking=self._non_blocking)
+
+
+_is_on_host = operator.attrgetter("is_cpu")
 
 
 def _has_streams(device: torch.device | None) -> bool:

@@ -17,14 +17,11 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dcp_plugins.errors import UnsupportedValueError
-from dcp_plugins.format.memory import as_buffer
+from dcp_plugins.format.memory import PLAIN_TENSORS, as_buffer
 from dcp_plugins.tensors import find_shard, write_items
 from dcp_plugins.tensors.describe import has_hooks
 
-__all__ = ["PLAIN_TENSORS", "copies_itself", "is_plain_memory", "parts", "rebuild"]
-
-PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
-"""The classes whose instances have no behaviour of their own."""
+__all__ = ["copies_itself", "is_plain_memory", "parts", "rebuild"]
 
 Build = Callable[[str, Any], Any]
 """Gives the copy of a part, by the part's name."""

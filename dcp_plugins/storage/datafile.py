@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,7 +14,8 @@ from typing import Any
 import torch
 
 from dcp_plugins.format.container import ALIGNMENT_BYTES, Layout, crc32, predicted_layout
-from dcp_plugins.format.memory import as_buffer, is_directly_addressable
+from dcp_plugins.format.memory import PLAIN_TENSORS, as_buffer, is_directly_addressable
+from dcp_plugins.pace import elsewhere
 from dcp_plugins.storage.host_blocks import host_blocks
 from dcp_plugins.storage.local import write_all
 
@@ -23,7 +27,13 @@ _PIECE_BYTES = 2 * 1024 * 1024
 # What is collected before a system call; IOV_MAX is 1024 on Linux.
 _MAX_PENDING_BUFFERS = 1000
 _MAX_PENDING_BYTES = 4 * 1024 * 1024
-_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+_BUFFERS_PER_CONTAINER = 4
+_ZEROS = bytes(ALIGNMENT_BYTES)
+
+
+@functools.lru_cache(1024)
+def _bytes(nbytes: int) -> type[ctypes.Array[ctypes.c_char]]:
+    return ctypes.c_char * nbytes
 
 
 class DataFile:
@@ -38,7 +48,9 @@ class DataFile:
         self._sync = sync
         # O_EXCL: names are unique to the save, so that a file which exists already is a fault worth hearing of.
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        self._pending: list[memoryview | bytes] = []
+        self._pending: list[Any] = []
+        # Of buffers among the pending ones.
+        self._owners: list[Sequence[torch.Tensor]] = []
         self._pending_bytes = 0
         self.position = 0
         """Where the next byte goes, in bytes from the file's start."""
@@ -55,7 +67,7 @@ class DataFile:
                 if self._sync:
                     os.fsync(self._fd)
         finally:
-            self._pending = []
+            self._pending, self._owners = [], []
             os.close(self._fd)
 
     def write(self, data: memoryview | bytes, nbytes: int) -> None:
@@ -68,27 +80,54 @@ class DataFile:
 
     def write_tensor(self, tensor: torch.Tensor) -> tuple[int, int]:
         """Append a tensor's container and return its offset and length in bytes."""
-        if type(tensor) not in _PLAIN_TYPES and isinstance(tensor, torch.Tensor):
+        if type(tensor) not in PLAIN_TENSORS and isinstance(tensor, torch.Tensor):
             return self._write_subclass(tensor)
         layout = predicted_layout(tensor.dtype, tensor.shape)
         self._align()
         offset = self.position
-        if 0 < layout.nbytes <= _PIECE_BYTES and is_directly_addressable(tensor):
-            self._write_small(layout, as_buffer(tensor))
-            return offset, layout.length
         self.write(layout.head, len(layout.head))
         crc = 0
         if layout.nbytes == 0:
             pass
         elif not is_directly_addressable(tensor):
-            for block in host_blocks(tensor.detach()):
-                crc = self._write_data(as_buffer(block), block.numel() * block.element_size(), crc)
-                # The block's memory is about to be filled again.
-                self._flush()
+            with elsewhere():
+                for block in host_blocks(tensor.detach()):
+                    crc = self._write_data(as_buffer(block), block.numel() * block.element_size(), crc)
+                    # The block's memory is about to be filled again.
+                    self._flush()
         else:
             crc = self._write_data(as_buffer(tensor), layout.nbytes, crc)
         self.write(layout.tail(crc), layout.tail_length)
         return offset, layout.length
+
+    def write_small(self, tensors: Sequence[torch.Tensor], layouts: Sequence[Layout]) -> list[tuple[int, int]]:
+        """Append the containers of a few small tensors, and return the offset and length of each in bytes.
+
+        Of very many, this is what each costs: so every step is one call for all, where there is such a call.
+
+        Args:
+            tensors: Directly addressable.
+            layouts: Of each.
+        """
+        starts = map(torch.Tensor.data_ptr, tensors)
+        buffers = [_bytes(layout.nbytes).from_address(start) for layout, start in zip(layouts, starts, strict=True)]
+        if len(self._pending) + _BUFFERS_PER_CONTAINER * len(tensors) > _MAX_PENDING_BUFFERS:
+            self._flush()
+        # Such buffers do not keep their memory alive.
+        self._owners.append(tensors)
+        places = []
+        pending, position = self._pending, self.position
+        for layout, buffer, crc in zip(layouts, buffers, map(crc32, buffers), strict=True):
+            gap = -position % ALIGNMENT_BYTES
+            pending += (_ZEROS[:gap], layout.head, buffer, layout.tail(crc))
+            position += gap
+            places.append((position, layout.length))
+            position += layout.length
+        self._pending_bytes += position - self.position
+        self.position = position
+        if self._pending_bytes >= _MAX_PENDING_BYTES or len(pending) >= _MAX_PENDING_BUFFERS:
+            self._flush()
+        return places
 
     def write_bytes(self, data: io.BytesIO) -> tuple[int, int]:
         """Append a byte string and return its offset and length in bytes."""
@@ -97,16 +136,6 @@ class DataFile:
         view = data.getbuffer()
         self.write(view, len(view))
         return offset, len(view)
-
-    def _write_small(self, layout: Layout, buffer: Any) -> None:
-        """Append a whole container; of many small tensors, this is what each costs."""
-        pending = self._pending
-        pending += (layout.head, buffer, layout.tail(crc32(buffer)))
-        length = layout.length
-        self.position += length
-        self._pending_bytes += length
-        if self._pending_bytes >= _MAX_PENDING_BYTES or len(pending) >= _MAX_PENDING_BUFFERS:
-            self._flush()
 
     def _write_subclass(self, tensor: torch.Tensor) -> tuple[int, int]:
         # A subclass has a pickle of its own, around tensors of its own: torch knows how to write it.
@@ -121,7 +150,8 @@ class DataFile:
         view = memoryview(buffer).cast("B")
         for start in range(0, nbytes, _PIECE_BYTES):
             piece = view[start : start + _PIECE_BYTES]
-            crc = crc32(piece, crc)
+            with elsewhere():
+                crc = crc32(piece, crc)
             self.write(piece, len(piece))
             self._flush()
         return crc
@@ -129,10 +159,12 @@ class DataFile:
     def _align(self) -> None:
         gap = -self.position % ALIGNMENT_BYTES
         if gap:
-            self.write(bytes(gap), gap)
+            self.write(_ZEROS[:gap], gap)
 
     def _flush(self) -> None:
         if self._pending:
             pending, self._pending = self._pending, []
             nbytes, self._pending_bytes = self._pending_bytes, 0
-            write_all(self._fd, pending, nbytes)
+            with elsewhere():
+                write_all(self._fd, pending, nbytes)
+            self._owners = []

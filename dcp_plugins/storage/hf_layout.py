@@ -11,10 +11,10 @@ from dcp_plugins.contract import SavePlanner, WriteItem, WriteItemType
 from dcp_plugins.errors import PlanError, StorageWriteError
 from dcp_plugins.format.safetensors_header import Placement, file_name
 from dcp_plugins.geometry import Box, covers
+from dcp_plugins.storage.planned import check_against_plan
 from dcp_plugins.storage.safetensors_file import NewTensor, Piece, assembled
-from dcp_plugins.storage.writer import check_against_plan
 
-__all__ = ["RankFiles", "item_bytes", "new_tensor", "placement", "split_by_file"]
+__all__ = ["RankFiles", "new_tensor", "placement", "split_by_file"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +54,6 @@ def split_by_file(items: list[WriteItem], own: RankFiles) -> dict[str, dict[str,
 def box_of_item(item: WriteItem) -> Box:
     assert item.tensor_data is not None
     return Box(tuple(item.tensor_data.chunk.offsets), tuple(item.tensor_data.chunk.sizes))
-
-
-def item_bytes(item: WriteItem) -> int:
-    """Return the bytes of the item's chunk."""
-    assert item.tensor_data is not None
-    return box_of_item(item).numel * item.tensor_data.properties.dtype.itemsize
 
 
 def placement(items: list[WriteItem]) -> Placement:

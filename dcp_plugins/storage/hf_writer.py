@@ -30,8 +30,9 @@ from dcp_plugins.format.safetensors_header import (
 )
 from dcp_plugins.storage.hf_consolidate import consolidate
 from dcp_plugins.storage.hf_index import encode_index, read_index
-from dcp_plugins.storage.hf_layout import RankFiles, item_bytes, new_tensor, placement, split_by_file
+from dcp_plugins.storage.hf_layout import RankFiles, new_tensor, placement, split_by_file
 from dcp_plugins.storage.local import make_directory, publish, remove_files, sync_directory
+from dcp_plugins.storage.planned import item_bytes
 from dcp_plugins.storage.safetensors_file import NewFile, read_header, write_files
 from dcp_plugins.storage.threads import default_thread_count
 from dcp_plugins.storage.writer import FileSystemWriter

@@ -13,7 +13,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Generic, TypeVar
 
-__all__ = ["SharedWork", "beside_training", "default_thread_count", "run_all", "split_by_bytes"]
+from dcp_plugins.pace import pace_of_this_thread, paced
+
+__all__ = [
+    "MIN_PARALLEL_PIECE_BYTES",
+    "SharedWork",
+    "beside_training",
+    "default_thread_count",
+    "run_all",
+    "split_by_bytes",
+]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -21,8 +30,8 @@ R = TypeVar("R")
 _MAX_DEFAULT_THREADS = 8
 # Below this, a thread costs more than it brings.
 _MIN_BYTES_PER_THREAD = 16 * 1024 * 1024
-# Smaller pieces are bound by the interpreter, which one thread at a time holds: they do not ask for more threads.
-_MIN_PARALLEL_PIECE_BYTES = 256 * 1024
+MIN_PARALLEL_PIECE_BYTES = 256 * 1024
+"""Smaller pieces are bound by the interpreter, which one thread at a time holds: they do not ask for more threads."""
 # A thread beside training that has waited for a processor for more than this part of a while gives up its place.
 _CROWDED = 0.25
 _WHILE_SECONDS = 0.01
@@ -49,7 +58,7 @@ def split_by_bytes(pieces: Sequence[T], sizes_bytes: Sequence[int], max_parts: i
 
     Fewer parts come back where there is too little to share; none of them is empty, unless there are no pieces.
     """
-    parallel_bytes = sum(size for size in sizes_bytes if size >= _MIN_PARALLEL_PIECE_BYTES)
+    parallel_bytes = sum(size for size in sizes_bytes if size >= MIN_PARALLEL_PIECE_BYTES)
     num_parts = max(1, min(max_parts, parallel_bytes // _MIN_BYTES_PER_THREAD))
     if num_parts == 1:
         return [list(pieces)] if pieces else []
@@ -113,8 +122,14 @@ def run_all(function: Callable[[T], R], work: Sequence[T]) -> list[R]:
     """
     if len(work) <= 1:
         return [function(element) for element in work]
+    awaited = pace_of_this_thread()
+
+    def keep_pace(element: T) -> R:
+        with paced(awaited):
+            return function(element)
+
     with ThreadPoolExecutor(len(work) - 1, thread_name_prefix="dcp-io") as pool:
-        futures = [pool.submit(function, element) for element in work[1:]]
+        futures = [pool.submit(keep_pace, element) for element in work[1:]]
         # The calling thread would only wait: it takes the first part.
         first = function(work[0])
         return [first, *(future.result() for future in futures)]

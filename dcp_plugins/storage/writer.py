@@ -6,7 +6,7 @@ import dataclasses
 import io
 import itertools
 import logging
-import math
+import operator
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,10 +31,10 @@ from dcp_plugins.contract import (
     WriteItemType,
     WriteResult,
 )
-from dcp_plugins.errors import CheckpointError, CheckpointExistsError, StorageWriteError, listing
+from dcp_plugins.errors import CheckpointError, CheckpointExistsError, StorageWriteError
 from dcp_plugins.format.container import crc32, predicted_layout
-from dcp_plugins.format.memory import as_buffer, is_directly_addressable
-from dcp_plugins.format.metadata import decode, encode
+from dcp_plugins.format.memory import are_directly_addressable, as_buffer, is_directly_addressable
+from dcp_plugins.format.metadata import MetadataEncoder, decode
 from dcp_plugins.format.names import (
     METADATA_NAME,
     data_file_name,
@@ -43,17 +43,23 @@ from dcp_plugins.format.names import (
     new_save_id,
     temporary_name,
 )
+from dcp_plugins.pace import elsewhere, give_way
 from dcp_plugins.storage.datafile import DataFile
 from dcp_plugins.storage.host_blocks import host_blocks
 from dcp_plugins.storage.local import litter, make_directory, publish, remove_files, sync_directory
+from dcp_plugins.storage.planned import Run, are_as_planned, check_against_plan, data_of, in_runs, runs_of
 from dcp_plugins.storage.threads import SharedWork, default_thread_count, run_all, split_by_bytes
 from dcp_plugins.storage.transforms import encode_stream
 
-__all__ = ["DCP_VERSION", "FileSystemWriter", "check_against_plan", "check_results", "local_path_is_usable"]
+__all__ = ["DCP_VERSION", "FileSystemWriter", "local_path_is_usable"]
 
 logger = logging.getLogger(__name__)
 
 DCP_VERSION = "1.0.0"
+
+_index = operator.attrgetter("index")
+_info = operator.attrgetter("storage_data")
+_relative_path = operator.attrgetter("relative_path")
 
 
 class FileSystemWriter(StorageWriter):
@@ -114,6 +120,7 @@ class FileSystemWriter(StorageWriter):
         self.use_collectives = True
         self._written: list[str] = []
         self._first: tuple[Callable[[torch.Tensor], bool], Callable[[], None]] | None = None
+        self._encoder = MetadataEncoder()
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin a new save, under another path if one is given."""
@@ -164,7 +171,8 @@ class FileSystemWriter(StorageWriter):
         results: list[WriteResult] = []
         for items, then in self._turns(plan.items, planner):
             for folder, inside in self.folders(items):
-                results += self._write_items(inside, partial(new_name, folder), planner)
+                runs = runs_of(plan) if inside is plan.items else in_runs(inside)
+                results += self._write_runs(*runs, partial(new_name, folder), planner)
             then()
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
@@ -178,6 +186,10 @@ class FileSystemWriter(StorageWriter):
             written: Called when their bytes are in files, on the thread that calls ``write_data``.
         """
         self._first = (is_first, written)
+
+    def encode_with(self, encoder: MetadataEncoder) -> None:
+        """Have the next commit use what an encoder remembers of metadata with the same entries, and add to it."""
+        self._encoder = encoder
 
     def _turns(
         self, items: list[WriteItem], planner: SavePlanner
@@ -203,16 +215,18 @@ class FileSystemWriter(StorageWriter):
         """Divide this rank's items among folders of the checkpoint's directory, which is the folder ""."""
         return [("", items)]
 
-    def _write_items(
-        self, items: list[WriteItem], new_name: Callable[[], str], planner: SavePlanner
+    def _write_runs(
+        self, runs: list[Run], sizes_bytes: list[int], new_name: Callable[[], str], planner: SavePlanner
     ) -> list[WriteResult]:
-        """Write items into files of one folder, each thread into its own."""
+        """Write runs of items into files of one folder, each thread into its own."""
+        shares: list[list[Run]]
         if self.single_file_per_rank:
-            shares = split_by_bytes(items, [_nbytes(item) for item in items], self.thread_count)
+            shares = split_by_bytes(runs, sizes_bytes, self.thread_count)
         else:
             # What counts then is the number of files that are synced at the same time.
-            num_shares = min(self.thread_count, len(items))
-            shares = [items[first::num_shares] for first in range(num_shares)]
+            single = [Run((item,)) for run in runs for item in run.items]
+            num_shares = min(self.thread_count, len(single))
+            shares = [single[first::num_shares] for first in range(num_shares)]
         work = SharedWork(shares)
 
         def write_share(number: int) -> list[WriteResult]:
@@ -220,7 +234,7 @@ class FileSystemWriter(StorageWriter):
             try:
                 if self.single_file_per_rank:
                     return self._write_file(new_name, taken, planner)
-                return [result for item in taken for result in self._write_file(new_name, iter([item]), planner)]
+                return [result for run in taken for result in self._write_file(new_name, iter([run]), planner)]
             except BaseException:
                 # Nothing will be committed: the other threads need not write what is left.
                 work.drop()
@@ -228,54 +242,70 @@ class FileSystemWriter(StorageWriter):
 
         return [result for part in run_all(write_share, range(len(shares))) for result in part]
 
-    def _write_file(
-        self, new_name: Callable[[], str], items: Iterator[WriteItem], planner: SavePlanner
-    ) -> list[WriteResult]:
+    def _write_file(self, new_name: Callable[[], str], runs: Iterator[Run], planner: SavePlanner) -> list[WriteResult]:
         """Write items into a new file; make none if there are none."""
-        first = next(items, None)
+        first = next(runs, None)
         if first is None:
             return []
         name = new_name()
         self._written.append(name)
-        results = []
+        results: list[WriteResult] = []
         with DataFile(self.path / name, sync=self.sync_files) as file:
-            for item in itertools.chain([first], items):
-                data = planner.resolve_data(item)
-                if isinstance(data, torch.Tensor):
-                    check_against_plan(item, data)
-                    offset, length = self._append_tensor(file, data)
-                else:
-                    if item.type is not WriteItemType.BYTE_IO:
-                        raise StorageWriteError(
-                            f"{item.index.fqn}: the plan says tensor, the planner gave {type(data)}"
-                        )
-                    offset, length = self._append_bytes(file, data)
-                info = StorageInfo(name, offset, length)
+            for run in itertools.chain([first], runs):
+                give_way()
+                infos = [StorageInfo(name, offset, length) for offset, length in self._append_run(file, run, planner)]
                 if self.extensions:
-                    # In the order in which readers, torch's too, undo them. Torch's writer lists them the other way
-                    # round, so that what it wrote through two transforms nobody can read, unless they commute.
-                    info.transform_descriptors = [ext.get_descriptor() for ext in self.extensions]
-                results.append(WriteResult(item.index, length, info))
+                    for info in infos:
+                        # In the order in which readers, torch's too, undo them. Torch's writer lists them the other
+                        # way round, so that what it wrote through two transforms nobody can read, unless they commute.
+                        info.transform_descriptors = [ext.get_descriptor() for ext in self.extensions]
+                results += [
+                    WriteResult(item.index, info.length, info) for item, info in zip(run.items, infos, strict=True)
+                ]
         return results
+
+    def _append_run(self, file: DataFile, run: Run, planner: SavePlanner) -> list[tuple[int, int]]:
+        """Append what a run's items stand for, and return the offset and length of each."""
+        data = data_of(run, planner)
+        if len(data) > 1 and not self.extensions and are_as_planned(run, data) and are_directly_addressable(data):
+            return file.write_small(data, run.layouts)
+        return [self._append(file, item, value) for item, value in zip(run.items, data, strict=True)]
+
+    def _append(self, file: DataFile, item: WriteItem, data: Any) -> tuple[int, int]:
+        if isinstance(data, torch.Tensor):
+            check_against_plan(item, data)
+            return self._append_tensor(file, data)
+        if item.type is not WriteItemType.BYTE_IO:
+            raise StorageWriteError(f"{item.index.fqn}: the plan says tensor, the planner gave {type(data)}")
+        return self._append_bytes(file, data)
 
     def _append_tensor(self, file: DataFile, tensor: torch.Tensor) -> tuple[int, int]:
         if not self.extensions:
             return file.write_tensor(tensor)
-        return file.write_bytes(io.BytesIO(encode_stream(self.extensions, _container_parts(tensor))))
+        with elsewhere():
+            encoded = encode_stream(self.extensions, _container_parts(tensor))
+        return file.write_bytes(io.BytesIO(encoded))
 
     def _append_bytes(self, file: DataFile, data: io.BytesIO) -> tuple[int, int]:
         if not self.extensions:
             return file.write_bytes(data)
-        return file.write_bytes(io.BytesIO(encode_stream(self.extensions, [data.getbuffer()])))
+        with elsewhere():
+            encoded = encode_stream(self.extensions, [data.getbuffer()])
+        return file.write_bytes(io.BytesIO(encoded))
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Commit: publish the metadata in one step, then reclaim what it replaced and what killed saves left."""
         metadata.version = DCP_VERSION
-        metadata.storage_data = {result.index: result.storage_data for part in results for result in part}
+        metadata.storage_data = {}
+        for part in results:
+            metadata.storage_data.update(zip(map(_index, part), map(_info, part), strict=True))
+            give_way()
         metadata.storage_meta = self.storage_meta()
-        referenced = {info.relative_path for info in metadata.storage_data.values()}
+        referenced = set(map(_relative_path, metadata.storage_data.values()))
+        give_way()
         name = metadata_name(None if self.use_collectives else self.rank)
-        content = encode(
+        encoder, self._encoder = self._encoder, MetadataEncoder()
+        content = encoder.encode(
             metadata,
             extras={
                 "save_id": self.save_id,
@@ -345,28 +375,6 @@ def _nothing() -> None:
     """Follow what nothing follows."""
 
 
-def _nbytes(item: WriteItem) -> int:
-    if item.tensor_data is None:
-        return 0
-    return math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
-
-
-def check_against_plan(item: WriteItem, tensor: torch.Tensor) -> None:
-    """Refuse data that the metadata would misdescribe.
-
-    Raises:
-        StorageWriteError: The planner gave another kind, shape or dtype than it planned.
-    """
-    data = item.tensor_data
-    if data is None:
-        raise StorageWriteError(f"{item.index.fqn}: the plan says bytes, the planner gave a tensor")
-    if tensor.shape != data.chunk.sizes or tensor.dtype != data.properties.dtype:
-        raise StorageWriteError(
-            f"{item.index.fqn}: the plan says {tuple(data.chunk.sizes)} {data.properties.dtype}, the planner's "
-            f"resolve_data gave {tuple(tensor.shape)} {tensor.dtype}; change the item in create_local_plan too"
-        )
-
-
 def _container_parts(tensor: torch.Tensor) -> list[Any]:
     """Return a container's bytes for a stream transform, which takes them in order."""
     layout = predicted_layout(tensor.dtype, tensor.shape)
@@ -387,22 +395,3 @@ def _files_named_by(path: Path) -> set[str]:
         return set()
     named = decode(path.read_bytes(), str(path)).storage_data or {}
     return {info.relative_path for info in named.values() if isinstance(info, StorageInfo)}
-
-
-def check_results(results: list[WriteResult], plan: SavePlan) -> None:
-    """Compare what was written with what was planned.
-
-    Raises:
-        StorageWriteError: Something planned was not written, or the reverse; lists the keys.
-    """
-    # The writer hands the plan's own index objects on, so comparing identities settles nearly every case.
-    if len(results) == len(plan.items) and {id(item.index) for item in plan.items} == {
-        id(result.index) for result in results
-    }:
-        return
-    planned = {item.index for item in plan.items}
-    written = {result.index for result in results}
-    if planned != written or len(results) != len(plan.items):
-        missing = listing({index.fqn for index in planned - written})
-        surplus = listing({index.fqn for index in written - planned})
-        raise StorageWriteError(f"what was written is not what was planned: missing [{missing}], surplus [{surplus}]")

@@ -7,7 +7,8 @@ attributes of ``CheckpointableTensor``; ``ShardedTensor``; any other tensor; any
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+import operator
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from torch.distributed.tensor import DTensor
 
 from dcp_plugins.contract import ChunkStorageMetadata, MetadataIndex, WriteItem
 from dcp_plugins.errors import PlanError, UnsupportedValueError
+from dcp_plugins.format.memory import PLAIN_TENSORS
+from dcp_plugins.pace import give_way
 from dcp_plugins.tensors.checkpointable import (
     checkpointable_chunks,
     checkpointable_items,
@@ -33,7 +36,17 @@ from dcp_plugins.tensors.sharded import (
     sharded_signature,
 )
 
-__all__ = ["chunks", "find_object", "find_shard", "has_hooks", "is_whole", "signature", "write_items"]
+__all__ = [
+    "chunks",
+    "find_object",
+    "find_objects",
+    "find_shard",
+    "has_hooks",
+    "is_whole",
+    "signature",
+    "signatures",
+    "write_items",
+]
 
 # The offset of a tensor that is whole on this rank, by its number of dimensions; rarer ones take the longer way.
 _ORIGINS = {num_dims: zeros(num_dims) for num_dims in range(8)}
@@ -41,8 +54,8 @@ _WRITE_HOOK = "__create_write_items__"
 _CHUNK_HOOK = "__create_chunk_list__"
 _SHARD_HOOK = "__get_tensor_shard__"
 _BYTES_SIGNATURE = ("bytes",)
-# Classes without hooks of their own: what follows is skipped for nearly every value of a state dict.
-_PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
+# What is looked at in one go where there are very many.
+_BATCH = 512
 
 
 def write_items(fqn: str, value: Any) -> list[WriteItem]:
@@ -55,7 +68,7 @@ def write_items(fqn: str, value: Any) -> list[WriteItem]:
     Raises:
         UnsupportedValueError: A tensor that cannot be saved; names the fqn and what to do.
     """
-    if type(value) not in _PLAIN_TYPES:
+    if type(value) not in PLAIN_TENSORS:
         if isinstance(value, DTensor):
             hook = _dtensor_hook(value, _WRITE_HOOK)
             if hook is None:
@@ -82,7 +95,7 @@ def chunks(value: Any, fqn: str | None = None) -> list[ChunkStorageMetadata]:
     Raises:
         UnsupportedValueError: ``value`` is no tensor and has no hooks, or is a tensor that cannot be loaded.
     """
-    if type(value) not in _PLAIN_TYPES:
+    if type(value) not in PLAIN_TENSORS:
         if isinstance(value, DTensor):
             hook = _dtensor_hook(value, _CHUNK_HOOK)
             if hook is None:
@@ -112,7 +125,7 @@ def find_shard(value: Any, index: MetadataIndex) -> torch.Tensor:
     Raises:
         PlanError: This rank holds no such box; names the fqn and the offset.
     """
-    if type(value) not in _PLAIN_TYPES:
+    if type(value) not in PLAIN_TENSORS:
         if isinstance(value, DTensor):
             hook = _dtensor_hook(value, _SHARD_HOOK)
             return dtensor_shard(value, index) if hook is None else hook(index)
@@ -144,7 +157,7 @@ def find_object(state_dict: Mapping[str, Any], index: MetadataIndex) -> Any:
         value = state_dict[index.fqn]
     except KeyError:
         raise PlanError(f"Could not find '{index.fqn}' in the state dict.") from None
-    if type(value) in _PLAIN_TYPES and index.offset == _ORIGINS.get(value.dim()) and not is_checkpointable(value):
+    if type(value) in PLAIN_TENSORS and index.offset == _ORIGINS.get(value.dim()) and not is_checkpointable(value):
         return value
     if isinstance(value, torch.Tensor):
         return find_shard(value, index)
@@ -158,13 +171,32 @@ def find_object(state_dict: Mapping[str, Any], index: MetadataIndex) -> Any:
     return value
 
 
+def find_objects(state_dict: Mapping[str, Any], indices: Sequence[MetadataIndex]) -> list[Any]:
+    """Return what each of ``indices`` names, as ``find_object`` does, in few calls for very many."""
+    fqns = list(map(_fqn, indices))
+    if all(map(state_dict.__contains__, fqns)):
+        values = list(map(state_dict.__getitem__, fqns))
+        if (
+            PLAIN_TENSORS.issuperset(map(type, values))
+            and not any(map(_attributes, values))
+            and list(map(_offset, indices)) == list(map(_ORIGINS.get, map(torch.Tensor.dim, values)))
+        ):
+            return values
+    return [find_object(state_dict, index) for index in indices]
+
+
+_fqn = operator.attrgetter("fqn")
+_offset = operator.attrgetter("offset")
+_attributes = operator.attrgetter("__dict__")
+
+
 def signature(value: Any) -> Hashable | None:
     """Return a cheap key: two values with equal signatures, and one fqn, have equal write items.
 
     Returns:
         The key, or None for a value that describes itself with hooks: it may answer differently each time.
     """
-    if type(value) not in _PLAIN_TYPES:
+    if type(value) not in PLAIN_TENSORS:
         if isinstance(value, DTensor):
             return _dtensor_signature(value)
         if hasattr(value, _WRITE_HOOK):
@@ -182,9 +214,44 @@ def signature(value: Any) -> Hashable | None:
     return plain
 
 
+def signatures(values: Sequence[Any]) -> list[Hashable] | None:
+    """Return the signature of each value, or None if one has none.
+
+    Equal ones are one object: very many that live on would set off the collector, which takes longer than all of this.
+    """
+    found: list[Hashable] = []
+    known: dict[Hashable, Hashable] = {}
+    for start in range(0, len(values), _BATCH):
+        give_way()
+        batch = values[start : start + _BATCH]
+        usual = _usual_signatures(batch)
+        if usual is not None:
+            found += map(known.setdefault, usual, usual)
+            continue
+        for value in batch:
+            key = signature(value)
+            if key is None:
+                return None
+            found.append(key)
+    return found
+
+
+_is_nested = operator.attrgetter("is_nested")
+_look = operator.attrgetter("shape", "dtype", "requires_grad", "is_meta", "layout", "__dict__")
+
+
+def _usual_signatures(values: Sequence[Any]) -> list[Hashable] | None:
+    """Return the signatures of tensors without attributes of their own, in few calls; None if there are others."""
+    # A nested one has no shape to look at.
+    if not PLAIN_TENSORS.issuperset(map(type, values)) or any(map(_is_nested, values)):
+        return None
+    *plain, attributes = zip(*map(_look, values), strict=True)
+    return None if any(attributes) else list(zip(*plain, strict=True))
+
+
 def is_whole(value: Any) -> bool:
     """Whether ``value`` is a plain dense tensor, all of which is on this rank: its only box is itself."""
-    return type(value) in _PLAIN_TYPES and value.layout is torch.strided and not is_checkpointable(value)
+    return type(value) in PLAIN_TENSORS and value.layout is torch.strided and not is_checkpointable(value)
 
 
 def has_hooks(value: Any) -> bool:

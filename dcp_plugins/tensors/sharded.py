@@ -14,6 +14,7 @@ from torch.distributed._shard.sharded_tensor.shard import Shard
 
 from dcp_plugins.contract import ChunkStorageMetadata, MetadataIndex, WriteItem
 from dcp_plugins.errors import PlanError, UnsupportedValueError, listing
+from dcp_plugins.format.memory import PLAIN_TENSORS
 from dcp_plugins.tensors.items import check_savable, properties_of, shard_item
 
 __all__ = [
@@ -117,10 +118,13 @@ def flatten_sharded_tensors(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     serve for checkpoints only. A ShardedTensor without a shard on this rank is left out. Containers are copied, other
     values are not.
     """
+    if {str}.issuperset(map(type, state_dict)) and _NEVER_SHARDED.issuperset(map(type, state_dict.values())):
+        return dict(state_dict)
     return {str(key): flat for key, value in state_dict.items() if (flat := _flatten(value)) is not _ABSENT}
 
 
 _ABSENT = object()
+_NEVER_SHARDED = PLAIN_TENSORS | {type(None), bool, int, float, str}
 
 
 def _flatten(value: Any) -> Any:

@@ -16,7 +16,8 @@ from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
 from dcp_plugins.engine import process_meeting
 from dcp_plugins.engine.process_channel import Channel
-from dcp_plugins.engine.process_handles import BlockTable, Buffers, blocks, fill, pack, unpack
+from dcp_plugins.engine.process_handles import BlockTable, pack
+from dcp_plugins.engine.process_received import Buffers, blocks, unpack, unpack_skeleton
 from dcp_plugins.engine.process_worker import _loads
 from dcp_plugins.errors import UnsupportedValueError
 from dcp_plugins.staging import DefaultStager, StagingOptions
@@ -43,8 +44,8 @@ def sent(state_dict: dict[str, Any], table: BlockTable | None = None) -> dict[st
     buffers.fill(lambda memory: None)
     for target, source in zip(buffers.tensors, waiting, strict=True):
         target.copy_(source.reshape(-1).view(torch.uint8))
-    skeleton = unpack(packed.skeleton, buffers.tensors, _loads)
-    received: dict[str, Any] = fill(skeleton, unpack(packed.values, buffers.tensors, _loads))
+    skeleton = unpack_skeleton(packed.skeleton, buffers.tensors, _loads)
+    received: dict[str, Any] = skeleton.filled(unpack(packed.values, buffers.tensors, _loads))
     return received
 
 
@@ -102,12 +103,12 @@ def test_containers_are_new_for_each_receiver(stager: DefaultStager) -> None:
     table = BlockTable()
     packed = pack(staged, table)
     blocks.update(table.take_unsent())
-    skeleton = unpack(packed.skeleton, [], _loads)
+    skeleton = unpack_skeleton(packed.skeleton, [], _loads)
     values = _loads(packed.values)
-    first = fill(skeleton, values)
+    first = skeleton.filled(values)
     first["a"]["new"] = 1
     first["b"].append(3)
-    second = fill(skeleton, values)
+    second = skeleton.filled(values)
     assert list(second["a"]) == ["x"]
     assert len(second["b"]) == 2
 

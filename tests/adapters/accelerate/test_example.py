@@ -34,14 +34,14 @@ import os, signal
 if os.environ.get("RANK") == "1":
     from dcp_plugins.storage import FileSystemWriter
 
-    write = FileSystemWriter._write_items
+    write = FileSystemWriter._write_runs
 
-    def write_or_die(writer, items, *args):
-        if writer.path.name == "step_12" and items[0].index.fqn.startswith("pytorch_model"):
+    def write_or_die(writer, runs, *args):
+        if writer.path.name == "step_12" and runs[0].items[0].index.fqn.startswith("pytorch_model"):
             os.kill(os.getpid(), signal.SIGKILL)
-        return write(writer, items, *args)
+        return write(writer, runs, *args)
 
-    FileSystemWriter._write_items = write_or_die
+    FileSystemWriter._write_runs = write_or_die
 """
 
 

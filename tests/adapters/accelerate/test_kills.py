@@ -36,12 +36,12 @@ def load(path: Path) -> Any:
 
 
 def die_while_writing(path: Path, expected: Any) -> None:
-    write = FileSystemWriter._write_items
+    write = FileSystemWriter._write_runs
 
-    def write_all_but_models(writer: FileSystemWriter, items: list[Any], *args: Any) -> Any:
-        return die() if "pytorch_model" in items[0].index.fqn else write(writer, items, *args)
+    def write_all_but_models(writer: FileSystemWriter, runs: list[Any], *args: Any) -> Any:
+        return die() if "pytorch_model" in runs[0].items[0].index.fqn else write(writer, runs, *args)
 
-    FileSystemWriter._write_items = write_all_but_models  # type: ignore[method-assign]
+    FileSystemWriter._write_runs = write_all_but_models  # type: ignore[method-assign]
     save(path, 4)
 
 

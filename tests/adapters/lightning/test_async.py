@@ -173,14 +173,18 @@ def test_the_link_to_the_last_checkpoint_never_leads_to_one_that_is_not_committe
 
 def die_in_the_background(folder: Path, doomed: str, save_last: Any, at_step: int) -> None:
     """Kill every rank while the save called ``doomed`` is in the background and training has gone on."""
-    held = threading.Event()
+    held, never = threading.Event(), threading.Event()
 
     def commit(writer: CompanionWriter, do: Callable[[], None]) -> None:
         if writer.path.name == doomed:
-            held.wait(30)
+            held.set()
+            never.wait(30)
         do()
 
     def die(trainer: pl.Trainer) -> None:
+        # The save before it takes its time, too.
+        if trainer.is_global_zero:
+            assert held.wait(20)
         trainer.strategy.barrier()
         os.kill(os.getpid(), signal.SIGKILL)
 

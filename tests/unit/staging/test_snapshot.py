@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import io
 import threading
+import warnings
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -234,7 +235,14 @@ def test_a_mapping_that_cannot_be_copied_becomes_a_dict() -> None:
     assert staged == {"proxy": {"a": torch.ones(1), "b": {"c": 1}}}
 
 
-@pytest.mark.parametrize("value", [torch.ones(3, device="meta"), torch.eye(3).to_sparse()], ids=["meta", "sparse"])
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", UserWarning)
+    NESTED = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+
+
+@pytest.mark.parametrize(
+    "value", [torch.ones(3, device="meta"), torch.eye(3).to_sparse(), NESTED], ids=["meta", "sparse", "nested"]
+)
 def test_what_no_save_accepts_is_left_to_the_save_to_refuse(value: torch.Tensor) -> None:
     staged = snapshot({"t": value})["t"]
     assert staged.layout is value.layout
@@ -393,6 +401,25 @@ def test_what_stays_where_it_is_keeps_its_places_and_its_ties() -> None:
     for _ in range(3):
         snapshot({"other": state["other"]}, memory)
     assert memory.nbytes == 20
+
+
+def test_the_same_tensors_elsewhere_are_staged_where_they_were() -> None:
+    memory = HostMemory()
+    base = torch.arange(6.0)
+    first = snapshot({"a": base, "b": base[2:4], "c": torch.ones(3), "n": 1}, memory)
+    places = {key: value.data_ptr() for key, value in first.items() if key != "n"}
+    moved = base.clone() + 1
+    second = snapshot({"a": moved, "b": moved[2:4], "c": torch.zeros(3), "n": 2}, memory)
+    assert {key: value.data_ptr() for key, value in second.items() if key != "n"} == places
+    assert second["a"].tolist() == moved.tolist()
+    assert second["b"].tolist() == [3.0, 4.0]
+    assert second["c"].tolist() == [0.0] * 3
+    nbytes = memory.nbytes
+    # No longer tied.
+    third = snapshot({"a": moved, "b": torch.tensor([7.0, 8.0]), "c": torch.zeros(3), "n": 2}, memory)
+    assert third["a"].tolist() == moved.tolist()
+    assert third["b"].tolist() == [7.0, 8.0]
+    assert memory.nbytes > nbytes
 
 
 def test_more_than_is_allowed_is_refused_before_anything_is_copied() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import operator
 import warnings
 
 import pytest
@@ -17,7 +18,16 @@ from dcp_plugins.contract import (
     WriteItemType,
 )
 from dcp_plugins.errors import PlanError, UnsupportedValueError
-from dcp_plugins.tensors import chunks, find_object, find_shard, materialize_meta, signature, write_items
+from dcp_plugins.tensors import (
+    chunks,
+    find_object,
+    find_objects,
+    find_shard,
+    materialize_meta,
+    signature,
+    signatures,
+    write_items,
+)
 
 DTYPES = [
     torch.float32,
@@ -234,3 +244,31 @@ def test_meta_tensors_are_materialised_in_place_wherever_they_are():
 def test_a_deep_copy_of_a_value_has_the_same_signature():
     value = torch.nn.Parameter(torch.ones(2))
     assert signature(copy.deepcopy(value)) == signature(value)
+
+
+def test_many_values_have_the_signatures_that_each_has_alone():
+    values = [torch.ones(number % 3, 2) for number in range(1200)]
+    values[700] = torch.nn.Parameter(torch.ones(2))
+    values[701] = torch.ones(2, dtype=torch.int8)
+    assert signatures(values) == [signature(value) for value in values]
+    mixed = [*values, "text", 3]
+    assert signatures(mixed) == [signature(value) for value in mixed]
+    assert signatures([*values, _Hooked()]) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    assert signatures([*values, nested]) is None
+    assert signatures([]) == []
+
+
+def test_many_objects_are_found_as_each_is_alone():
+    state = {f"t{number}": torch.ones(2, number % 3) for number in range(300)}
+    indices = [MetadataIndex(fqn, [0, 0]) for fqn in state]
+    assert all(map(operator.is_, find_objects(state, indices), state.values()))
+    state["value"] = 5
+    found = find_objects(state, [*indices, MetadataIndex("value")])
+    assert all(map(operator.is_, found, state.values()))
+    with pytest.raises(PlanError, match="missing"):
+        find_objects(state, [*indices, MetadataIndex("missing")])
+    with pytest.raises(PlanError, match="whole on this rank"):
+        find_objects(state, [*indices[:3], MetadataIndex("t4", [1, 0])])

@@ -1,0 +1,112 @@
+"""How the background of a save shares the interpreter with the training beside it.
+
+One thread at a time runs Python. Training lets go of the interpreter's lock for each operator; a thread that has Python
+to run takes it then, and keeps it until the interpreter's switch interval (5 ms) is over: training makes one step where
+it would have made fifty. So the background of a save runs Python in short turns and sleeps between them, fifteen times
+as long as it ran: a save takes more time, training loses no more by it, and no step waits for long. (A loop of ranks,
+where each step waits for the slowest, would lose as much again for each rank whose turns came in one piece.)
+
+Nothing of this happens once somebody waits for the save.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+__all__ = ["elsewhere", "give_way", "giving_way", "hurry", "pace_of_this_thread", "paced"]
+
+T = TypeVar("T")
+
+_TURN_SECONDS = 0.001
+# Training is promised nine tenths of its rate; waking up and changing threads takes the rest.
+_SLEEP_PER_TURN = 15
+# Bounds the harm of a long call that held no lock, and was not known to.
+_MAX_SLEEP_SECONDS = 1.0
+_BATCH = 256
+
+
+class _Pace:
+    """The turns of one thread. Time is the thread's own on a processor: waiting for anything does not count."""
+
+    __slots__ = ("awaited", "is_elsewhere", "ran_seconds", "since")
+
+    def __init__(self, awaited: threading.Event) -> None:
+        self.awaited = awaited
+        self.is_elsewhere = False
+        self.ran_seconds = 0.0
+        self.since = time.thread_time()
+
+    def give_way(self) -> None:
+        now = time.thread_time()
+        self.ran_seconds += now - self.since
+        self.since = now
+        if self.ran_seconds >= _TURN_SECONDS:
+            self.awaited.wait(min(self.ran_seconds * _SLEEP_PER_TURN, _MAX_SLEEP_SECONDS))
+            self.ran_seconds = 0.0
+            self.since = time.thread_time()
+
+
+_here = threading.local()
+
+
+@contextmanager
+def paced(awaited: threading.Event | None) -> Iterator[None]:
+    """Run what is inside in turns, on this thread, until ``awaited`` is set; None runs it as ever."""
+    earlier = getattr(_here, "pace", None)
+    _here.pace = None if awaited is None else _Pace(awaited)
+    try:
+        yield
+    finally:
+        _here.pace = earlier
+
+
+def pace_of_this_thread() -> threading.Event | None:
+    """Return the event that ends this thread's pace, for ``paced`` in threads that work for it; None if it has none."""
+    pace: _Pace | None = getattr(_here, "pace", None)
+    return None if pace is None else pace.awaited
+
+
+def give_way() -> None:
+    """Let training run if this thread has had its turn: called often by whatever may run Python for long."""
+    pace: _Pace | None = getattr(_here, "pace", None)
+    if pace is not None:
+        pace.give_way()
+
+
+def giving_way(items: Iterable[T]) -> Iterable[T]:
+    """Return the items for a loop over very many, which gives way from time to time."""
+    return items if getattr(_here, "pace", None) is None else _giving_way(items)
+
+
+def _giving_way(items: Iterable[T]) -> Iterator[T]:
+    for number, item in enumerate(items):
+        if not number % _BATCH:
+            give_way()
+        yield item
+
+
+@contextmanager
+def elsewhere() -> Iterator[None]:
+    """Do not count what is inside: it computes without the interpreter's lock."""
+    pace: _Pace | None = getattr(_here, "pace", None)
+    if pace is None or pace.is_elsewhere:
+        yield
+        return
+    pace.is_elsewhere = True
+    pace.ran_seconds += time.thread_time() - pace.since
+    try:
+        yield
+    finally:
+        pace.since = time.thread_time()
+        pace.is_elsewhere = False
+
+
+def hurry() -> None:
+    """End this thread's pace: somebody waits for what it does."""
+    pace: _Pace | None = getattr(_here, "pace", None)
+    if pace is not None:
+        pace.awaited.set()
