@@ -12,6 +12,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,8 @@ def children() -> list[str]:
     """Return the processes of this one but those of the test suite: ranks' server may be importing still."""
     found: set[str] = set()
     for task in Path("/proc/self/task").iterdir():
-        found.update((task / "children").read_text().split())
+        with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended meanwhile has no children
+            found.update((task / "children").read_text().split())
     own = (forkserver._forkserver._forkserver_pid, resource_tracker._resource_tracker._pid)  # type: ignore[attr-defined]
     return sorted(found - {str(process) for process in own})
 
@@ -81,6 +83,10 @@ def anonymous_bytes(process: str) -> int:
 
 
 def used() -> dict[str, Any]:
+    # A save's result is there a moment before the thread that made it has ended.
+    for thread in threading.enumerate():
+        if thread.name == "dcp-async-save":
+            thread.join(timeout=10)
     processes = ["self", *children()]
     return {
         "threads": threading.active_count(),
