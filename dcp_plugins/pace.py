@@ -15,9 +15,9 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
-__all__ = ["elsewhere", "give_way", "giving_way", "hurry", "pace_of_this_thread", "paced"]
+__all__ = ["Awaited", "elsewhere", "give_way", "giving_way", "hurry", "pace_of_this_thread", "paced"]
 
 T = TypeVar("T")
 
@@ -29,12 +29,38 @@ _MAX_SLEEP_SECONDS = 1.0
 _BATCH = 256
 
 
+class Awaited(threading.Event):
+    """Whether somebody waits for a save: set once, and for good."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shown_in: Any = None
+
+    def set(self) -> None:
+        super().set()
+        if (flag := self._shown_in) is not None:
+            flag[0] = 1
+
+    @contextmanager
+    def shown_in(self, flag: Any) -> Iterator[None]:
+        """Keep the first element of a buffer, which another process may read, at 1 if somebody waits, else at 0."""
+        flag[0] = 0
+        self._shown_in = flag
+        # Somebody may have begun to between the two.
+        if self.is_set():
+            flag[0] = 1
+        try:
+            yield
+        finally:
+            self._shown_in = None
+
+
 class _Pace:
     """The turns of one thread. Time is the thread's own on a processor: waiting for anything does not count."""
 
     __slots__ = ("awaited", "is_elsewhere", "ran_seconds", "since")
 
-    def __init__(self, awaited: threading.Event) -> None:
+    def __init__(self, awaited: Awaited) -> None:
         self.awaited = awaited
         self.is_elsewhere = False
         self.ran_seconds = 0.0
@@ -54,7 +80,7 @@ _here = threading.local()
 
 
 @contextmanager
-def paced(awaited: threading.Event | None) -> Iterator[None]:
+def paced(awaited: Awaited | None) -> Iterator[None]:
     """Run what is inside in turns, on this thread, until ``awaited`` is set; None runs it as ever."""
     earlier = getattr(_here, "pace", None)
     _here.pace = None if awaited is None else _Pace(awaited)
@@ -64,7 +90,7 @@ def paced(awaited: threading.Event | None) -> Iterator[None]:
         _here.pace = earlier
 
 
-def pace_of_this_thread() -> threading.Event | None:
+def pace_of_this_thread() -> Awaited | None:
     """Return the event that ends this thread's pace, for ``paced`` in threads that work for it; None if it has none."""
     pace: _Pace | None = getattr(_here, "pace", None)
     return None if pace is None else pace.awaited

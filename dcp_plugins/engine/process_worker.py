@@ -114,12 +114,17 @@ class _Server:
         self._channel = channel
         self._states: dict[int, _State] = {}
         self._metadata_writer = PickleWriter()
+        self._awaited: mmap.mmap | None = None
 
     def serve(self) -> None:
         while True:
             (verb, *arguments), descriptor = self._channel.receive()
-            if descriptor is not None:
+            if verb == "block":
+                assert descriptor is not None
                 self._map(descriptor, *arguments)
+            elif verb == "awaited":
+                assert descriptor is not None
+                self._awaited = _mapped(descriptor, *arguments)
             elif verb == "main":
                 _main_module.update(arguments[0])
             elif verb == "forget":
@@ -130,12 +135,12 @@ class _Server:
                 self._channel.send(_answer(verb, arguments))
 
     def _map(self, descriptor: int, number: int, nbytes: int) -> None:
-        try:
-            # The tensor keeps the mapping alive, and the mapping a duplicate of the descriptor.
-            mapping = mmap.mmap(descriptor, nbytes)
-        finally:
-            os.close(descriptor)
-        blocks[number] = torch.frombuffer(mapping, dtype=torch.uint8).untyped_storage()
+        # The tensor keeps the mapping alive.
+        blocks[number] = torch.frombuffer(_mapped(descriptor, nbytes), dtype=torch.uint8).untyped_storage()
+
+    def _is_awaited(self) -> bool:
+        """Whether somebody waits for the save, in the training process."""
+        return self._awaited is not None and self._awaited[0] != 0
 
     def _forget(self, states: list[int], freed_blocks: list[int]) -> None:
         """Drop states; of memory that is no longer there, the states in it have to be among them."""
@@ -169,7 +174,7 @@ class _Server:
         ranks = Ranks(None, distributed=request.in_group, coordinator_rank=request.coordinator_rank)
         try:
             os.chdir(request.working_directory)
-            with collector_paused(), beside_training():
+            with collector_paused(), beside_training(self._is_awaited):
                 state_dict, writer, planner = ranks.settle("receive", receive)
                 metadata: Metadata = run_save(
                     state_dict, writer, planner, ranks, use_collectives=request.use_collectives
@@ -194,6 +199,15 @@ class _Server:
             fields = {name: str(value) for name, value in event.fields.items()}
             payload = pickle.dumps(dataclasses.replace(event, error=error, fields=fields))
         self._channel.send(("event", payload))
+
+
+def _mapped(descriptor: int, nbytes: int) -> mmap.mmap:
+    """Map a memory file, and close its descriptor."""
+    try:
+        # The mapping keeps a duplicate.
+        return mmap.mmap(descriptor, nbytes)
+    finally:
+        os.close(descriptor)
 
 
 def _failed(exc: CheckpointException) -> tuple[Any, ...]:

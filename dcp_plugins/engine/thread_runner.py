@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from dcp_plugins.collector import collector_paused
 from dcp_plugins.contract import Metadata
-from dcp_plugins.pace import paced
+from dcp_plugins.pace import Awaited, paced
 from dcp_plugins.storage.threads import beside_training
 
 __all__ = ["PackedMetadata", "SaveFuture", "ThreadRunner", "await_saves", "thread_runner"]
@@ -55,7 +55,7 @@ class SaveFuture(Future[Metadata]):
     def __init__(self) -> None:
         super().__init__()
         self._seen = False
-        self.awaited = threading.Event()
+        self.awaited = Awaited()
         """Set once somebody waits: the save need not give way to training any more."""
         self.before: list[SaveFuture] = []
         """The saves that this one waits for itself; empty once they have ended."""
@@ -203,7 +203,7 @@ def _run(
         may_begin.wait()
         concurrent.futures.wait(future.before)
         future.before = []
-        with beside_training(), paced(future.awaited):
+        with beside_training(future.awaited.is_set), paced(future.awaited):
             metadata = jobs.pop()()
     # Whatever it is, it belongs to the one who asks for the result.
     except BaseException as exc:

@@ -72,31 +72,36 @@ def split_by_bytes(pieces: Sequence[T], sizes_bytes: Sequence[int], max_parts: i
 
 
 @contextmanager
-def beside_training() -> Iterator[None]:
-    """Let work that this thread shares out take one processor from the training, and others only if they are idle."""
-    _here.is_beside_training = True
+def beside_training(is_awaited: Callable[[], bool]) -> Iterator[None]:
+    """Let work that this thread shares out take one processor from the training, and others only if they are idle.
+
+    Args:
+        is_awaited: Whether somebody waits for the work: it may then take all processors.
+    """
+    _here.is_awaited = is_awaited
     try:
         yield
     finally:
-        _here.is_beside_training = False
+        _here.is_awaited = None
 
 
 class SharedWork(Generic[T]):
     """Pieces shared out to threads, each of which takes from the others' shares when its own is done.
 
-    Made beside training, all threads but that of the first share leave off when they find that they share a processor,
-    at once and for good: what they would have done, the first does. (A lower priority instead, which would let them go
-    on, can stop the training: a thread that holds the interpreter lock and gets no processor stops all that want it.)
+    Made beside training, and while nobody waits for the work, all threads but that of the first share leave off when
+    they find that they share a processor, at once and for good: what they would have done, the first does. (A lower
+    priority instead, which would let them go on, can stop the training: a thread that holds the interpreter lock and
+    gets no processor stops all that want it.)
     """
 
     def __init__(self, shares: Sequence[Sequence[T]]) -> None:
         # Their ends are popped from without a lock.
         self._shares = [deque(share) for share in shares]
-        self._is_beside_training = getattr(_here, "is_beside_training", False)
+        self._is_awaited: Callable[[], bool] | None = getattr(_here, "is_awaited", None)
 
     def take(self, share: int) -> Iterator[T]:
         """Yield the pieces of one share in order, then those at the other shares' ends, until none is left."""
-        crowd = _Crowd() if share and self._is_beside_training else None
+        crowd = _Crowd(self._is_awaited) if share and self._is_awaited is not None else None
         own = self._shares[share]
         for pop, pieces in ((own.popleft, own), *((other.pop, other) for other in self._shares)):
             while pieces and not (crowd and crowd.is_here()):
@@ -136,13 +141,17 @@ def run_all(function: Callable[[T], R], work: Sequence[T]) -> list[R]:
 
 
 class _Crowd:
-    """Tells whether the thread that made it has to wait for a processor; for that thread alone.
+    """Tells whether the thread that made it keeps training from a processor; for that thread alone.
+
+    It does if it has to wait for one itself, and nobody waits for its work. (Without training a thread waits too now
+    and then: two may start on the same processor, and be moved apart some milliseconds later.)
 
     Linux counts how long each thread was ready to run and did not (``schedstat`` in its documentation of scheduler
     statistics). Where nobody counts, there is always a crowd.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, is_awaited: Callable[[], bool]) -> None:
+        self._is_awaited = is_awaited
         self._counter = Path(f"/proc/self/task/{threading.get_native_id()}/schedstat")
         self._since = time.monotonic()
         self._waited = self._waited_seconds()
@@ -150,6 +159,8 @@ class _Crowd:
 
     def is_here(self) -> bool:
         """Return whether there is a crowd, as far as is known from the last while; once there was one, there is."""
+        if self._is_awaited():
+            return False
         now = time.monotonic()
         elapsed = now - self._since
         if not self._is_here and elapsed > _WHILE_SECONDS:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 import dcp_plugins as dcp
+from dcp_plugins.storage import threads
 
 
 class Gated(dcp.FileSystemWriter):
@@ -27,8 +28,22 @@ class Gated(dcp.FileSystemWriter):
         return super().write_data(plan, planner)
 
 
+class Unhurried(dcp.FileSystemWriter):
+    """Says whether somebody waits for the save as it begins to write, and goes on once somebody does."""
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        is_awaited = threads._here.is_awaited
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / "begun").write_text(str(is_awaited()))
+        deadline = time.monotonic() + 30
+        while not is_awaited():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return super().write_data(plan, planner)
+
+
 def wait_for(path: Path) -> str:
-    """Wait until a ``Gated`` has begun; return its process's id."""
+    """Wait until a ``Gated`` or ``Unhurried`` has begun; return what it says: the former, its process's id."""
     deadline = time.monotonic() + 30
     while not (path / "begun").exists() or not (path / "begun").read_text():
         assert time.monotonic() < deadline

@@ -26,6 +26,7 @@ from dcp_plugins.cli.bench.memory import return_free_memory
 from dcp_plugins.engine import AsyncCheckpointerType, AsyncSaveResponse
 from dcp_plugins.engine.thread_runner import thread_runner
 from dcp_plugins.staging import DefaultStager, StagingOptions, release_staging_memory, staging_memory_bytes
+from tests.engine.leftovers import num_threads
 from tests.programs import run_forked
 
 pytestmark = [
@@ -83,13 +84,9 @@ def anonymous_bytes(process: str) -> int:
 
 
 def used() -> dict[str, Any]:
-    # A save's result is there a moment before the thread that made it has ended.
-    for thread in threading.enumerate():
-        if thread.name == "dcp-async-save":
-            thread.join(timeout=10)
     processes = ["self", *children()]
     return {
-        "threads": threading.active_count(),
+        "threads": num_threads(),
         "children": processes,
         "descriptors": [len(os.listdir(f"/proc/{process}/fd")) for process in processes],
         "shared memory": sorted(name for name in os.listdir("/dev/shm") if name.startswith(("torch_", "psm_", "dcp"))),

@@ -23,8 +23,7 @@ import torch.distributed.checkpoint as torch_dcp
 
 import dcp_plugins as dcp
 from dcp_plugins import events
-from dcp_plugins.engine import AsyncCheckpointerType, AsyncSaveResponse
-from dcp_plugins.engine import process_runner as process_runner_module
+from dcp_plugins.engine import AsyncCheckpointerType, AsyncSaveResponse, checkpoint_process
 from dcp_plugins.engine.process_handles import BlockTable, pack
 from dcp_plugins.engine.process_runner import process_runner
 from dcp_plugins.engine.thread_runner import thread_runner
@@ -38,6 +37,7 @@ from dcp_plugins.staging import (
     shared_stager,
 )
 from dcp_plugins.staging import memory as memory_module
+from tests.engine.leftovers import num_threads
 from tests.engine.process_plugins import (
     CastingPlanner,
     Full,
@@ -45,6 +45,7 @@ from tests.engine.process_plugins import (
     Raises,
     Reporting,
     Suicidal,
+    Unhurried,
     Unpicklable,
     wait_for,
 )
@@ -80,7 +81,7 @@ def loaded(path: Path, **more: Any) -> dict[str, Any]:
 
 
 def pid() -> int:
-    worker = process_runner._worker
+    worker = process_runner._process
     assert worker is not None
     return worker.process.pid
 
@@ -149,10 +150,19 @@ def test_the_metadata_and_the_checkpoint_are_those_of_a_synchronous_save(tmp_pat
     assert torch.equal(other["view"], state_dict["view"])
 
 
+def test_the_process_learns_of_each_save_whether_somebody_waits_for_it(tmp_path: Path) -> None:
+    for number in range(3):
+        path = tmp_path / str(number)
+        future = save({"weight": torch.full((4, 5), float(number)), "step": number}, storage_writer=Unhurried(path))
+        assert wait_for(path) == "False"
+        future.result(60)
+        assert loaded(path)["step"] == number
+
+
 def test_values_that_are_not_tensors_change_from_save_to_save(tmp_path: Path) -> None:
     state_dict: dict[str, Any] = {"weight": torch.ones(4, 5), "step": 0, "log": ["begin"]}
     sent = []
-    original = process_runner_module._Worker.save
+    original = checkpoint_process.CheckpointProcess.save
 
     def watch(self: Any, packed: Any, request: Any) -> Any:
         def watched(number: int, skeleton: bytes | None) -> Any:
@@ -162,7 +172,7 @@ def test_values_that_are_not_tensors_change_from_save_to_save(tmp_path: Path) ->
         return original(self, packed, watched)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(process_runner_module._Worker, "save", watch)
+        patch.setattr(checkpoint_process.CheckpointProcess, "save", watch)
         for step in range(4):
             state_dict["step"] = step
             state_dict["log"] = ["begin", *range(step)]
@@ -183,7 +193,7 @@ def test_states_in_turn_are_each_sent_once_and_few_are_kept(tmp_path: Path) -> N
     for turn in range(2):
         for size in range(1, 12):
             save({"x": torch.full((size,), float(turn))}, tmp_path / f"{turn}-{size}").result()
-    worker = process_runner._worker
+    worker = process_runner._process
     assert worker is not None
     assert len(worker._states) <= 8
     for turn in range(2):
@@ -253,7 +263,7 @@ def test_a_process_killed_between_saves_is_replaced_unnoticed(tmp_path: Path) ->
     save({"weight": torch.ones(4, 5), "step": 1}, tmp_path / "1").result()
     victim = pid()
     os.kill(victim, signal.SIGKILL)
-    worker = process_runner._worker
+    worker = process_runner._process
     assert worker is not None
     worker.process.wait(10)
     save({"weight": torch.ones(4, 5), "step": 2}, tmp_path / "2").result()
@@ -333,7 +343,7 @@ def test_an_asynchronous_stager_gives_two_futures(tmp_path: Path) -> None:
 
 
 def test_private_memory_is_sent_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    process_runner_module._warn_once.cache_clear()
+    checkpoint_process._warn_once.cache_clear()
     stager = BlockingAsyncStager(cache_staged_state_dict=True)
     large = torch.arange(600_000.0)
     with caplog.at_level(logging.WARNING):
@@ -395,7 +405,7 @@ def test_many_saves_leave_no_threads_descriptors_or_memory_behind(tmp_path: Path
 
     def used() -> Any:
         gc.collect()
-        return threading.active_count(), usage(os.getpid()), usage(pid()), sorted(os.listdir("/dev/shm"))
+        return num_threads(), usage(os.getpid()), usage(pid()), sorted(os.listdir("/dev/shm"))
 
     # Of what earlier tests have left, the process is told at the next save.
     gc.collect()

@@ -77,15 +77,15 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Co
             save({"a": torch.ones(3)}, dcp.FileSystemWriter("here"))
             os.chdir("..")
         save({"a": torch.ones(3)}, dcp.FileSystemWriter(folder + "/1")).result()
-        pid = process_runner._worker.process.pid
+        pid = process_runner._process.process.pid
         if not (child := os.fork()):
-            print("child's", process_runner._worker, flush=True)
+            print("child's", process_runner._process, flush=True)
             sys.exit(0)
         print("child ended with", os.waitpid(child, 0)[1])
         save({"a": torch.ones(3)}, dcp.FileSystemWriter(folder + "/2")).result()
-        print("parent's is the same", process_runner._worker.process.pid == pid)
+        print("parent's is the same", process_runner._process.process.pid == pid)
         save({"a": torch.ones(8_000_000)}, dcp.FileSystemWriter(folder + "/good"))
-        print(process_runner._worker.process.pid)
+        print(process_runner._process.process.pid)
         """,
         folder,
     )
@@ -185,7 +185,7 @@ def test_the_process_dies_with_its_parent_and_not_before(tmp_path: Path, started
         save({{"a": torch.ones(3)}}, dcp.FileSystemWriter(folder + "/good")).result()
         save({{"a": torch.ones(3)}}, Gated(folder + "/gated"))
         pid = wait_for(Path(folder + "/gated"))
-        assert int(pid) == process_runner._worker.process.pid
+        assert int(pid) == process_runner._process.process.pid
         # A process of its own that has inherited the channel must not keep the checkpoint process alive.
         if not (child := os.fork()):
             os.close(1)
@@ -215,7 +215,7 @@ def test_few_descriptors_are_enough_for_many_tensors(tmp_path: Path) -> None:
             dcp.load(target, checkpoint_id=f"{folder}/{count}")
             assert all((value == float(name)).all() for name, value in target.items())
             assert len(os.listdir("/proc/self/fd")) - before < 20
-            assert len(os.listdir(f"/proc/{process_runner._worker.process.pid}/fd")) < 30
+            assert len(os.listdir(f"/proc/{process_runner._process.process.pid}/fd")) < 30
 
         before = len(os.listdir("/proc/self/fd"))
         save_and_load(20_000, 1024)

@@ -40,7 +40,7 @@ def save(state_dict: dict[str, Any], path: str | None = None, **options: Any) ->
 
 
 def pid() -> int:
-    worker = process_runner._worker
+    worker = process_runner._process
     assert worker is not None
     return worker.process.pid
 
@@ -164,8 +164,8 @@ def kill_one(folder: str, where: str) -> tuple[float, str]:
     else:
         if rank == 1:
             os.kill(before, signal.SIGKILL)
-            assert process_runner._worker is not None
-            process_runner._worker.process.wait(10)
+            assert process_runner._process is not None
+            process_runner._process.process.wait(10)
         text = ""
     took = time.monotonic() - started
     dist.barrier()

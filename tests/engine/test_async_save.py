@@ -21,6 +21,7 @@ from dcp_plugins.engine.async_save import _writers_stagers
 from dcp_plugins.engine.thread_runner import SaveFuture, thread_runner
 from dcp_plugins.errors import UnsupportedValueError
 from dcp_plugins.staging import BlockingAsyncStager, DefaultStager, StagingOptions, release_staging_memory
+from tests.engine.leftovers import num_threads
 from tests.programs import run_forked, run_started
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
@@ -311,7 +312,7 @@ def test_many_saves_leave_no_threads_descriptors_or_memory_behind(tmp_path: Path
         dcp.async_save(state_dict, storage_writer=dcp.FileSystemWriter(tmp_path / "x", sync_files=False)).result()
 
     def used() -> tuple[int, int]:
-        return threading.active_count(), len(os.listdir("/proc/self/fd"))
+        return num_threads(), len(os.listdir("/proc/self/fd"))
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Detected an existing checkpoint")

@@ -7,11 +7,11 @@ import time
 
 import pytest
 
-from dcp_plugins.pace import elsewhere, give_way, giving_way, hurry, paced
+from dcp_plugins.pace import Awaited, elsewhere, give_way, giving_way, hurry, paced
 from dcp_plugins.storage.threads import run_all
 
 
-class Sleeps(threading.Event):
+class Sleeps(Awaited):
     """Notes how long somebody wants to sleep, instead of sleeping."""
 
     def __init__(self) -> None:
@@ -95,7 +95,7 @@ def test_a_thread_in_a_hurry_does_not_sleep() -> None:
 
 
 def test_a_sleeping_thread_wakes_up_when_somebody_waits() -> None:
-    awaited = threading.Event()
+    awaited = Awaited()
     asleep = threading.Event()
     took: list[float] = []
 
@@ -113,6 +113,26 @@ def test_a_sleeping_thread_wakes_up_when_somebody_waits() -> None:
     awaited.set()
     thread.join(20)
     assert took[0] < 0.9, "it would have slept for a second"
+
+
+def test_a_flag_shows_for_as_long_as_it_is_asked_to_whether_somebody_waits() -> None:
+    awaited, flag = Awaited(), bytearray(b"\1")
+    with awaited.shown_in(flag):
+        assert flag == b"\0"
+        awaited.set()
+        assert flag == b"\1"
+    later, flag = Awaited(), bytearray(1)
+    with later.shown_in(flag):
+        pass
+    later.set()
+    assert flag == b"\0"
+
+
+def test_a_flag_shows_from_the_start_that_somebody_waits_already() -> None:
+    awaited, flag = Awaited(), bytearray(1)
+    awaited.set()
+    with awaited.shown_in(flag):
+        assert flag == b"\1"
 
 
 def test_threads_that_work_for_a_background_keep_its_pace() -> None:

@@ -59,7 +59,8 @@ def work_off(share):
         hashlib.sha256(piece).digest()
         counts[share] += 1
 
-with beside_training() if sys.argv[1] == "beside" else nullcontext():
+how = sys.argv[1]
+with nullcontext() if how == "alone" else beside_training(lambda: how == "awaited"):
     work = SharedWork([range(40), range(40)])
     run_all(work_off, range(2))
 assert sum(counts) == 80, counts
@@ -73,6 +74,11 @@ def helped(how: str, folder: Path) -> int:
     done = run_forked(program, how, folder=folder)
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="nothing is tested where nobody says how long a thread has waited")
+def test_a_helping_thread_shares_a_processor_where_somebody_waits_for_its_work(tmp_path: Path) -> None:
+    assert helped("awaited", tmp_path) >= 20
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says how long a thread has waited for a processor")
