@@ -37,7 +37,9 @@ class Awaited(threading.Event):
         self._shown_in: Any = None
 
     def set(self) -> None:
-        super().set()
+        # Its lock is not reentrant, and the handler of a signal may be here while the thread that it interrupts is.
+        if not self.is_set():
+            super().set()
         if (flag := self._shown_in) is not None:
             flag[0] = 1
 

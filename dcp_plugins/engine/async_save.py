@@ -189,7 +189,11 @@ def begin_save(
 
         upload = thread_runner.start(save_staged, then=snapshot.written)
         if snapshot.completion is not None:
+            # Where the staging finds no memory, training waits for this save, and for those before it.
+            snapshot.if_held(upload.hurry)
             return AsyncSaveResponse(snapshot.completion, upload)
+        if snapshot.is_original is not None:
+            upload.hurry()
         snapshot.wait()
         _synchronize(stager)
         return upload

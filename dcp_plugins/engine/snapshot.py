@@ -48,6 +48,8 @@ class Snapshot:
         self._released: Future[None] = Future()
         self._staging: StateDict | Future[StateDict]
         self._original: StateDict | None = None
+        self._has_no_memory = False
+        self._if_held: Callable[[], None] | None = None
         self._held: Future[None] | None = None
         """The completion, where the staging that would have ended it had no memory."""
         # Threads of the background have another.
@@ -78,6 +80,8 @@ class Snapshot:
 
     def release(self) -> None:
         """Let the original change: all that is to be written of it has been."""
+        # It may lead to the save's future, which leads here.
+        self._if_held = None
         if self._released.done():
             return
         self._released.set_result(None)
@@ -89,6 +93,13 @@ class Snapshot:
         """Let the original change, whatever has become of the save; for the save's future to call."""
         self.release()
 
+    def if_held(self, then: Callable[[], None]) -> None:
+        """Call ``then`` if staging in the background finds no memory: the original is then held until it is written."""
+        self._if_held = then
+        # It may have found none already.
+        if self._has_no_memory:
+            then()
+
     def wait(self) -> None:
         """Wait until the original may change, if part of it is being written."""
         if self.is_original is not None:
@@ -98,6 +109,9 @@ class Snapshot:
         assert self.completion is not None
         failure = staging.exception()
         if isinstance(failure, MemoryError):
+            self._has_no_memory = True
+            if (then := self._if_held) is not None:
+                then()
             return
         self._original = None
         if failure is None:

@@ -50,7 +50,10 @@ _look = operator.attrgetter("is_cpu", "layout", "is_quantized", "is_nested")
 
 
 def are_directly_addressable(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether all of them are, and none is of a class or kind that needs a second look; in few calls for very many."""
+    """Whether all of them are, and none is of a class or kind that needs a second look; in few calls for very many.
+
+    A tensor whose memory has been freed (``untyped_storage().resize_(0)``) is not.
+    """
     if not tensors:
         return True
     if not PLAIN_TENSORS.issuperset(map(type, tensors)):
@@ -64,6 +67,7 @@ def are_directly_addressable(tensors: Sequence[torch.Tensor]) -> bool:
         and all(map(torch.Tensor.is_contiguous, tensors))
         and not any(map(torch.Tensor.is_neg, tensors))
         and not any(map(torch.Tensor.is_conj, tensors))
+        and all(tensor.data_ptr() or not tensor.numel() for tensor in tensors)
     )
 
 

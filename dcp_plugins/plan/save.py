@@ -108,11 +108,14 @@ class DefaultSavePlanner(SavePlanner):
         resolved: torch.Tensor | io.BytesIO = self.transform_object(write_item, self.lookup_object(write_item.index))
         return resolved
 
-    def resolve_data_of_items(self, write_items: Sequence[WriteItem]) -> list[torch.Tensor | io.BytesIO]:
-        """Return what ``resolve_data`` returns for each item; of very many small tensors, in few calls."""
+    def resolve_data_of_items(self, write_items: Sequence[WriteItem]) -> list[torch.Tensor | io.BytesIO] | None:
+        """Return what ``resolve_data`` returns for each item; of very many small tensors, in few calls.
+
+        None if a hook of this planner is not the default one: what it returns is good until it is called again.
+        """
         for hook in ("resolve_data", "lookup_object", "transform_object"):
             if getattr(getattr(self, hook), "__func__", None) is not getattr(DefaultSavePlanner, hook):
-                return [self.resolve_data(item) for item in write_items]
+                return None
         found = find_objects(self.state_dict, [item.index for item in write_items])
         is_bytes = WriteItemType.BYTE_IO
         return [

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dcp_plugins.errors import UnsupportedValueError
 from dcp_plugins.format.memory import are_directly_addressable
 from dcp_plugins.staging.memory import HostMemory
 from dcp_plugins.staging.wrappers import is_plain_memory
@@ -75,6 +76,12 @@ def shapes_of(found: Sequence[torch.Tensor], paths: Sequence[Path]) -> tuple[lis
             continue
         for tensor, path in zip(batch, batch_paths, strict=True):
             if is_plain_memory(tensor):
+                if tensor.numel() and not tensor.data_ptr():
+                    # Copying from it ends the process.
+                    raise UnsupportedValueError(
+                        f"{'.'.join(map(str, path))}: the tensor has no memory: its storage has been freed, as FSDP "
+                        "does between uses; save what get_model_state_dict returns"
+                    )
                 tensors.append(tensor)
                 shapes.append((_address(tensor), tensor.nbytes, tensor.dtype, tensor.shape, path))
     return tensors, shapes
@@ -122,6 +129,8 @@ def _lay_out(
     if room_bytes is not None:
         copied = _smallest(copied, [shape[1] for shape in shapes], room_bytes)
     memory.require(sum(shapes[number][1] for number in copied))
+    # If this is interrupted, what was known of the last round holds no more.
+    memory.layout = None
     memory.begin_round()
     places: dict[int, torch.Tensor] = {}
     try:

@@ -63,7 +63,7 @@ class DataFile:
     ) -> None:
         try:
             if kind is None:
-                self._flush()
+                self.flush()
                 if self._sync:
                     os.fsync(self._fd)
         finally:
@@ -76,7 +76,7 @@ class DataFile:
         self._pending_bytes += nbytes
         self.position += nbytes
         if self._pending_bytes >= _MAX_PENDING_BYTES or len(self._pending) >= _MAX_PENDING_BUFFERS:
-            self._flush()
+            self.flush()
 
     def write_tensor(self, tensor: torch.Tensor) -> tuple[int, int]:
         """Append a tensor's container and return its offset and length in bytes."""
@@ -94,7 +94,7 @@ class DataFile:
                 for block in host_blocks(tensor.detach()):
                     crc = self._write_data(as_buffer(block), block.numel() * block.element_size(), crc)
                     # The block's memory is about to be filled again.
-                    self._flush()
+                    self.flush()
         else:
             crc = self._write_data(as_buffer(tensor), layout.nbytes, crc)
         self.write(layout.tail(crc), layout.tail_length)
@@ -112,7 +112,7 @@ class DataFile:
         starts = map(torch.Tensor.data_ptr, tensors)
         buffers = [_bytes(layout.nbytes).from_address(start) for layout, start in zip(layouts, starts, strict=True)]
         if len(self._pending) + _BUFFERS_PER_CONTAINER * len(tensors) > _MAX_PENDING_BUFFERS:
-            self._flush()
+            self.flush()
         # Such buffers do not keep their memory alive.
         self._owners.append(tensors)
         places = []
@@ -126,7 +126,7 @@ class DataFile:
         self._pending_bytes += position - self.position
         self.position = position
         if self._pending_bytes >= _MAX_PENDING_BYTES or len(pending) >= _MAX_PENDING_BUFFERS:
-            self._flush()
+            self.flush()
         return places
 
     def write_bytes(self, data: io.BytesIO) -> tuple[int, int]:
@@ -153,7 +153,7 @@ class DataFile:
             with elsewhere():
                 crc = crc32(piece, crc)
             self.write(piece, len(piece))
-            self._flush()
+            self.flush()
         return crc
 
     def _align(self) -> None:
@@ -161,7 +161,8 @@ class DataFile:
         if gap:
             self.write(_ZEROS[:gap], gap)
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Write what has been collected: its memory may change then."""
         if self._pending:
             pending, self._pending = self._pending, []
             nbytes, self._pending_bytes = self._pending_bytes, 0

@@ -7,13 +7,12 @@ anything else alone.
 from __future__ import annotations
 
 import functools
-import io
 import math
 import operator
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 
@@ -30,9 +29,9 @@ __all__ = [
     "are_as_planned",
     "check_against_plan",
     "check_results",
-    "data_of",
     "in_runs",
     "item_bytes",
+    "resolved_together",
     "runs_of",
 ]
 
@@ -51,13 +50,6 @@ class Run:
     """Shape and dtype of each, if they are small tensors; another item is looked at when it is written."""
     layouts: Sequence[Layout] = ()
     """Layout of the container of each, likewise."""
-
-
-@runtime_checkable
-class _ResolvesMany(Protocol):
-    """A planner that has a quicker way to resolve many items than one by one."""
-
-    def resolve_data_of_items(self, write_items: Sequence[WriteItem]) -> list[torch.Tensor | io.BytesIO]: ...
 
 
 def item_bytes(item: WriteItem) -> int:
@@ -128,11 +120,15 @@ def in_runs(items: Sequence[WriteItem]) -> _Runs:
     return runs, sizes_bytes
 
 
-def data_of(run: Run, planner: SavePlanner) -> list[Any]:
-    """Return what the planner resolves each item of a run to."""
-    if len(run.items) > 1 and isinstance(planner, _ResolvesMany):
-        return planner.resolve_data_of_items(run.items)
-    return [planner.resolve_data(item) for item in run.items]
+def resolved_together(run: Run, planner: SavePlanner) -> list[Any] | None:
+    """Return what the planner resolves each item of a run to, or None if it has to be asked for one at a time.
+
+    Then what it gives for one may be gone when it is asked for the next: torch's planners may use a buffer again.
+    """
+    # The class's: a planner that wraps another, and hands on what it does not know, has hooks of its own.
+    resolve = getattr(type(planner), "resolve_data_of_items", None)
+    resolved: list[Any] | None = None if resolve is None else resolve(planner, run.items)
+    return resolved
 
 
 _planned_look = operator.attrgetter("tensor_data.chunk.sizes", "tensor_data.properties.dtype")
@@ -152,7 +148,7 @@ def check_against_plan(item: WriteItem, tensor: torch.Tensor) -> None:
     """Refuse data that the metadata would misdescribe.
 
     Raises:
-        StorageWriteError: The planner gave another kind, shape or dtype than it planned.
+        StorageWriteError: The planner gave another kind, shape or dtype than it planned, or a tensor without memory.
     """
     data = item.tensor_data
     if data is None:
@@ -162,6 +158,15 @@ def check_against_plan(item: WriteItem, tensor: torch.Tensor) -> None:
             f"{item.index.fqn}: the plan says {tuple(data.chunk.sizes)} {data.properties.dtype}, the planner's "
             f"resolve_data gave {tuple(tensor.shape)} {tensor.dtype}; change the item in create_local_plan too"
         )
+    if type(tensor) in PLAIN_TENSORS and tensor.layout is torch.strided and not tensor.is_meta and tensor.numel():
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        last = tensor.storage_offset() + sum((length - 1) * step for length, step in steps)
+        needed, there = (last + 1) * tensor.dtype.itemsize, tensor.untyped_storage().nbytes()
+        if needed > there:
+            raise StorageWriteError(
+                f"{item.index.fqn}: the tensor needs {needed} bytes of its storage, which has {there}: its memory has "
+                "been freed, as FSDP does between uses; save what get_model_state_dict returns"
+            )
 
 
 def check_results(results: list[WriteResult], plan: SavePlan) -> None:

@@ -47,7 +47,7 @@ from dcp_plugins.pace import elsewhere, give_way
 from dcp_plugins.storage.datafile import DataFile
 from dcp_plugins.storage.host_blocks import host_blocks
 from dcp_plugins.storage.local import litter, make_directory, publish, remove_files, sync_directory
-from dcp_plugins.storage.planned import Run, are_as_planned, check_against_plan, data_of, in_runs, runs_of
+from dcp_plugins.storage.planned import Run, are_as_planned, check_against_plan, in_runs, resolved_together, runs_of
 from dcp_plugins.storage.threads import SharedWork, default_thread_count, run_all, split_by_bytes
 from dcp_plugins.storage.transforms import encode_stream
 
@@ -266,7 +266,14 @@ class FileSystemWriter(StorageWriter):
 
     def _append_run(self, file: DataFile, run: Run, planner: SavePlanner) -> list[tuple[int, int]]:
         """Append what a run's items stand for, and return the offset and length of each."""
-        data = data_of(run, planner)
+        data = resolved_together(run, planner)
+        if data is None:
+            places = []
+            for item in run.items:
+                places.append(self._append(file, item, planner.resolve_data(item)))
+                # Before the planner gives the same memory for the next.
+                file.flush()
+            return places
         if len(data) > 1 and not self.extensions and are_as_planned(run, data) and are_directly_addressable(data):
             return file.write_small(data, run.layouts)
         return [self._append(file, item, value) for item, value in zip(run.items, data, strict=True)]

@@ -166,3 +166,42 @@ def test_waiting_for_a_queued_save_is_waiting_for_the_one_before_it(tmp_path: Pa
         waiting.join(30)
     assert second.done()
     assert not second.before, "it would keep the metadata of all saves before it"
+
+
+class NoMemory(BlockingAsyncStager):
+    def stage(self, state_dict: dict[str, Any]) -> Any:
+        raise MemoryError("none left")
+
+
+class NoMemoryLater(BlockingAsyncStager):
+    """Finds out in the background that there is none."""
+
+    def stage(self, state_dict: dict[str, Any]) -> Any:
+        failed: Future[dict[str, Any]] = Future()
+        failed.set_exception(MemoryError("none left"))
+        return failed
+
+
+@pytest.mark.parametrize("stager", [NoMemory, NoMemoryLater])
+def test_training_that_waits_for_a_queued_save_waits_for_the_one_before_it(
+    stager: type[BlockingAsyncStager], tmp_path: Path
+) -> None:
+    HeldWriter.let_go.clear()
+    first = dcp.async_save({"x": torch.ones(2)}, storage_writer=HeldWriter(tmp_path / "held"))
+    assert isinstance(first, SaveFuture)
+    queued: list[Any] = []
+
+    def save() -> None:
+        queued.append(
+            begin_save({"x": torch.ones(2)}, checkpoint_id=tmp_path / "queued", async_stager=stager(), is_queued=True)
+        )
+
+    training = threading.Thread(target=save)
+    training.start()
+    try:
+        assert first.awaited.wait(20)
+    finally:
+        HeldWriter.let_go.set()
+        training.join(30)
+    (answer,) = queued
+    (answer if isinstance(answer, Future) else answer.upload_completion).result(30)

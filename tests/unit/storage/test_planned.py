@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dcp_plugins as dcp
-from dcp_plugins.contract import MetadataIndex, WriteItem
-from dcp_plugins.errors import CheckpointException
+from dcp_plugins.contract import Metadata, MetadataIndex, SavePlan, SavePlanner, WriteItem
+from dcp_plugins.errors import CheckpointException, UnsupportedValueError
 from dcp_plugins.storage.planned import MAX_RUN_ITEMS, in_runs, item_bytes
 from dcp_plugins.storage.threads import MIN_PARALLEL_PIECE_BYTES
 from dcp_plugins.tensors import write_items
@@ -99,3 +99,65 @@ def test_one_small_tensor_of_another_shape_than_planned_is_named(tmp_path: Path)
     with pytest.raises(CheckpointException, match=r"t5: the plan says \(2, 3\) torch.float32"):
         dcp.save(state, checkpoint_id=tmp_path, planner=TransposedOne())
     assert not (tmp_path / ".metadata").exists()
+
+
+class Wrapping(SavePlanner):
+    """Saves the double of what another planner saves, to which it leaves all else, what it does not know too."""
+
+    def __init__(self) -> None:
+        self.inner = dcp.DefaultSavePlanner()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["inner"], name)
+
+    def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
+        self.inner.set_up_planner(*args, **kwargs)
+
+    def create_local_plan(self) -> SavePlan:
+        return self.inner.create_local_plan()
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        return self.inner.create_global_plan(all_plans)
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        return self.inner.finish_plan(new_plan)
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        return 2 * self.inner.resolve_data(write_item)  # type: ignore[operator]
+
+
+class OneBuffer(dcp.DefaultSavePlanner):
+    """Gives each tensor in the same memory."""
+
+    def transform_object(self, write_item: WriteItem, object: Any) -> Any:
+        self.buffer: torch.Tensor = getattr(self, "buffer", torch.empty_like(object))
+        return self.buffer.copy_(2 * object)
+
+
+@pytest.mark.parametrize("planner", [Wrapping, OneBuffer])
+@pytest.mark.parametrize("size", [3, 200_000], ids=["small", "large"])
+def test_a_planner_with_hooks_of_its_own_is_asked_for_each_tensor_when_that_is_written(
+    planner: type[SavePlanner], size: int, tmp_path: Path
+) -> None:
+    dcp.save({str(n): torch.full((size,), float(n)) for n in range(5)}, checkpoint_id=tmp_path, planner=planner())
+    loaded = {str(n): torch.zeros(size) for n in range(5)}
+    dcp.load(loaded, checkpoint_id=tmp_path)
+    for n in range(5):
+        assert (loaded[str(n)] == 2 * n).all()
+
+
+# Of very many small tensors only the address is looked at.
+@pytest.mark.parametrize(("left_bytes", "others"), [(0, 0), (0, 3), (16, 0)])
+def test_a_tensor_whose_memory_has_been_freed_is_refused_by_name(left_bytes: int, others: int, tmp_path: Path) -> None:
+    state = {"freed": torch.ones(1000), **{str(number): torch.ones(1000) for number in range(others)}}
+    state["freed"].untyped_storage().resize_(left_bytes)
+    with pytest.raises(CheckpointException, match="freed: the tensor needs 4000 bytes of its storage, which has"):
+        dcp.save(state, checkpoint_id=tmp_path)
+
+
+@pytest.mark.parametrize("others", [0, 3])
+def test_a_tensor_whose_memory_has_been_freed_is_not_staged(others: int, tmp_path: Path) -> None:
+    state = {"freed": torch.ones(1000), **{str(number): torch.ones(1000) for number in range(others)}}
+    state["freed"].untyped_storage().resize_(0)
+    with pytest.raises(UnsupportedValueError, match="freed: the tensor has no memory"):
+        dcp.async_save(state, checkpoint_id=tmp_path)
