@@ -24,16 +24,18 @@ class Copies:
         self._non_blocking = non_blocking
         self._streams: dict[torch.device, torch.Stream] = {}
         self._marks: dict[torch.device, torch.Event] = {}
+        self._current_device: int | None = None
         # Sources of copies under way: their memory must not be reused before the copies have ended.
         self._under_way: list[torch.Tensor] = []
 
     def mark(self) -> None:
         """Note how far the caller's stream has come: copies take the values that are computed by then."""
-        if _has_streams(torch.accelerator.current_accelerator()):
+        if _accelerator_in_use() is not None:
             stream = torch.accelerator.current_stream()
             event = torch.Event(stream.device)
             event.record(stream)
             self._marks = {stream.device: event}
+            self._current_device = torch.accelerator.current_device_index()
 
     def start(self, targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
         """Copy host sources now, and begin to copy those on devices."""
@@ -67,8 +69,8 @@ class Copies:
         self._marks = {}
 
     def _start_from(self, device: torch.device, targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
-        accelerator = torch.accelerator.current_accelerator()
-        if accelerator is None or device.type != accelerator.type or not _has_streams(device):
+        accelerator = _accelerator_in_use()
+        if accelerator is None or device.type != accelerator.type:
             _copy(targets, sources, non_blocking=False)
             return
         stream = self._streams.get(device)
@@ -81,6 +83,10 @@ class Copies:
         else:
             stream.wait_event(mark)
         self._under_way.extend(sources)
+        if self._current_device is not None and torch.accelerator.current_device_index() != self._current_device:
+            # On a thread of the stager's, whose current device would be the first of the machine: leaving the stream
+            # would make that current again, and with it hundreds of megabytes of a context there, for every rank.
+            torch.accelerator.set_device_index(self._current_device)
         with stream:
             _copy(targets, sources, non_blocking=self._non_blocking)
 
@@ -88,9 +94,18 @@ class Copies:
 _is_on_host = operator.attrgetter("is_cpu")
 
 
-def _has_streams(device: torch.device | None) -> bool:
+def _accelerator_in_use() -> torch.device | None:
+    """Return the kind of device whose streams this process computes on, if any.
+
+    A build of torch for CUDA names CUDA on a machine without a device too. And where there is one that this process has
+    not used, asking for its stream would take hundreds of megabytes there for a context.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     # MPS has one queue for everything: its copies are ordered after the caller's kernels as it is.
-    return device is not None and device.type != "mps"
+    if accelerator is None or accelerator.type == "mps":
+        return None
+    is_initialized = getattr(torch.get_device_module(accelerator), "is_initialized", None)
+    return accelerator if is_initialized is None or is_initialized() else None
 
 
 @torch.no_grad()

@@ -133,6 +133,19 @@ def test_a_failure_of_asynchronous_staging_is_raised_where_it_is_awaited() -> No
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="a machine without an accelerator")
+def test_a_build_of_torch_for_cuda_stages_where_there_is_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What such a build answers: it names the device it was built for, and raises when it is asked for a stream of it.
+    monkeypatch.setattr(torch._C, "_accelerator_getAccelerator", lambda: torch.device("cuda"))
+    assert torch.accelerator.current_accelerator() == torch.device("cuda")
+    for asynchronous in (False, True):
+        stager = DefaultStager(StagingOptions(use_async_staging=asynchronous))
+        staged = stager.stage({"t": torch.arange(5.0)})
+        result = staged.result() if isinstance(staged, concurrent.futures.Future) else staged
+        assert torch.equal(result["t"], torch.arange(5.0))
+        stager.close()
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="a machine without an accelerator")
 def test_without_an_accelerator_the_options_degrade_with_one_line(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
