@@ -7,12 +7,11 @@ synchronous save, and the loop on its own.
 
 from __future__ import annotations
 
-import dataclasses
 import gc
+import itertools
 import os
 import resource
 import shutil
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -25,119 +24,52 @@ import torch
 
 import dcp_plugins as dcp
 from dcp_plugins import plan, staging
-from dcp_plugins.cli.bench.cases import ASYNC, STATE_CASES
+from dcp_plugins.cli.bench import async_results
+from dcp_plugins.cli.bench.async_results import (
+    BLOCKED,
+    COPY,
+    DURABLE,
+    FIRST,
+    MAX_FILES,
+    OURS_PROCESS,
+    OURS_THREAD,
+    RETURNED,
+    SIDES,
+    STEP_WAITS,
+    STOCK_PROCESS,
+    SYNC,
+    AsyncResult,
+)
+from dcp_plugins.cli.bench.cases import STATE_CASES
 from dcp_plugins.cli.bench.group import group_of_one
 from dcp_plugins.cli.bench.measure import Samples, without_single_process_warnings
 from dcp_plugins.cli.bench.memory import return_free_memory
 from dcp_plugins.cli.bench.options import Options
 from dcp_plugins.cli.bench.places import Place
 from dcp_plugins.cli.bench.processes import WorkerError, run_workers
-from dcp_plugins.cli.bench.state import blank_copy, check_loaded, local_tensors
+from dcp_plugins.cli.bench.state import blank_copy, check_loaded, local_tensors, on_device
 from dcp_plugins.cli.stock import StockAsyncSaver
 from dcp_plugins.engine import AsyncCheckpointerType, AsyncSaveResponse
 
-__all__ = ["ASYNC_STATES", "MAX_FILES", "SIDES", "AsyncResult", "measure_async", "run_few_files", "run_state"]
-
-ASYNC_STATES = ("big", "llm", "small")
-MAX_FILES = 256
-
-OURS_THREAD, STOCK_THREAD, OURS_PROCESS, STOCK_PROCESS = "ours_thread", "stock_thread", "ours_process", "stock_process"
-SIDES = {
-    OURS_THREAD: "ours, thread",
-    STOCK_THREAD: "stock torch, thread",
-    OURS_PROCESS: "ours, process",
-    STOCK_PROCESS: "stock torch, process",
-}
-
-# Measures of every side.
-FIRST, BLOCKED, DURABLE = "first_blocked", "blocked", "durable"
-# What they are held against, and our overlapped staging; each has one side, called as the measure.
-COPY, SYNC, RETURNED, STEP_WAITS = "copy", "sync", "overlapped_returned", "overlapped_step_waits"
+__all__ = ["measure_async", "run_few_files", "run_state"]
 
 _LOOP_WIDTH = 192
 _LOOP_SECONDS = 0.5
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class AsyncResult:
-    """What was measured of one state in one place."""
-
-    state: str
-    place: Place
-    sync: bool
-    num_tensors: int
-    num_bytes: int
-
-    seconds: Samples
-    """Measure -> side -> seconds, one per round."""
-
-    step_rates: dict[str, list[float]]
-    """Side -> steps per second of a training loop while it saves, as fractions of the loop's own."""
-
-    staged_bytes: dict[str, int]
-    """Side -> bytes that the API reports as kept; ours only."""
-
-    failures: dict[str, str]
-    """Side -> what it failed with, where it did; it then has no figures."""
-
-    few_files: dict[str, str | None] = dataclasses.field(default_factory=dict)
-    """Side -> what it failed with under a limit of ``MAX_FILES`` descriptors; None where it did not."""
-
-    case: str = ASYNC
-
-    def median(self, measure: str, side: str | None = None) -> float | None:
-        """Return the median of the rounds; None if the side has none."""
-        samples = self.seconds.get(measure, {}).get(side or measure)
-        return statistics.median(samples) if samples else None
-
-    def ratio(self, measure: str, side: str, reference: Callable[[int], float]) -> float | None:
-        """Return the median over the rounds of a side's seconds over a reference's in the same round."""
-        samples = self.seconds.get(measure, {}).get(side)
-        if not samples:
-            return None
-        return statistics.median(sample / reference(number) for number, sample in enumerate(samples))
-
-    def blocked_per_copy(self, side: str) -> float | None:
-        return self.ratio(BLOCKED, side, lambda number: self.seconds[COPY][COPY][number])
-
-    def durable_per_save(self, side: str) -> float | None:
-        """Return the time until the checkpoint exists over that of a synchronous save and the copy."""
-        return self.ratio(
-            DURABLE, side, lambda number: self.seconds[SYNC][SYNC][number] + self.seconds[COPY][COPY][number]
-        )
-
-    def first_per_stock(self, side: str, stock: str) -> float | None:
-        samples = self.seconds[FIRST].get(stock)
-        return self.ratio(FIRST, side, lambda number: samples[number]) if samples else None
-
-    def blocked_per_stock(self, side: str) -> float | None:
-        """Return our blocking time over stock's on a thread, whose default is to take new memory for each save."""
-        samples = self.seconds[FIRST].get(STOCK_THREAD)
-        return self.ratio(BLOCKED, side, lambda number: samples[number]) if samples else None
-
-    def to_json(self) -> dict[str, Any]:
-        place = {"path": str(self.place.path), "fs_type": self.place.fs_type, "in_memory": self.place.in_memory}
-        summary = {
-            "median_seconds": {
-                measure: {side: statistics.median(samples) for side, samples in sides.items()}
-                for measure, sides in self.seconds.items()
-            },
-            "median_step_rates": {side: statistics.median(rates) for side, rates in self.step_rates.items()},
-        }
-        return {**dataclasses.asdict(self), "place": place, "summary": summary}
 
 
 def measure_async(
     options: Options, place: Place, directory: Path, progress: Callable[[str], None]
 ) -> Iterator[AsyncResult]:
     """Measure one state after the other; the directory is empty again afterwards."""
-    for state in ASYNC_STATES:
+    for state in async_results.ASYNC_STATES:
         progress(f"async, {state}")
         flush = options.sync and not place.in_memory
         arguments = {"options": options.to_json(), "state": state, "directory": str(directory), "flush": flush}
         answer = run_workers("async", arguments)
         few_files = _try_few_files(arguments, progress) if state == "small" else {}
-        yield AsyncResult(state=state, place=place, sync=options.sync, few_files=few_files, **answer)
+        yield AsyncResult(
+            state=state, place=place, device=options.device, sync=options.sync, few_files=few_files, **answer
+        )
 
 
 def _try_few_files(arguments: dict[str, Any], progress: Callable[[str], None]) -> dict[str, str | None]:
@@ -170,7 +102,8 @@ def run_few_files(arguments: dict[str, Any], _store: str | None) -> dict[str, An
     path = Path(arguments["directory"]) / "few-files"
     try:
         with _in_a_group(), _quiet():
-            _make(arguments["side"], options).save(STATE_CASES[arguments["state"]].build(options.scale), path).result()
+            state = on_device(STATE_CASES[arguments["state"]].build(options.scale), options.device)
+            _make(arguments["side"], options).save(state, path).result()
     # What stock torch fails with is a finding of the benchmark, whatever its class.
     except Exception as exc:
         return {"failure": _one_line(exc)}
@@ -213,9 +146,10 @@ class _Measurement:
         self._options = options
         self._directory = directory
         self._flush = flush
-        self._state = STATE_CASES[state].build(options.scale)
+        self._state = on_device(STATE_CASES[state].build(options.scale), options.device)
         self._tensors = local_tensors(self._state)
-        self._copy = blank_copy(self._state)
+        self._loaded = blank_copy(self._state)
+        self._copies = local_tensors(self._loaded) if options.device == "cpu" else _pinned_like(self._tensors)
         self._sides = {side: _make(side, options) for side in SIDES}
         self._seconds: Samples = {FIRST: {}, BLOCKED: {}, DURABLE: {}}
         self._rates: dict[str, list[float]] = {}
@@ -244,11 +178,10 @@ class _Measurement:
         }
 
     def _references(self) -> None:
-        targets = local_tensors(self._copy)
-
         def copy() -> None:
-            for target, source in zip(targets, self._tensors, strict=True):
-                target.copy_(source)
+            for target, source in zip(self._copies, self._tensors, strict=True):
+                target.copy_(source, non_blocking=True)
+            self._synchronize()
 
         path = self._directory / SYNC
         writer = dcp.FileSystemWriter(path, sync_files=self._options.sync, thread_count=self._options.num_threads)
@@ -305,21 +238,39 @@ class _Measurement:
         return blocked, durable
 
     def _check(self, path: Path, what: str) -> None:
-        dcp.load(self._copy, storage_reader=dcp.FileSystemReader(path))
-        check_loaded(self._state, self._copy, f"saved by {what}")
+        dcp.load(self._loaded, storage_reader=dcp.FileSystemReader(path))
+        check_loaded(self._state, self._loaded, f"saved by {what}")
 
     def _step_rates(self, saver: _Saver) -> tuple[float, float]:
         """Return the steps per second of a training loop on its own, and while a save is under way."""
         path = self._directory / "background"
         with _one_thread():
             start = time.perf_counter()
-            own = _steps_per_second(lambda: time.perf_counter() - start > _LOOP_SECONDS)
+            own = self._steps_per_second(lambda: time.perf_counter() - start > _LOOP_SECONDS)
         _, (future, _) = self._timed(lambda: saver.save(self._state, path))
         with _one_thread():
-            disturbed = _steps_per_second(future.done)
+            disturbed = self._steps_per_second(future.done)
         future.result()
         shutil.rmtree(path)
         return own, disturbed
+
+    def _steps_per_second(self, is_over: Callable[[], bool]) -> float:
+        """Return how often a loop gets round that looks at the result of each step, as a training does at its loss."""
+        weight = torch.eye(_LOOP_WIDTH, device=self._options.device)
+        value = torch.rand(_LOOP_WIDTH, _LOOP_WIDTH, device=self._options.device)
+        num_steps = 0
+        self._synchronize()
+        start = time.perf_counter()
+        while True:
+            value = torch.relu(value @ weight)
+            self._synchronize()
+            num_steps += 1
+            if is_over():
+                return num_steps / (time.perf_counter() - start)
+
+    def _synchronize(self) -> None:
+        if self._options.device != "cpu":
+            torch.accelerator.synchronize(torch.device(self._options.device))
 
     def _overlapped_turn(self) -> None:
         stager = staging.DefaultStager(staging.StagingOptions(torch.cuda.is_available(), False, True, False))
@@ -349,6 +300,7 @@ class _Measurement:
         """Return the seconds of a call, and what it returned with the time at which it began."""
         if self._flush:
             os.sync()
+        self._synchronize()
         gc.collect()
         if not self._options.collect_garbage:
             gc.disable()
@@ -392,16 +344,14 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(num_threads)
 
 
-def _steps_per_second(is_over: Callable[[], bool]) -> float:
-    weight = torch.eye(_LOOP_WIDTH)
-    value = torch.rand(_LOOP_WIDTH, _LOOP_WIDTH)
-    num_steps = 0
-    start = time.perf_counter()
-    while True:
-        value = torch.relu(value @ weight)
-        num_steps += 1
-        if is_over():
-            return num_steps / (time.perf_counter() - start)
+def _pinned_like(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return host tensors of the same shapes in page-locked memory that has been touched."""
+    ends = list(itertools.accumulate(-(-tensor.nbytes // 64) * 64 for tensor in tensors))
+    memory = torch.zeros(ends[-1], dtype=torch.uint8, pin_memory=True)
+    return [
+        memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        for tensor, start in zip(tensors, [0, *ends], strict=False)
+    ]
 
 
 def _one_line(exc: BaseException) -> str:

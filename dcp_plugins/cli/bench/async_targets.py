@@ -6,8 +6,8 @@ import dataclasses
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 
-from dcp_plugins.cli.bench import async_saves
-from dcp_plugins.cli.bench.async_saves import (
+from dcp_plugins.cli.bench import async_results
+from dcp_plugins.cli.bench.async_results import (
     MAX_FILES,
     OURS_PROCESS,
     OURS_THREAD,
@@ -75,7 +75,7 @@ def _promises() -> Iterator[_Promise]:
             sides=(OURS_THREAD,),
         )
     yield _Promise(
-        async_saves.ASYNC_STATES,
+        async_results.ASYNC_STATES,
         "first save, blocked",
         _MAX_FIRST_RATIO,
         f"at most {_MAX_FIRST_RATIO:g}x stock",
@@ -96,7 +96,7 @@ def _promises() -> Iterator[_Promise]:
         lambda result, side: result.durable_per_save(side),
     )
     yield _Promise(
-        async_saves.ASYNC_STATES,
+        async_results.ASYNC_STATES,
         "training meanwhile",
         _MIN_STEP_RATE,
         f"at least {_MIN_STEP_RATE:g} of its own step rate",
@@ -105,7 +105,7 @@ def _promises() -> Iterator[_Promise]:
         is_lower=True,
     )
     yield _Promise(
-        async_saves.ASYNC_STATES,
+        async_results.ASYNC_STATES,
         "memory kept",
         _MAX_STAGED_RATIO,
         "one staged copy",
@@ -123,7 +123,7 @@ def _judge_figures(results: Sequence[AsyncResult]) -> Iterator[Verdict]:
         for state in promise.states:
             matching = [result for result in results if result.state == state]
             for side in promise.sides:
-                name = "" if len(promise.sides) == 1 else f", {async_saves.SIDES[side].removeprefix('ours, ')}"
+                name = "" if len(promise.sides) == 1 else f", {async_results.SIDES[side].removeprefix('ours, ')}"
                 what = f"async, {state}, {promise.what}{name}"
                 if not matching:
                     yield Verdict(what, promise.required, "not measured", None)

@@ -9,9 +9,11 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import click
+import torch
 
 from dcp_plugins.cli.bench import memory
-from dcp_plugins.cli.bench.async_saves import AsyncResult, measure_async
+from dcp_plugins.cli.bench.async_results import AsyncResult
+from dcp_plugins.cli.bench.async_saves import measure_async
 from dcp_plugins.cli.bench.cases import ALL_CASE_NAMES, ASYNC, STATE_CASES, STATE_DICT, estimate_bytes
 from dcp_plugins.cli.bench.fsdp2 import measure_fsdp2
 from dcp_plugins.cli.bench.group import group_of_one
@@ -32,6 +34,15 @@ __all__ = ["bench"]
 
 _DIRECTORY = click.Path(exists=True, file_okay=False, writable=True, path_type=Path)
 _STDOUT = "-"
+
+
+def _usable_device(_context: click.Context, _parameter: click.Parameter, name: str) -> str:
+    try:
+        torch.empty(0, device=name)
+    # Whatever a device's own code raises where it cannot be used.
+    except (RuntimeError, AssertionError) as exc:
+        raise click.BadParameter(f"cannot use device {name!r} here: {exc}") from exc
+    return name
 
 
 # Click keeps the lines of a paragraph that begins with a backspace.
@@ -74,6 +85,13 @@ much.
     show_default=True,
     help="Factor on the size of every case.",
 )
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    callback=_usable_device,
+    help="Where the case async has its state and trains, such as cuda or cuda:1.",
+)
 @click.option("--no-sync", is_flag=True, help="Do not make files durable in the timed part, on any side.")
 @click.option("--no-gc", is_flag=True, help="Switch Python's garbage collector off in the timed part.")
 @click.option("--no-group", is_flag=True, help="Run the cases of one process without a process group.")
@@ -89,6 +107,7 @@ def bench(
     stock_threads: int | None,
     ranks: int,
     scale: float,
+    device: str,
     no_sync: bool,
     no_gc: bool,
     no_group: bool,
@@ -104,6 +123,7 @@ def bench(
         num_threads=threads,
         num_stock_threads=stock_threads,
         num_ranks=ranks,
+        device=device,
         collect_garbage=not no_gc,
         use_group=not no_group,
     )

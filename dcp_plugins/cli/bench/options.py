@@ -30,6 +30,9 @@ class Options:
     num_ranks: int
     """Processes of the ``fsdp2`` case."""
 
+    device: str = "cpu"
+    """Where the state of the ``async`` case is, and its training loop computes."""
+
     collect_garbage: bool = True
     """Whether Python's garbage collector stays on in the timed parts, on every side, as it is in a training loop."""
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 
-from dcp_plugins.cli.bench import async_saves
-from dcp_plugins.cli.bench.async_saves import AsyncResult
+from dcp_plugins.cli.bench import async_results
+from dcp_plugins.cli.bench.async_results import AsyncResult
 from dcp_plugins.cli.bench.measure import LIMIT
 from dcp_plugins.cli.bench.results import MEASURES, CaseResult
 from dcp_plugins.cli.bench.state_dict import MEASURES as STATE_DICT_MEASURES
@@ -17,9 +17,9 @@ __all__ = ["async_report", "case_report", "state_dict_report", "targets_report"]
 
 _SHOWN_MS = 0.05
 _ASYNC_MEASURES = {
-    async_saves.FIRST: "first save, blocked",
-    async_saves.BLOCKED: "later saves, blocked",
-    async_saves.DURABLE: "later saves, until durable",
+    async_results.FIRST: "first save, blocked",
+    async_results.BLOCKED: "later saves, blocked",
+    async_results.DURABLE: "later saves, until durable",
 }
 _VERDICTS = {True: "met", False: "NOT MET", None: "-"}
 
@@ -54,12 +54,13 @@ def async_report(result: AsyncResult) -> str:
     """Return the headline, the table of times, and what they are held against, of one state."""
     size = f"{result.num_tensors:,} tensors, {result.num_bytes / 1e9:.3f} GB"
     synced = "" if result.place.in_memory else ", synced" if result.sync else ", not synced"
-    headline = f"{result.case}, {result.state}: {size}, in {result.place.path} ({result.place.fs_type}{synced})"
+    device = "" if result.device == "cpu" else f", on {result.device}"
+    headline = f"{result.case}, {result.state}: {size}{device}, in {result.place.path} ({result.place.fs_type}{synced})"
     return "\n".join([headline, *("  " + line for line in [*_align(_async_table(result)), *_async_notes(result)]), ""])
 
 
 def _async_table(result: AsyncResult) -> list[list[str]]:
-    sides, rates = async_saves.SIDES, result.step_rates
+    sides, rates = async_results.SIDES, result.step_rates
     rows = [["seconds: median (min-max)", *sides.values()]]
     for measure, label in _ASYNC_MEASURES.items():
         samples = result.seconds[measure]
@@ -74,22 +75,22 @@ def _async_table(result: AsyncResult) -> list[list[str]]:
 
 
 def _async_notes(result: AsyncResult) -> Iterator[str]:
-    sides = async_saves.SIDES
+    sides = async_results.SIDES
 
     def one(measure: str) -> str:
         return _spread(result.seconds[measure][measure])
 
-    yield f"a plain copy of the same bytes {one(async_saves.COPY)}, our synchronous save {one(async_saves.SYNC)}"
+    yield f"a plain copy of the same bytes {one(async_results.COPY)}, our synchronous save {one(async_results.SYNC)}"
     yield (
-        f"overlapped staging of ours: the call returns in {one(async_saves.RETURNED)}, "
-        f"a step right behind it would wait {one(async_saves.STEP_WAITS)}"
+        f"overlapped staging of ours: the call returns in {one(async_results.RETURNED)}, "
+        f"a step right behind it would wait {one(async_results.STEP_WAITS)}"
     )
     for side, staged_bytes in result.staged_bytes.items():
         yield f"kept for staging, {sides[side]}: {staged_bytes / 1e9:.3f} GB"
     for side, failure in result.failures.items():
         yield f"{sides[side]} failed: {failure}"
     for side, outcome in result.few_files.items():
-        yield f"{sides[side]}, with {async_saves.MAX_FILES} file descriptors: {outcome or 'saved'}"
+        yield f"{sides[side]}, with {async_results.MAX_FILES} file descriptors: {outcome or 'saved'}"
 
 
 def targets_report(verdicts: Sequence[Verdict], *, scale: float) -> str:

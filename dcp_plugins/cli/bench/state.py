@@ -11,7 +11,16 @@ from torch.distributed.tensor import DTensor
 
 from dcp_plugins.errors import listing
 
-__all__ = ["VerificationError", "blank_copy", "check_loaded", "differences", "erase", "leaves", "local_tensors"]
+__all__ = [
+    "VerificationError",
+    "blank_copy",
+    "check_loaded",
+    "differences",
+    "erase",
+    "leaves",
+    "local_tensors",
+    "on_device",
+]
 
 
 class VerificationError(click.ClickException):
@@ -33,6 +42,15 @@ def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def local_tensors(state: dict[str, Any]) -> list[torch.Tensor]:
     """Return the plain tensors that hold this process's part of the state dict, in the order of the dict."""
     return [_local(value) for _, value in leaves(state) if isinstance(value, torch.Tensor)]
+
+
+def on_device(value: Any, device: str) -> Any:
+    """Return the same structure with its tensors on a device; what is there already is not copied."""
+    if isinstance(value, dict):
+        return {key: on_device(child, device) for key, child in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(on_device(child, device) for child in value)
+    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 def blank_copy(value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 
-from dcp_plugins.cli.bench.async_saves import AsyncResult
+from dcp_plugins.cli.bench.async_results import AsyncResult
 from dcp_plugins.cli.bench.async_targets import judge_async
 from dcp_plugins.cli.bench.measure import FIRST_SAVE, LOAD, SAVE
 from dcp_plugins.cli.bench.results import MEASURES, CaseResult

@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 
 from dcp_plugins.cli import main
-from dcp_plugins.cli.bench import async_saves, command, memory, places, state_dict
+from dcp_plugins.cli.bench import async_results, command, memory, places, state_dict
 from dcp_plugins.cli.bench.cases import ALL_CASE_NAMES
 from dcp_plugins.cli.bench.options import Options
 from dcp_plugins.cli.bench.processes import run_workers
@@ -79,7 +79,7 @@ def test_the_state_dict_case_times_both_sides_and_splits_ours(monkeypatch):
 @pytest.mark.usefixtures("forked_workers")
 def test_the_async_case_times_both_runners_of_both_sides(tmp_path, monkeypatch):
     # The others are measured no differently.
-    monkeypatch.setattr(async_saves, "ASYNC_STATES", ("small",))
+    monkeypatch.setattr(async_results, "ASYNC_STATES", ("small",))
     place = tmp_path / "place"
     place.mkdir()
     result = run("async", "--path", place, "--json", "-", "--targets", *ONCE)
@@ -87,19 +87,25 @@ def test_the_async_case_times_both_runners_of_both_sides(tmp_path, monkeypatch):
     (found,) = json.loads(result.stdout)["results"]
     assert (found["case"], found["state"], found["num_tensors"]) == ("async", "small", 20)
     assert found["failures"] == {}
-    for measure in (async_saves.FIRST, async_saves.BLOCKED, async_saves.DURABLE):
+    for measure in (async_results.FIRST, async_results.BLOCKED, async_results.DURABLE):
         samples = found["seconds"][measure]
-        assert {side: len(seconds) for side, seconds in samples.items()} == dict.fromkeys(async_saves.SIDES, 1)
-    for side in async_saves.SIDES:
+        assert {side: len(seconds) for side, seconds in samples.items()} == dict.fromkeys(async_results.SIDES, 1)
+    for side in async_results.SIDES:
         assert found["seconds"]["durable"][side][0] >= found["seconds"]["blocked"][side][0] > 0
         assert found["step_rates"][side][0] > 0
-    ours = (async_saves.OURS_THREAD, async_saves.OURS_PROCESS)
+    ours = (async_results.OURS_THREAD, async_results.OURS_PROCESS)
     assert found["staged_bytes"] == dict.fromkeys(ours, found["num_bytes"])
     assert all(found["seconds"][name][name][0] > 0 for name in ("copy", "sync", "overlapped_returned"))
-    assert found["few_files"][async_saves.OURS_PROCESS] is None
+    assert found["few_files"][async_results.OURS_PROCESS] is None
     assert "ours, process, with 256 file descriptors: saved" in result.stderr
     assert "async, big, until durable, thread" in result.stderr
     assert list(place.iterdir()) == []
+
+
+def test_a_device_that_is_not_there_is_refused_by_name(tmp_path):
+    result = run("async", "--path", tmp_path, "--device", "xpu:77", *ONCE)
+    assert result.exit_code == 2
+    assert "cannot use device 'xpu:77' here" in result.output
 
 
 @pytest.mark.skipif(not memory.is_supported(), reason="reads /proc/self")

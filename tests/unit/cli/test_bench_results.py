@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dcp_plugins.cli.bench.async_saves import AsyncResult
+from dcp_plugins.cli.bench.async_results import AsyncResult
 from dcp_plugins.cli.bench.async_targets import judge_async
 from dcp_plugins.cli.bench.places import Place, choose, describe
 from dcp_plugins.cli.bench.processes import WorkerError, run_workers
