@@ -11,11 +11,13 @@ import math
 import mmap
 import time
 from collections.abc import Callable, Hashable
+from typing import NamedTuple
 
 import torch
 
 from dcp_plugins.errors import StagingMemoryError
 from dcp_plugins.staging.available import available_bytes
+from dcp_plugins.staging.page_locks import PageLocks
 from dcp_plugins.staging.shared import SharedArena, map_shared
 
 __all__ = ["HostMemory", "on_close"]
@@ -42,6 +44,29 @@ def on_close(callback: Callable[[], None]) -> None:
     _close_callbacks.append(callback)
 
 
+class _Block:
+    """New memory for one large slot or for many small ones."""
+
+    def __init__(self, memory: torch.Tensor) -> None:
+        self.memory = memory
+        self.used_bytes = 0
+        self.num_slots = 0
+        """How many of the slots in it are kept."""
+
+    def take(self, nbytes: int) -> torch.Tensor | None:
+        """Return the next bytes of it, if there are as many left."""
+        start = self.used_bytes
+        if start + nbytes > self.memory.nbytes:
+            return None
+        self.used_bytes += -(-nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        return self.memory[start : start + nbytes]
+
+
+class _Slot(NamedTuple):
+    tensor: torch.Tensor
+    block: _Block
+
+
 class HostMemory:
     """Host tensors by key: the same key, type and shape give the same memory in the next round.
 
@@ -49,10 +74,8 @@ class HostMemory:
     dicts staged in turn keep theirs, and what no longer exists is freed. Not thread-safe.
 
     Args:
-        pinned: Page-locked, for copies from a CUDA device at full rate. Torch's allocator for pinned memory rounds
-            large tensors up to a power of two, and keeps for reuse what is freed.
-        shared: Memory that other processes can map through ``torch.multiprocessing`` without a copy. Ignored where
-            ``pinned`` is given: page-locked memory is this process's own.
+        pinned: Page-locked by ``lock_pages``, for copies from a CUDA device at full rate, once this process uses one.
+        shared: Memory that other processes can map through ``torch.multiprocessing`` without a copy.
         max_bytes: The most to take and keep; None leaves it at what the machine has.
         times_needed: How many times the bytes of a round the machine has to have, because others take as much.
     """
@@ -63,11 +86,12 @@ class HostMemory:
         self._times_needed = times_needed
         self._pinned = pinned
         self._max_bytes = max_bytes
-        self._shared = shared and not pinned
+        self._shared = shared
         self._arena = SharedArena(map_shared)
-        self._rounds: list[dict[Hashable, torch.Tensor]] = [{}, {}, {}]
-        self._slab: torch.Tensor | None = None
-        self._slab_used_bytes = 0
+        self._locks = PageLocks()
+        self._not_locked: list[_Block] = []
+        self._rounds: list[dict[Hashable, _Slot]] = [{}, {}, {}]
+        self._slab: _Block | None = None
         self.layout: object = None
         """What the last snapshot remembers of where it has placed what; kept no longer than the slots."""
 
@@ -75,7 +99,7 @@ class HostMemory:
     def nbytes(self) -> int:
         """Bytes in slots that are kept, used in this round or not."""
         # Asked for by anybody, while a thread that stages takes more: a list is made in one step.
-        return sum(slot.nbytes for slots in self._rounds for slot in list(slots.values()))
+        return sum(slot.tensor.nbytes for slots in self._rounds for slot in list(slots.values()))
 
     def require(self, nbytes: int) -> None:
         """Raise ``StagingMemoryError`` unless there is room for a round of this many bytes in all.
@@ -102,7 +126,7 @@ class HostMemory:
 
     def storages(self) -> frozenset[int]:
         """Return the addresses of the storages that this round's slots are in."""
-        return frozenset(slot.untyped_storage().data_ptr() for slot in self._rounds[0].values())
+        return frozenset(slot.tensor.untyped_storage().data_ptr() for slot in self._rounds[0].values())
 
     def trim(self) -> None:
         """Let go of what earlier rounds have used and this one has not, where all together is more than is allowed."""
@@ -113,12 +137,20 @@ class HostMemory:
         """Begin a new snapshot; what the one before was given is given out again, so it is no longer valid."""
         self._rotate([{}, *self._rounds[:2]])
 
-    def _rotate(self, rounds: list[dict[Hashable, torch.Tensor]]) -> None:
+    def _rotate(self, rounds: list[dict[Hashable, _Slot]]) -> None:
         dropped = self._rounds[2]
         self._rounds = rounds
         for slot in dropped.values():
-            if slot.is_shared():  # type: ignore[no-untyped-call]
-                self._arena.discard(slot)
+            slot.block.num_slots -= 1
+            if not slot.block.num_slots:
+                self._free(slot.block)
+
+    def _free(self, block: _Block) -> None:
+        if block is self._slab:
+            self._slab = None
+        self._locks.unlock(block.memory)
+        if block.memory.is_shared():  # type: ignore[no-untyped-call]
+            self._arena.discard(block.memory)
 
     def repeat_round(self) -> None:
         """Begin a new snapshot that is given all that the one before was given."""
@@ -134,20 +166,56 @@ class HostMemory:
         if slot is None:
             slot = older.pop(key, None)
             if slot is None:
-                slot = self._allocate(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+                memory, block = self._allocate(math.prod(shape) * dtype.itemsize)
+                slot = _Slot(memory.view(dtype).view(shape), block)
+                block.num_slots += 1
         current[key] = slot
-        return slot
+        return slot.tensor
+
+    def lock_pages(self) -> None:
+        """Lock what was taken since the last time, where page-locked memory was asked for and is of use."""
+        if not self._not_locked:
+            return
+        blocks = [block.memory for block in self._not_locked if block.num_slots]
+        self._not_locked = []
+        try:
+            self._locks.lock(blocks)
+        except StagingMemoryError as exc:
+            self._pinned = False
+            nbytes = sum(block.nbytes for block in blocks)
+            logger.warning("could not pin %d bytes for staging (%s): going on with pageable memory", nbytes, exc)
 
     def close(self) -> None:
         """Forget all slots: their memory is freed when the last tensor in it is gone."""
         self._rounds = [{}, {}, {}]
         self.layout = None
         self._slab = None
+        self._not_locked = []
+        self._locks.close()
         self._arena.close()
         for callback in _close_callbacks:
             callback()
 
-    def _allocate(self, nbytes: int) -> torch.Tensor:
+    def _allocate(self, nbytes: int) -> tuple[torch.Tensor, _Block]:
+        if nbytes > _MAX_SLAB_SLOT_BYTES:
+            block = self._block(nbytes)
+            return block.memory, block
+        memory = None if self._slab is None else self._slab.take(nbytes)
+        if self._slab is None or memory is None:
+            self._slab = self._block(_SLAB_BYTES)
+            memory = self._slab.take(nbytes)
+            assert memory is not None, "a new slab has room for any small slot"
+        return memory, self._slab
+
+    def _block(self, nbytes: int) -> _Block:
+        is_to_be_locked = self._pinned and self._locks.are_of_use()
+        block = _Block(self._new_memory(nbytes, is_to_be_locked=is_to_be_locked))
+        if is_to_be_locked:
+            self._not_locked.append(block)
+        return block
+
+    def _new_memory(self, nbytes: int, *, is_to_be_locked: bool) -> torch.Tensor:
+        """Return new bytes that begin at a page and share none with others."""
         if self._shared:
             try:
                 return self._arena.take(nbytes)
@@ -159,35 +227,24 @@ class HostMemory:
                     nbytes,
                     exc,
                 )
-        if nbytes > _MAX_SLAB_SLOT_BYTES:
-            return self._block(nbytes)[:nbytes]
-        if self._slab is None or self._slab_used_bytes + nbytes > self._slab.numel():
-            self._slab = self._block(_SLAB_BYTES)
-            self._slab_used_bytes = 0
-        start = self._slab_used_bytes
-        self._slab_used_bytes += -(-nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-        return self._slab[start : start + nbytes]
-
-    def _block(self, nbytes: int) -> torch.Tensor:
-        """Return at least ``nbytes`` of new memory, of the best kind that is to be had."""
-        if self._pinned:
-            try:
-                return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-            except RuntimeError as exc:
-                self._pinned = False
-                logger.warning("could not pin %d bytes for staging (%s): going on with pageable memory", nbytes, exc)
-        return _private_block(nbytes)
+        return _anonymous_memory(nbytes, huge_pages=not is_to_be_locked)
 
 
-def _private_block(nbytes: int) -> torch.Tensor:
-    """Map anonymous memory, which goes back to the system when the last tensor in it is gone; malloc may keep it."""
+def _anonymous_memory(nbytes: int, *, huge_pages: bool) -> torch.Tensor:
+    """Map memory that goes back to the system when the last tensor in it is gone; what malloc gives it may keep.
+
+    Args:
+        huge_pages: Best for memory that this process is the first to touch. It is then private, so that a fork copies
+            what changes; else forks share it.
+    """
+    kind = mmap.MAP_PRIVATE if huge_pages else mmap.MAP_SHARED
     try:
-        mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        mapping = mmap.mmap(-1, nbytes, flags=kind | mmap.MAP_ANONYMOUS)
     except OSError as exc:
         raise StagingMemoryError(f"could not get {nbytes} bytes of memory for staging: {exc}") from exc
     # The tensor keeps the mapping alive.
     block = torch.frombuffer(mapping, dtype=torch.uint8)
-    if nbytes >= 2 * _HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+    if huge_pages and nbytes >= 2 * _HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
         _huge_pages.ask_for(mapping, block.data_ptr())
     return block
 

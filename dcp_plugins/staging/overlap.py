@@ -55,11 +55,9 @@ class OverlappedStager(KeptMemoryStager):
     ) -> None:
         self._optimizers = tuple(optimizers)
         self._changed_by_forward = tuple(changed_by_forward)
-        # Page-locked memory is this process's own.
-        pinned = torch.cuda.is_available() and not use_shared_memory
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="dcp-staging")
         super().__init__(
-            HostMemory(pinned=pinned, shared=use_shared_memory),
+            HostMemory(pinned=torch.cuda.is_available(), shared=use_shared_memory),
             Copies(non_blocking=torch.accelerator.is_available()),
             self._thread,
         )

@@ -9,68 +9,57 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import mmap
 import os
 from collections.abc import Callable
 
 import torch
 
-__all__ = ["SharedArena", "descriptor_of", "map_shared"]
+__all__ = ["SharedArena", "descriptor_of", "libc", "map_shared"]
 
-_BLOCK_BYTES = 1024 * 1024 * 1024
-# Reserving in steps saves a system call for each of many small slots.
-_RESERVE_BYTES = 8 * 1024 * 1024
-_ALIGNMENT_BYTES = 64
-_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+_FILE_BYTES = 1024 * 1024 * 1024
 # fallocate(2): free the range's pages, and leave the file's size as it is.
 _KEEP_SIZE_PUNCH_HOLE = 0x01 | 0x02
 
 
 class SharedArena:
-    """Hands out runs of shared memory, one after the other; not thread-safe.
+    """Hands out runs of pages of shared memory, one after the other; not thread-safe.
 
-    A block is unmapped when the arena has left it and the last tensor in it is gone. Until then the pages of what was
+    A file is unmapped when the arena has left it and the last tensor in it is gone. Until then the pages of what was
     discarded go back to the system on their own.
 
     Args:
-        new_block: Maps a block of the given size, without reserving its memory.
+        new_file: Maps a file of the given size, without reserving its memory.
     """
 
-    def __init__(self, new_block: Callable[[int], torch.Tensor]) -> None:
-        self._new_block = new_block
-        self._block: torch.Tensor | None = None
+    def __init__(self, new_file: Callable[[int], torch.Tensor]) -> None:
+        self._new_file = new_file
+        self._file: torch.Tensor | None = None
         self._used_bytes = 0
-        self._reserved_bytes = 0
 
     def take(self, nbytes: int) -> torch.Tensor:
-        """Return ``nbytes`` bytes that can be written without a fault.
+        """Return ``nbytes`` bytes that can be written without a fault, and begin at a page.
 
         Raises:
             OSError: There is not that much shared memory.
         """
-        start = -(-self._used_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-        if self._block is None or start + nbytes > self._block.numel():
-            self._block = self._new_block(max(nbytes, _BLOCK_BYTES))
-            start = self._used_bytes = self._reserved_bytes = 0
-        end = start + nbytes
-        if end > self._reserved_bytes:
-            target = min(self._block.numel(), max(end, self._reserved_bytes + _RESERVE_BYTES))
-            _reserve(self._block, self._reserved_bytes, target - self._reserved_bytes)
-            self._reserved_bytes = target
-        self._used_bytes = end
-        return self._block[start:end]
+        if self._file is None or self._used_bytes + nbytes > self._file.numel():
+            self._file = self._new_file(max(nbytes, _FILE_BYTES))
+            self._used_bytes = 0
+        start = self._used_bytes
+        _reserve(self._file, start, nbytes)
+        self._used_bytes += -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        return self._file[start : start + nbytes]
 
-    def discard(self, slot: torch.Tensor) -> None:
-        """Free the whole pages of what ``take`` gave; whoever still reads them finds zeros."""
-        first = slot.storage_offset() * slot.element_size()
-        start = -(-first // _PAGE_BYTES) * _PAGE_BYTES
-        end = (first + slot.nbytes) // _PAGE_BYTES * _PAGE_BYTES
-        if end > start:
-            # A hint: where the system does not know the call, the block's end frees the pages.
-            _fallocate(descriptor_of(slot.untyped_storage()), _KEEP_SIZE_PUNCH_HOLE, start, end - start)
+    def discard(self, taken: torch.Tensor) -> None:
+        """Free the pages of what ``take`` gave; whoever still reads them finds zeros."""
+        nbytes = -(-taken.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        # A hint: where the system does not know the call, the file's end frees the pages.
+        _fallocate(descriptor_of(taken.untyped_storage()), _KEEP_SIZE_PUNCH_HOLE, int(taken.storage_offset()), nbytes)
 
     def close(self) -> None:
-        """Leave the last block."""
-        self._block = None
+        """Leave the last file."""
+        self._file = None
 
 
 def map_shared(nbytes: int) -> torch.Tensor:
@@ -100,18 +89,19 @@ def descriptor_of(storage: torch.UntypedStorage) -> int:
     return int(storage._share_fd_cpu_()[0])
 
 
-def _reserve(block: torch.Tensor, offset_bytes: int, nbytes: int) -> None:
+def _reserve(file: torch.Tensor, offset_bytes: int, nbytes: int) -> None:
     """Have pages set aside now: a shortage is an OSError here instead of a SIGBUS at the first touch."""
     if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor_of(block.untyped_storage()), offset_bytes, nbytes)
+        os.posix_fallocate(descriptor_of(file.untyped_storage()), offset_bytes, nbytes)
 
 
 @functools.cache
-def _libc() -> ctypes.CDLL:
+def libc() -> ctypes.CDLL:
+    """Return the C library, for calls to the system that Python does not have; they release the GIL."""
     return ctypes.CDLL(None)
 
 
 def _fallocate(descriptor: int, mode: int, offset_bytes: int, nbytes: int) -> None:
-    call = getattr(_libc(), "fallocate64", None)
+    call = getattr(libc(), "fallocate64", None)
     if call is not None:
         call(descriptor, mode, ctypes.c_int64(offset_bytes), ctypes.c_int64(nbytes))

@@ -39,7 +39,7 @@ class StagingOptions:
     """How ``DefaultStager`` stages. A machine without an accelerator gets what it can have, with one line in the log.
 
     Attributes:
-        use_pinned_memory: Stage into page-locked memory, which devices copy to at full rate. Needs CUDA.
+        use_pinned_memory: Stage into page-locked memory, which devices copy to at full rate, shared or not. Needs CUDA.
         use_shared_memory: Stage into memory that another process can map.
         use_async_staging: Copy on a thread of the stager: ``stage`` returns a future, and parameters may change once
             it is done.
@@ -188,9 +188,14 @@ class HandoverStager(KeptMemoryStager):
     """
 
     def __init__(self) -> None:
-        super().__init__(HostMemory(shared=True), Copies(non_blocking=torch.accelerator.is_available()), executor=None)
+        pinned = torch.cuda.is_available()
+        super().__init__(
+            HostMemory(pinned=pinned, shared=True),
+            Copies(non_blocking=torch.accelerator.is_available()),
+            executor=None,
+        )
         # There has to be room for the shared memory as well.
-        self._first = HostMemory(times_needed=2)
+        self._first = HostMemory(pinned=pinned, times_needed=2)
         self._is_private = False
 
     @property
