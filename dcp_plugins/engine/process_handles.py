@@ -40,7 +40,7 @@ from dcp_plugins.engine.process_received import (
     shared_tensor,
 )
 from dcp_plugins.errors import UnsupportedValueError, listing
-from dcp_plugins.format.memory import PLAIN_TENSORS, are_directly_addressable
+from dcp_plugins.format.memory import PLAIN_TENSORS, addresses_of
 from dcp_plugins.pace import give_way
 from dcp_plugins.staging.wrappers import is_plain_memory
 
@@ -168,8 +168,8 @@ def _in_table(state_dict: dict[str, Any], known: BlockTable) -> tuple[TensorTabl
     for start in range(0, len(found), _BATCH):
         give_way()
         tensors = found[start : start + _BATCH]
-        if not are_directly_addressable(tensors) or any(map(_attributes, tensors)):
-            tensors = [tensor for tensor in tensors if are_directly_addressable([tensor]) and not tensor.__dict__]
+        if addresses_of(tensors) is None or any(map(_attributes, tensors)):
+            tensors = [tensor for tensor in tensors if addresses_of([tensor]) is not None and not tensor.__dict__]
         storages = list(map(torch.Tensor.untyped_storage, tensors))
         keys = list(map(_key, storages))
         unique = dict(zip(keys, storages, strict=True))

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["PLAIN_TENSORS", "are_directly_addressable", "as_buffer", "is_directly_addressable"]
+__all__ = ["PLAIN_TENSORS", "addresses_of", "as_buffer", "is_directly_addressable"]
 
 PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 """The classes whose instances have no behaviour of their own."""
@@ -49,26 +49,33 @@ def is_directly_addressable(tensor: torch.Tensor) -> bool:
 _look = operator.attrgetter("is_cpu", "layout", "is_quantized", "is_nested")
 
 
-def are_directly_addressable(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether all of them are, and none is of a class or kind that needs a second look; in few calls for very many.
+def addresses_of(tensors: Sequence[torch.Tensor]) -> list[int] | None:
+    """Return where each tensor begins, if all are directly addressable; in few calls for very many.
 
-    A tensor whose memory has been freed (``untyped_storage().resize_(0)``) is not.
+    None also where one is of a class or kind that needs a second look, or its memory has been freed
+    (``untyped_storage().resize_(0)``). Empty tensors may have the address 0.
     """
     if not tensors:
-        return True
+        return []
     if not PLAIN_TENSORS.issuperset(map(type, tensors)):
-        return False
+        return None
     on_host, layouts, quantized, nested = zip(*map(_look, tensors), strict=True)
-    return (
-        all(on_host)
-        and set(layouts) == {torch.strided}
-        and not any(quantized)
-        and not any(nested)
-        and all(map(torch.Tensor.is_contiguous, tensors))
-        and not any(map(torch.Tensor.is_neg, tensors))
-        and not any(map(torch.Tensor.is_conj, tensors))
-        and all(tensor.data_ptr() or not tensor.numel() for tensor in tensors)
-    )
+    if (
+        not all(on_host)
+        or set(layouts) != {torch.strided}
+        or any(quantized)
+        or any(nested)
+        or not all(map(torch.Tensor.is_contiguous, tensors))
+        or any(map(torch.Tensor.is_neg, tensors))
+        or any(map(torch.Tensor.is_conj, tensors))
+    ):
+        return None
+    addresses = list(map(torch.Tensor.data_ptr, tensors))
+    if not all(addresses) and any(
+        tensor.numel() for tensor, address in zip(tensors, addresses, strict=True) if not address
+    ):
+        return None
+    return addresses
 
 
 def as_buffer(tensor: torch.Tensor) -> Any:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from dcp_plugins.errors import UnsupportedValueError
-from dcp_plugins.format.memory import are_directly_addressable
+from dcp_plugins.format.memory import addresses_of
 from dcp_plugins.staging.memory import HostMemory
 from dcp_plugins.staging.wrappers import is_plain_memory
 
-__all__ = ["Layout", "Path", "place", "shapes_of"]
+__all__ = ["Layout", "Path", "place", "shapes_of", "stand_for_originals"]
 
 Path = tuple[Any, ...]
 
@@ -68,11 +68,12 @@ def shapes_of(found: Sequence[torch.Tensor], paths: Sequence[Path]) -> tuple[lis
     for start in range(0, len(found), _BATCH):
         batch = found[start : start + _BATCH]
         batch_paths = paths[start : start + _BATCH]
-        if are_directly_addressable(batch):
+        addresses = addresses_of(batch)
+        if addresses is not None:
             # As nearly all are, where there are very many: in few calls.
             sizes_bytes, dtypes, sizes = zip(*map(_look, batch), strict=True)
             tensors += batch
-            shapes += zip(map(torch.Tensor.data_ptr, batch), sizes_bytes, dtypes, sizes, batch_paths, strict=True)
+            shapes += zip(addresses, sizes_bytes, dtypes, sizes, batch_paths, strict=True)
             continue
         for tensor, path in zip(batch, batch_paths, strict=True):
             if is_plain_memory(tensor):
@@ -118,6 +119,16 @@ def place(tensors: Sequence[torch.Tensor], shapes: list[Shape], memory: HostMemo
         layout = _lay_out(tensors, shapes, nesting, memory, None)
     memory.layout = layout
     return layout
+
+
+def stand_for_originals(memory: HostMemory, first: HostMemory) -> None:
+    """Have the snapshot in ``memory``, which was taken of the one in ``first``, count as one of what that was taken of.
+
+    The next one of the same tensors is then found to have its places, without a look at what lies in what.
+    """
+    layout, original = memory.layout, first.layout
+    if isinstance(layout, Layout) and isinstance(original, Layout) and layout.is_for(original.shapes, original.nesting):
+        memory.layout = Layout(original.shapes, layout.nesting, layout.places)
 
 
 def _lay_out(

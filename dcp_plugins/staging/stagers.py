@@ -15,6 +15,7 @@ import torch
 from dcp_plugins.contract import AsyncStager
 from dcp_plugins.errors import StagingMemoryError, UnsupportedValueError, listing
 from dcp_plugins.staging.memory import HostMemory
+from dcp_plugins.staging.placement import stand_for_originals
 from dcp_plugins.staging.snapshot import take_snapshot
 from dcp_plugins.staging.streams import Copies
 from dcp_plugins.staging.wrappers import is_plain_memory
@@ -224,7 +225,9 @@ class HandoverStager(KeptMemoryStager):
             return staged
         self._is_private = False
         try:
-            return self._take(staged, self._memory)
+            moved = self._take(staged, self._memory)
+            stand_for_originals(self._memory, self._first)
+            return moved
         except StagingMemoryError as exc:
             logger.warning("no shared memory for the snapshot (%s): its bytes are sent to the checkpoint process", exc)
             return staged

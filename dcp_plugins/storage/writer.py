@@ -33,7 +33,7 @@ from dcp_plugins.contract import (
 )
 from dcp_plugins.errors import CheckpointError, CheckpointExistsError, StorageWriteError
 from dcp_plugins.format.container import crc32, predicted_layout
-from dcp_plugins.format.memory import are_directly_addressable, as_buffer, is_directly_addressable
+from dcp_plugins.format.memory import addresses_of, as_buffer, is_directly_addressable
 from dcp_plugins.format.metadata import MetadataEncoder, decode
 from dcp_plugins.format.names import (
     METADATA_NAME,
@@ -274,7 +274,7 @@ class FileSystemWriter(StorageWriter):
                 # Before the planner gives the same memory for the next.
                 file.flush()
             return places
-        if len(data) > 1 and not self.extensions and are_as_planned(run, data) and are_directly_addressable(data):
+        if len(data) > 1 and not self.extensions and are_as_planned(run, data) and addresses_of(data) is not None:
             return file.write_small(data, run.layouts)
         return [self._append(file, item, value) for item, value in zip(run.items, data, strict=True)]
 

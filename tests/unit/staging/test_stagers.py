@@ -24,6 +24,7 @@ from dcp_plugins.staging import (
     HandoverStager,
     StagingOptions,
     memory,
+    placement,
     stagers,
 )
 
@@ -259,6 +260,19 @@ def test_later_snapshots_for_a_process_are_taken_where_the_first_was_moved_to() 
     assert second["a"].data_ptr() == address
     assert stager.hand_over(second) is second
     assert torch.equal(second["a"], source)
+    stager.close()
+
+
+def test_the_second_snapshot_for_a_process_needs_no_look_at_what_lies_in_what(monkeypatch: pytest.MonkeyPatch) -> None:
+    stager = HandoverStager()
+    whole = torch.arange(1_000_000.0)
+    state = {"whole": whole, "part": whole[10:20], "strided": torch.ones(40, 50).t(), "n": torch.tensor(3)}
+    stager.hand_over(stager.stage(state))
+    monkeypatch.setattr(placement, "_nesting", None)
+    whole += 1
+    second = stager.stage(state)
+    assert all(torch.equal(second[name], state[name]) for name in state)
+    assert second["part"].data_ptr() == second["whole"].data_ptr() + 40
     stager.close()
 
 
