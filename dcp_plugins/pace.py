@@ -11,13 +11,23 @@ Nothing of this happens once somebody waits for the save.
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
-__all__ = ["Awaited", "elsewhere", "give_way", "giving_way", "hurry", "pace_of_this_thread", "paced"]
+__all__ = [
+    "Awaited",
+    "elsewhere",
+    "give_way",
+    "giving_way",
+    "hurry",
+    "pace_of_this_thread",
+    "paced",
+    "shared_pace",
+]
 
 T = TypeVar("T")
 
@@ -57,13 +67,26 @@ class Awaited(threading.Event):
             self._shown_in = None
 
 
+class _Team:
+    """The threads that take turns for one save at the same time: each sleeps as many times longer as they are."""
+
+    def __init__(self) -> None:
+        self.num_threads = 0
+        self._lock = threading.Lock()
+
+    def change(self, by: int) -> None:
+        with self._lock:
+            self.num_threads += by
+
+
 class _Pace:
     """The turns of one thread. Time is the thread's own on a processor: waiting for anything does not count."""
 
-    __slots__ = ("awaited", "is_elsewhere", "ran_seconds", "since")
+    __slots__ = ("awaited", "is_elsewhere", "ran_seconds", "since", "team")
 
-    def __init__(self, awaited: Awaited) -> None:
+    def __init__(self, awaited: Awaited, team: _Team) -> None:
         self.awaited = awaited
+        self.team = team
         self.is_elsewhere = False
         self.ran_seconds = 0.0
         self.since = time.thread_time()
@@ -73,7 +96,7 @@ class _Pace:
         self.ran_seconds += now - self.since
         self.since = now
         if self.ran_seconds >= _TURN_SECONDS:
-            self.awaited.wait(min(self.ran_seconds * _SLEEP_PER_TURN, _MAX_SLEEP_SECONDS))
+            self.awaited.wait(min(self.ran_seconds * _SLEEP_PER_TURN * self.team.num_threads, _MAX_SLEEP_SECONDS))
             self.ran_seconds = 0.0
             self.since = time.thread_time()
 
@@ -81,21 +104,32 @@ class _Pace:
 _here = threading.local()
 
 
-@contextmanager
-def paced(awaited: Awaited | None) -> Iterator[None]:
+def paced(awaited: Awaited | None) -> AbstractContextManager[None]:
     """Run what is inside in turns, on this thread, until ``awaited`` is set; None runs it as ever."""
+    return _paced(awaited, _Team())
+
+
+@contextmanager
+def _paced(awaited: Awaited | None, team: _Team) -> Iterator[None]:
     earlier = getattr(_here, "pace", None)
-    _here.pace = None if awaited is None else _Pace(awaited)
+    _here.pace = None if awaited is None else _Pace(awaited, team)
+    team.change(1)
     try:
         yield
     finally:
+        team.change(-1)
         _here.pace = earlier
 
 
 def pace_of_this_thread() -> Awaited | None:
-    """Return the event that ends this thread's pace, for ``paced`` in threads that work for it; None if it has none."""
+    """Return the event that ends this thread's pace; None if it has none."""
     pace: _Pace | None = getattr(_here, "pace", None)
     return None if pace is None else pace.awaited
+
+
+def shared_pace() -> Callable[[], AbstractContextManager[None]]:
+    """Return what makes a thread keep this thread's pace, together with the others that do."""
+    return functools.partial(_paced, pace_of_this_thread(), _Team())
 
 
 def give_way() -> None:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from dcp_plugins.pace import pace_of_this_thread, paced
+from dcp_plugins.pace import shared_pace
 
 __all__ = [
     "MIN_PARALLEL_PIECE_BYTES",
@@ -127,16 +127,16 @@ def run_all(function: Callable[[T], R], work: Sequence[T]) -> list[R]:
     """
     if len(work) <= 1:
         return [function(element) for element in work]
-    awaited = pace_of_this_thread()
+    pace = shared_pace()
 
     def keep_pace(element: T) -> R:
-        with paced(awaited):
+        with pace():
             return function(element)
 
     with ThreadPoolExecutor(len(work) - 1, thread_name_prefix="dcp-io") as pool:
         futures = [pool.submit(keep_pace, element) for element in work[1:]]
         # The calling thread would only wait: it takes the first part.
-        first = function(work[0])
+        first = keep_pace(work[0])
         return [first, *(future.result() for future in futures)]
 
 

@@ -135,18 +135,41 @@ def test_a_flag_shows_from_the_start_that_somebody_waits_already() -> None:
         assert flag == b"\1"
 
 
-def test_threads_that_work_for_a_background_keep_its_pace() -> None:
+def test_threads_that_work_for_a_background_keep_its_pace_together() -> None:
     sleeps = Sleeps()
+    together = threading.Barrier(3)
 
     def work(_: int) -> None:
+        together.wait(20)
         run_for(0.004)
         give_way()
+        together.wait(20)
 
     with paced(sleeps):
         run_all(work, range(3))
     assert len(sleeps.seconds) == 3
+    assert min(sleeps.seconds) >= 3 * 15 * 0.004, "each sleeps while the others have their turns"
     run_all(work, range(3))
     assert len(sleeps.seconds) == 3, "outside there is no pace"
+
+
+def test_a_thread_whose_helpers_have_ended_sleeps_for_itself_alone() -> None:
+    sleeps = Sleeps()
+    ended = threading.Event()
+
+    def work(number: int) -> None:
+        if number:
+            ended.set()
+            return
+        assert ended.wait(20)
+        time.sleep(0.1)
+        run_for(0.004)
+        give_way()
+
+    with paced(sleeps):
+        run_all(work, range(2))
+    (slept,) = sleeps.seconds
+    assert 15 * 0.004 <= slept < 2 * 15 * 0.004
 
 
 @pytest.mark.parametrize("is_paced", [False, True])
