@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,10 +12,12 @@ import torch
 from dcp_plugins.contract import ReadItem, StorageInfo
 from dcp_plugins.errors import CorruptCheckpointError
 from dcp_plugins.format.container import Layout, crc32, parse_layout, predicted_layout, record_checksums
-from dcp_plugins.format.memory import as_buffer, is_directly_addressable
+from dcp_plugins.format.memory import PLAIN_TENSORS, as_buffer, is_directly_addressable
 from dcp_plugins.geometry import is_contiguous_range
 from dcp_plugins.storage.arrays import ScratchPool, read_into, row_reads
+from dcp_plugins.storage.detour import copy_together, host_slots
 from dcp_plugins.storage.host_blocks import BLOCK_BYTES
+from dcp_plugins.storage.threads import MIN_PARALLEL_PIECE_BYTES
 
 __all__ = ["DataFileReader", "TensorRead", "load_container"]
 
@@ -68,6 +70,16 @@ class DataFileReader:
 
     def read(self, reads: Sequence[TensorRead]) -> None:
         """Fill all targets; ``reads`` are in the order of their offsets."""
+        for device, some in _by_way(reads):
+            if device is None:
+                self._read(some)
+                continue
+            targets = [read.target for read in some]
+            slots = host_slots(targets, device)
+            self._read([read._replace(target=slot) for read, slot in zip(some, slots, strict=True)])
+            copy_together(targets, slots)
+
+    def _read(self, reads: Sequence[TensorRead]) -> None:
         batch: list[tuple[TensorRead, Layout, Any]] = []
         batch_bytes = 0
         end = 0
@@ -253,6 +265,34 @@ class DataFileReader:
     def _read_into(self, buffers: list[Any], position: int, nbytes: int, where: str) -> None:
         """Fill all buffers, ``nbytes`` in total, from ``position`` in the file."""
         read_into(self._fd, buffers, position, nbytes, where)
+
+
+def _by_way(reads: Sequence[TensorRead]) -> Iterator[tuple[torch.device | None, list[TensorRead]]]:
+    """Divide reads into those that go to their targets and, with a device, those that go there by a detour together."""
+    some: list[TensorRead] = []
+    way: torch.device | None = None
+    some_bytes = 0
+    for read in reads:
+        target = read.target
+        its_way = target.device if _is_worth_a_detour(target) else None
+        if some and (its_way != way or (way is not None and some_bytes + target.nbytes > BLOCK_BYTES)):
+            yield way, some
+            some, some_bytes = [], 0
+        way = its_way
+        some.append(read)
+        some_bytes += target.nbytes
+    if some:
+        yield way, some
+
+
+def _is_worth_a_detour(target: torch.Tensor) -> bool:
+    return (
+        0 < target.nbytes < MIN_PARALLEL_PIECE_BYTES
+        and not is_directly_addressable(target)
+        and type(target) in PLAIN_TENSORS
+        and target.layout is torch.strided
+        and not target.is_quantized
+    )
 
 
 def load_container(content: bytes | bytearray, sizes: Sequence[int], where: str) -> torch.Tensor:

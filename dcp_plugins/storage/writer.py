@@ -45,6 +45,7 @@ from dcp_plugins.format.names import (
 )
 from dcp_plugins.pace import elsewhere, give_way
 from dcp_plugins.storage.datafile import DataFile
+from dcp_plugins.storage.detour import copies_on_host
 from dcp_plugins.storage.host_blocks import host_blocks
 from dcp_plugins.storage.local import litter, make_directory, publish, remove_files, sync_directory
 from dcp_plugins.storage.planned import Run, are_as_planned, check_against_plan, in_runs, resolved_together, runs_of
@@ -274,8 +275,10 @@ class FileSystemWriter(StorageWriter):
                 # Before the planner gives the same memory for the next.
                 file.flush()
             return places
-        if len(data) > 1 and not self.extensions and are_as_planned(run, data) and addresses_of(data) is not None:
-            return file.write_small(data, run.layouts)
+        if len(data) > 1 and not self.extensions and are_as_planned(run, data):
+            small = data if addresses_of(data) is not None else copies_on_host(data)
+            if small is not None:
+                return file.write_small(small, run.layouts)
         return [self._append(file, item, value) for item, value in zip(run.items, data, strict=True)]
 
     def _append(self, file: DataFile, item: WriteItem, data: Any) -> tuple[int, int]:
