@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from dcp_plugins.pace import Awaited, elsewhere, give_way, giving_way, hurry, paced
+from dcp_plugins.pace import _SLEEP_PER_TURN, Awaited, elsewhere, give_way, giving_way, hurry, paced
 from dcp_plugins.storage.threads import run_all
 
 
@@ -32,14 +32,14 @@ def run_for(seconds: float) -> None:
         pass
 
 
-def test_a_thread_that_had_its_turn_sleeps_fifteen_times_as_long() -> None:
+def test_a_thread_that_had_its_turn_sleeps_many_times_as_long() -> None:
     sleeps = Sleeps()
     with paced(sleeps):
         run_for(0.004)
         give_way()
         give_way()
     assert len(sleeps.seconds) == 1, "the second time it had not run"
-    assert sleeps.seconds[0] >= 15 * 0.004
+    assert sleeps.seconds[0] >= _SLEEP_PER_TURN * 0.004
 
 
 def test_short_stretches_add_up() -> None:
@@ -49,7 +49,7 @@ def test_short_stretches_add_up() -> None:
             run_for(0.0003)
             give_way()
     assert 1 <= len(sleeps.seconds) <= 4
-    assert sum(sleeps.seconds) >= 15 * 0.0015
+    assert sum(sleeps.seconds) >= _SLEEP_PER_TURN * 0.0015
 
 
 def test_no_sleep_is_longer_than_a_second() -> None:
@@ -81,7 +81,7 @@ def test_running_before_and_after_what_is_computed_elsewhere_counts() -> None:
         run_for(0.002)
         give_way()
     (slept,) = sleeps.seconds
-    assert 15 * 0.004 <= slept < 15 * 0.05
+    assert _SLEEP_PER_TURN * 0.004 <= slept < _SLEEP_PER_TURN * 0.05
 
 
 def test_a_thread_in_a_hurry_does_not_sleep() -> None:
@@ -148,7 +148,7 @@ def test_threads_that_work_for_a_background_keep_its_pace_together() -> None:
     with paced(sleeps):
         run_all(work, range(3))
     assert len(sleeps.seconds) == 3
-    assert min(sleeps.seconds) >= 3 * 15 * 0.004, "each sleeps while the others have their turns"
+    assert min(sleeps.seconds) >= 3 * _SLEEP_PER_TURN * 0.004, "each sleeps while the others have their turns"
     run_all(work, range(3))
     assert len(sleeps.seconds) == 3, "outside there is no pace"
 
@@ -169,7 +169,7 @@ def test_a_thread_whose_helpers_have_ended_sleeps_for_itself_alone() -> None:
     with paced(sleeps):
         run_all(work, range(2))
     (slept,) = sleeps.seconds
-    assert 15 * 0.004 <= slept < 2 * 15 * 0.004
+    assert _SLEEP_PER_TURN * 0.004 <= slept < 2 * _SLEEP_PER_TURN * 0.004
 
 
 @pytest.mark.parametrize("is_paced", [False, True])
