@@ -112,7 +112,9 @@ def paced(awaited: Awaited | None) -> AbstractContextManager[None]:
 
 @contextmanager
 def _paced(awaited: Awaited | None, team: _Team) -> Iterator[None]:
-    earlier = getattr(_here, "pace", None)
+    earlier: _Pace | None = getattr(_here, "pace", None)
+    if earlier is not None and not earlier.is_elsewhere:
+        earlier.ran_seconds += time.thread_time() - earlier.since
     _here.pace = None if awaited is None else _Pace(awaited, team)
     team.change(1)
     try:
@@ -120,6 +122,9 @@ def _paced(awaited: Awaited | None, team: _Team) -> Iterator[None]:
     finally:
         team.change(-1)
         _here.pace = earlier
+        if earlier is not None:
+            # What ran inside was counted there.
+            earlier.since = time.thread_time()
 
 
 def pace_of_this_thread() -> Awaited | None:

@@ -46,6 +46,9 @@ def is_directly_addressable(tensor: torch.Tensor) -> bool:
     )
 
 
+# Where memory was freed, a tensor's address is its offset in it; memory itself lies higher.
+_LOW_ADDRESS = 1 << 32
+
 _look = operator.attrgetter("is_cpu", "layout", "is_quantized", "is_nested")
 
 
@@ -71,8 +74,8 @@ def addresses_of(tensors: Sequence[torch.Tensor]) -> list[int] | None:
     ):
         return None
     addresses = list(map(torch.Tensor.data_ptr, tensors))
-    if not all(addresses) and any(
-        tensor.numel() for tensor, address in zip(tensors, addresses, strict=True) if not address
+    if min(addresses) < _LOW_ADDRESS and any(
+        tensor.numel() for tensor, address in zip(tensors, addresses, strict=True) if address < _LOW_ADDRESS
     ):
         return None
     return addresses

@@ -144,6 +144,9 @@ class HostMemory:
             slot.block.num_slots -= 1
             if not slot.block.num_slots:
                 self._free(slot.block)
+            elif slot.block.memory.is_shared() and not self._pinned:  # type: ignore[no-untyped-call]
+                # Others in the block stay: its pages go back as far as this slot had them to itself.
+                self._arena.discard_within(slot.tensor)
 
     def _free(self, block: _Block) -> None:
         if block is self._slab:

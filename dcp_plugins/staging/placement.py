@@ -77,7 +77,7 @@ def shapes_of(found: Sequence[torch.Tensor], paths: Sequence[Path]) -> tuple[lis
             continue
         for tensor, path in zip(batch, batch_paths, strict=True):
             if is_plain_memory(tensor):
-                if tensor.numel() and not tensor.data_ptr():
+                if tensor.numel() and not tensor.untyped_storage().nbytes():
                     # Copying from it ends the process.
                     raise UnsupportedValueError(
                         f"{'.'.join(map(str, path))}: the tensor has no memory: its storage has been freed, as FSDP "

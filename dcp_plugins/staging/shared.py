@@ -57,6 +57,14 @@ class SharedArena:
         # A hint: where the system does not know the call, the file's end frees the pages.
         _fallocate(descriptor_of(taken.untyped_storage()), _KEEP_SIZE_PUNCH_HOLE, int(taken.storage_offset()), nbytes)
 
+    def discard_within(self, part: torch.Tensor) -> None:
+        """Free the pages that lie wholly within a part of what ``take`` gave."""
+        first = int(part.storage_offset()) * part.element_size()
+        start = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (first + part.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if end > start:
+            _fallocate(descriptor_of(part.untyped_storage()), _KEEP_SIZE_PUNCH_HOLE, start, end - start)
+
     def close(self) -> None:
         """Leave the last file."""
         self._file = None

@@ -27,15 +27,12 @@ def copies_on_host(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor] | None
     """Return contiguous copies in host memory, or None where a tensor needs a second look.
 
     Args:
-        tensors: At least one, in all few enough to be worth a buffer.
+        tensors: At least one, in all few enough to be worth a buffer. All have their memory.
     """
     if not PLAIN_TENSORS.issuperset(map(type, tensors)):
         return None
     layouts, quantized, nested, meta, devices = zip(*map(_look, tensors), strict=True)
     if set(layouts) != {torch.strided} or any(quantized) or any(nested) or any(meta) or len(set(devices)) != 1:
-        return None
-    if not all(tensor.data_ptr() or not tensor.numel() for tensor in tensors):
-        # Its memory has been freed, which whoever writes it says.
         return None
     slots = host_slots(tensors, devices[0])
     copy_together(slots, tensors)

@@ -292,6 +292,9 @@ def _is_worth_a_detour(target: torch.Tensor) -> bool:
         and type(target) in PLAIN_TENSORS
         and target.layout is torch.strided
         and not target.is_quantized
+        # Torch copies many tensors at once into any memory but such.
+        and not target.is_conj()
+        and not target.is_neg()
     )
 
 

@@ -276,10 +276,16 @@ class FileSystemWriter(StorageWriter):
                 file.flush()
             return places
         if len(data) > 1 and not self.extensions and are_as_planned(run, data):
-            small = data if addresses_of(data) is not None else copies_on_host(data)
+            small = data if addresses_of(data) is not None else self._on_host(run, data)
             if small is not None:
                 return file.write_small(small, run.layouts)
         return [self._append(file, item, value) for item, value in zip(run.items, data, strict=True)]
+
+    def _on_host(self, run: Run, data: list[Any]) -> list[Any] | None:
+        for item, tensor in zip(run.items, data, strict=True):
+            # That its memory is there, above all.
+            check_against_plan(item, tensor)
+        return copies_on_host(data)
 
     def _append(self, file: DataFile, item: WriteItem, data: Any) -> tuple[int, int]:
         if isinstance(data, torch.Tensor):

@@ -153,6 +153,19 @@ def test_threads_that_work_for_a_background_keep_its_pace_together() -> None:
     assert len(sleeps.seconds) == 3, "outside there is no pace"
 
 
+def test_what_helpers_and_the_thread_itself_did_together_is_not_counted_again() -> None:
+    sleeps = Sleeps()
+
+    def work(_: int) -> None:
+        with elsewhere():
+            run_for(0.02)
+
+    with paced(sleeps):
+        run_all(work, range(2))
+        give_way()
+    assert sleeps.seconds == []
+
+
 def test_a_thread_whose_helpers_have_ended_sleeps_for_itself_alone() -> None:
     sleeps = Sleeps()
     ended = threading.Event()

@@ -122,6 +122,26 @@ def test_strided_memory_that_was_freed_is_refused_by_name(tmp_path: Path) -> Non
         dcp.save(state, checkpoint_id=tmp_path)
 
 
+def test_freed_memory_is_refused_wherever_in_it_the_tensor_was(tmp_path: Path) -> None:
+    for number, turned in enumerate((False, True)):
+        flat = torch.zeros(4096)
+        views = [flat[start : start + 1024].view(32, 32) for start in (1024, 2048)]
+        state = {str(start): view.t() if turned else view for start, view in enumerate(views)}
+        flat.untyped_storage().resize_(0)
+        with pytest.raises(dcp.CheckpointException, match="memory has been freed"):
+            dcp.save(state, checkpoint_id=tmp_path / str(number))
+        with pytest.raises(dcp.errors.UnsupportedValueError, match="has been freed"):
+            dcp.async_save(state, checkpoint_id=tmp_path / str(number))
+
+
+def test_conjugated_and_negated_targets_are_filled(tmp_path: Path) -> None:
+    state = {"z": torch.randn(3, dtype=torch.complex64), "x": torch.randn(3)}
+    dcp.save(state, checkpoint_id=tmp_path)
+    found = {"z": torch.zeros(3, dtype=torch.complex64).conj(), "x": torch.zeros(3, dtype=torch.complex64).conj().imag}
+    dcp.load(found, checkpoint_id=tmp_path)
+    assert all(torch.equal(found[name].resolve_conj().resolve_neg(), state[name]) for name in state)
+
+
 @pytest.mark.gpu
 def test_small_tensors_on_a_device_are_written_and_read_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
