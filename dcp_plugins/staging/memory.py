@@ -146,7 +146,7 @@ class HostMemory:
                 self._free(slot.block)
             elif slot.block.memory.is_shared() and not self._pinned:  # type: ignore[no-untyped-call]
                 # Others in the block stay: its pages go back as far as this slot had them to itself.
-                self._arena.discard_within(slot.tensor)
+                self._arena.discard(slot.tensor)
 
     def _free(self, block: _Block) -> None:
         if block is self._slab:
@@ -201,8 +201,8 @@ class HostMemory:
 
     def _allocate(self, nbytes: int) -> tuple[torch.Tensor, _Block]:
         if nbytes > _MAX_SLAB_SLOT_BYTES:
-            block = self._block(nbytes)
-            return block.memory, block
+            block = self._block(-(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE)
+            return block.memory[:nbytes], block
         memory = None if self._slab is None else self._slab.take(nbytes)
         if self._slab is None or memory is None:
             self._slab = self._block(_SLAB_BYTES)
@@ -218,7 +218,7 @@ class HostMemory:
         return block
 
     def _new_memory(self, nbytes: int, *, is_to_be_locked: bool) -> torch.Tensor:
-        """Return new bytes that begin at a page and share none with others."""
+        """Return new memory of whole pages."""
         if self._shared:
             try:
                 return self._arena.take(nbytes)

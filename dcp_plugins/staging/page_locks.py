@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import mmap
 import os
 import weakref
 from collections.abc import Sequence
@@ -52,7 +51,7 @@ class PageLocks:
         return _device_in_use() is not None
 
     def lock(self, blocks: Sequence[torch.Tensor]) -> None:
-        """Lock blocks of bytes, each of which begins at a page and has its last page to itself.
+        """Lock blocks of whole pages.
 
         They have to be of memory that forks share: private pages that are locked would be copied at each fork.
 
@@ -81,7 +80,7 @@ class PageLocks:
 
 
 def _pages_of(block: torch.Tensor) -> _Run:
-    return block.data_ptr(), -(-block.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    return block.data_ptr(), block.nbytes
 
 
 def _unlock_all(locked: dict[_Run, torch.Tensor], process: int) -> None:

@@ -108,12 +108,10 @@ def place(tensors: Sequence[torch.Tensor], shapes: list[Shape], memory: HostMemo
     layout = memory.layout if isinstance(memory.layout, Layout) else None
     if layout is not None and layout.shapes == shapes:
         memory.repeat_round()
-        memory.lock_pages()
         return layout
     nesting = _nesting(shapes)
     if layout is not None and layout.is_for(shapes, nesting):
         memory.repeat_round()
-        memory.lock_pages()
         layout = Layout(shapes, layout.nesting, layout.places)
     else:
         layout = _lay_out(tensors, shapes, nesting, memory, None)

@@ -38,7 +38,7 @@ class SharedArena:
         self._used_bytes = 0
 
     def take(self, nbytes: int) -> torch.Tensor:
-        """Return ``nbytes`` bytes that can be written without a fault, and begin at a page.
+        """Return ``nbytes``, whole pages, that can be written without a fault.
 
         Raises:
             OSError: There is not that much shared memory.
@@ -48,21 +48,16 @@ class SharedArena:
             self._used_bytes = 0
         start = self._used_bytes
         _reserve(self._file, start, nbytes)
-        self._used_bytes += -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._used_bytes += nbytes
         return self._file[start : start + nbytes]
 
-    def discard(self, taken: torch.Tensor) -> None:
-        """Free the pages of what ``take`` gave; whoever still reads them finds zeros."""
-        nbytes = -(-taken.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        # A hint: where the system does not know the call, the file's end frees the pages.
-        _fallocate(descriptor_of(taken.untyped_storage()), _KEEP_SIZE_PUNCH_HOLE, int(taken.storage_offset()), nbytes)
-
-    def discard_within(self, part: torch.Tensor) -> None:
-        """Free the pages that lie wholly within a part of what ``take`` gave."""
+    def discard(self, part: torch.Tensor) -> None:
+        """Free the whole pages in a part of what ``take`` gave; whoever still reads them finds zeros."""
         first = int(part.storage_offset()) * part.element_size()
         start = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
         end = (first + part.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
         if end > start:
+            # A hint: where the system does not know the call, the file's end frees the pages.
             _fallocate(descriptor_of(part.untyped_storage()), _KEEP_SIZE_PUNCH_HOLE, start, end - start)
 
     def close(self) -> None:

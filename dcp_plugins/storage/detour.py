@@ -9,33 +9,42 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from dcp_plugins.format.memory import PLAIN_TENSORS
+from dcp_plugins.format.memory import addresses_of
 from dcp_plugins.pace import elsewhere
 from dcp_plugins.storage.host_blocks import scratch
+from dcp_plugins.storage.planned import Run, are_as_planned, check_against_plan
 
-__all__ = ["copies_on_host", "copy_together", "host_slots"]
+__all__ = ["copy_together", "host_slots", "small_on_host"]
 
 _ALIGNMENT_BYTES = 64
 
 _look = operator.attrgetter("layout", "is_quantized", "is_nested", "is_meta", "device")
 
 
-def copies_on_host(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
-    """Return contiguous copies in host memory, or None where a tensor needs a second look.
+def small_on_host(run: Run, data: Sequence[Any]) -> Sequence[torch.Tensor] | None:
+    """Return the data of a run of small tensors as directly addressable tensors, copied where they are not.
 
-    Args:
-        tensors: At least one, in all few enough to be worth a buffer. All have their memory.
+    None where it is another run, or a tensor needs a second look.
+
+    Raises:
+        StorageWriteError: A tensor's memory has been freed.
     """
-    if not PLAIN_TENSORS.issuperset(map(type, tensors)):
+    if len(data) < 2 or not are_as_planned(run, data):
         return None
-    layouts, quantized, nested, meta, devices = zip(*map(_look, tensors), strict=True)
+    if addresses_of(data) is not None:
+        return data
+    for item, tensor in zip(run.items, data, strict=True):
+        # That its memory is there: copying from what is not ends the process.
+        check_against_plan(item, tensor)
+    layouts, quantized, nested, meta, devices = zip(*map(_look, data), strict=True)
     if set(layouts) != {torch.strided} or any(quantized) or any(nested) or any(meta) or len(set(devices)) != 1:
         return None
-    slots = host_slots(tensors, devices[0])
-    copy_together(slots, tensors)
+    slots = host_slots(data, devices[0])
+    copy_together(slots, data)
     return slots
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -70,21 +70,21 @@ class DataFileReader:
 
     def read(self, reads: Sequence[TensorRead]) -> None:
         """Fill all targets; ``reads`` are in the order of their offsets."""
-        for device, some in _by_way(reads):
-            if device is None:
-                self._read(some)
-                continue
-            targets = [read.target for read in some]
-            slots = host_slots(targets, device)
-            self._read([read._replace(target=slot) for read, slot in zip(some, slots, strict=True)])
-            copy_together(targets, slots)
-
-    def _read(self, reads: Sequence[TensorRead]) -> None:
         batch: list[tuple[TensorRead, Layout, Any]] = []
         batch_bytes = 0
         end = 0
+        detour: list[TensorRead] = []
+        detour_bytes = 0
         for read in reads:
             layout = self._direct_layout(read)
+            if layout is None and _is_worth_a_detour(read.target):
+                nbytes = read.target.nbytes
+                if detour and (detour_bytes + nbytes > BLOCK_BYTES or detour[0].target.device != read.target.device):
+                    self._read_by_detour(detour)
+                    detour, detour_bytes = [], 0
+                detour.append(read)
+                detour_bytes += nbytes
+                continue
             small = layout is not None and layout.nbytes <= _PIECE_BYTES
             adjacent = 0 <= read.info.offset - end <= _MAX_GAP_BYTES
             if batch and (
@@ -102,6 +102,15 @@ class DataFileReader:
                 self._read_large(read, layout)
         if batch:
             self._read_batch(batch)
+        if detour:
+            self._read_by_detour(detour)
+
+    def _read_by_detour(self, reads: list[TensorRead]) -> None:
+        """Read into host memory, and copy from there to the targets, which are on one device, together."""
+        targets = [read.target for read in reads]
+        slots = host_slots(targets, targets[0].device)
+        self.read([read._replace(target=slot) for read, slot in zip(reads, slots, strict=True)])
+        copy_together(targets, slots)
 
     def _direct_layout(self, read: TensorRead) -> Layout | None:
         """Return the expected layout if the whole record can go straight into the target, else None."""
@@ -265,24 +274,6 @@ class DataFileReader:
     def _read_into(self, buffers: list[Any], position: int, nbytes: int, where: str) -> None:
         """Fill all buffers, ``nbytes`` in total, from ``position`` in the file."""
         read_into(self._fd, buffers, position, nbytes, where)
-
-
-def _by_way(reads: Sequence[TensorRead]) -> Iterator[tuple[torch.device | None, list[TensorRead]]]:
-    """Divide reads into those that go to their targets and, with a device, those that go there by a detour together."""
-    some: list[TensorRead] = []
-    way: torch.device | None = None
-    some_bytes = 0
-    for read in reads:
-        target = read.target
-        its_way = target.device if _is_worth_a_detour(target) else None
-        if some and (its_way != way or (way is not None and some_bytes + target.nbytes > BLOCK_BYTES)):
-            yield way, some
-            some, some_bytes = [], 0
-        way = its_way
-        some.append(read)
-        some_bytes += target.nbytes
-    if some:
-        yield way, some
 
 
 def _is_worth_a_detour(target: torch.Tensor) -> bool:

@@ -33,7 +33,7 @@ from dcp_plugins.contract import (
 )
 from dcp_plugins.errors import CheckpointError, CheckpointExistsError, StorageWriteError
 from dcp_plugins.format.container import crc32, predicted_layout
-from dcp_plugins.format.memory import addresses_of, as_buffer, is_directly_addressable
+from dcp_plugins.format.memory import as_buffer, is_directly_addressable
 from dcp_plugins.format.metadata import MetadataEncoder, decode
 from dcp_plugins.format.names import (
     METADATA_NAME,
@@ -45,10 +45,10 @@ from dcp_plugins.format.names import (
 )
 from dcp_plugins.pace import elsewhere, give_way
 from dcp_plugins.storage.datafile import DataFile
-from dcp_plugins.storage.detour import copies_on_host
+from dcp_plugins.storage.detour import small_on_host
 from dcp_plugins.storage.host_blocks import host_blocks
 from dcp_plugins.storage.local import litter, make_directory, publish, remove_files, sync_directory
-from dcp_plugins.storage.planned import Run, are_as_planned, check_against_plan, in_runs, resolved_together, runs_of
+from dcp_plugins.storage.planned import Run, check_against_plan, in_runs, resolved_together, runs_of
 from dcp_plugins.storage.threads import SharedWork, default_thread_count, run_all, split_by_bytes
 from dcp_plugins.storage.transforms import encode_stream
 
@@ -275,17 +275,10 @@ class FileSystemWriter(StorageWriter):
                 # Before the planner gives the same memory for the next.
                 file.flush()
             return places
-        if len(data) > 1 and not self.extensions and are_as_planned(run, data):
-            small = data if addresses_of(data) is not None else self._on_host(run, data)
-            if small is not None:
-                return file.write_small(small, run.layouts)
+        small = None if self.extensions else small_on_host(run, data)
+        if small is not None:
+            return file.write_small(small, run.layouts)
         return [self._append(file, item, value) for item, value in zip(run.items, data, strict=True)]
-
-    def _on_host(self, run: Run, data: list[Any]) -> list[Any] | None:
-        for item, tensor in zip(run.items, data, strict=True):
-            # That its memory is there, above all.
-            check_against_plan(item, tensor)
-        return copies_on_host(data)
 
     def _append(self, file: DataFile, item: WriteItem, data: Any) -> tuple[int, int]:
         if isinstance(data, torch.Tensor):
