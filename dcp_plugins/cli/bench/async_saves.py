@@ -244,15 +244,20 @@ class _Measurement:
     def _step_rates(self, saver: _Saver) -> tuple[float, float]:
         """Return the steps per second of a training loop on its own, and while a save is under way."""
         path = self._directory / "background"
-        with _one_thread():
-            start = time.perf_counter()
-            own = self._steps_per_second(lambda: time.perf_counter() - start > _LOOP_SECONDS)
+        before = self._own_steps_per_second()
         _, (future, _) = self._timed(lambda: saver.save(self._state, path))
         with _one_thread():
             disturbed = self._steps_per_second(future.done)
         future.result()
         shutil.rmtree(path)
+        # A machine that others use too changes its speed within seconds, by more than what a save costs.
+        own = (before + self._own_steps_per_second()) / 2
         return own, disturbed
+
+    def _own_steps_per_second(self) -> float:
+        with _one_thread():
+            start = time.perf_counter()
+            return self._steps_per_second(lambda: time.perf_counter() - start > _LOOP_SECONDS)
 
     def _steps_per_second(self, is_over: Callable[[], bool]) -> float:
         """Return how often a loop gets round that looks at the result of each step, as a training does at its loss."""
