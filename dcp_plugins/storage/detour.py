@@ -21,6 +21,7 @@ from dcp_plugins.storage.planned import Run, are_as_planned, check_against_plan
 __all__ = ["copy_together", "host_slots", "small_on_host"]
 
 _ALIGNMENT_BYTES = 64
+_HOST = torch.device("cpu")
 
 _look = operator.attrgetter("layout", "is_quantized", "is_nested", "is_meta", "device")
 
@@ -41,10 +42,13 @@ def small_on_host(run: Run, data: Sequence[Any]) -> Sequence[torch.Tensor] | Non
         # That its memory is there: copying from what is not ends the process.
         check_against_plan(item, tensor)
     layouts, quantized, nested, meta, devices = zip(*map(_look, data), strict=True)
-    if set(layouts) != {torch.strided} or any(quantized) or any(nested) or any(meta) or len(set(devices)) != 1:
+    # Tensors of the host may be among those of a device: an optimizer's counts of steps are.
+    devices_in_use = set(devices) - {_HOST}
+    if set(layouts) != {torch.strided} or any(quantized) or any(nested) or any(meta) or len(devices_in_use) > 1:
         return None
-    slots = host_slots(data, devices[0])
-    copy_together(slots, data)
+    device = next(iter(devices_in_use), _HOST)
+    slots = host_slots(data, device)
+    copy_together(slots, data, device)
     return slots
 
 
@@ -60,10 +64,10 @@ def host_slots(like: Sequence[torch.Tensor], device: torch.device) -> list[torch
 
 
 @torch.no_grad()
-def copy_together(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-    """Copy each source to the target at the same place, and wait for all; targets are on one device, so are sources."""
-    device = next((tensor.device for tensor in (targets[0], sources[0]) if tensor.device.type == "cuda"), None)
+def copy_together(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], device: torch.device) -> None:
+    """Copy each source to the target at the same place, and wait for all; each is on the host or on ``device``."""
+    on_cuda = device.type == "cuda"
     with elsewhere(), torch._C.DisableTorchFunctionSubclass():
-        torch._foreach_copy_(list(targets), list(sources), non_blocking=device is not None)
-        if device is not None:
+        torch._foreach_copy_(list(targets), list(sources), non_blocking=on_cuda)
+        if on_cuda:
             torch.cuda.current_stream(device).synchronize()

@@ -108,9 +108,10 @@ class DataFileReader:
     def _read_by_detour(self, reads: list[TensorRead]) -> None:
         """Read into host memory, and copy from there to the targets, which are on one device, together."""
         targets = [read.target for read in reads]
-        slots = host_slots(targets, targets[0].device)
+        device = targets[0].device
+        slots = host_slots(targets, device)
         self.read([read._replace(target=slot) for read, slot in zip(reads, slots, strict=True)])
-        copy_together(targets, slots)
+        copy_together(targets, slots, device)
 
     def _direct_layout(self, read: TensorRead) -> Layout | None:
         """Return the expected layout if the whole record can go straight into the target, else None."""
