@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dcp_plugins.contract import AsyncStager
+from dcp_plugins.staging.kept_memory import PartialSnapshot
 from dcp_plugins.staging.overlap import OverlappedStager
 from dcp_plugins.staging.stagers import (
     BlockingAsyncStager,
     DefaultStager,
     HandoverStager,
-    PartialSnapshot,
     StagingOptions,
     release_staging_memory,
     shared_stager,

@@ -50,21 +50,28 @@ class _Block:
     def __init__(self, memory: torch.Tensor) -> None:
         self.memory = memory
         self.used_bytes = 0
-        self.num_slots = 0
-        """How many of the slots in it are kept."""
+        self.kept_bytes = 0
+        """Of the slots in it that are kept."""
 
     def take(self, nbytes: int) -> torch.Tensor | None:
         """Return the next bytes of it, if there are as many left."""
         start = self.used_bytes
         if start + nbytes > self.memory.nbytes:
             return None
-        self.used_bytes += -(-nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        self.used_bytes += _aligned(nbytes)
         return self.memory[start : start + nbytes]
+
+    def is_mostly_empty(self) -> bool:
+        return self.kept_bytes * 2 < self.used_bytes
 
 
 class _Slot(NamedTuple):
     tensor: torch.Tensor
     block: _Block
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
 
 
 class HostMemory:
@@ -141,12 +148,9 @@ class HostMemory:
         dropped = self._rounds[2]
         self._rounds = rounds
         for slot in dropped.values():
-            slot.block.num_slots -= 1
-            if not slot.block.num_slots:
+            slot.block.kept_bytes -= _aligned(slot.tensor.nbytes)
+            if not slot.block.kept_bytes:
                 self._free(slot.block)
-            elif slot.block.memory.is_shared() and not self._pinned:  # type: ignore[no-untyped-call]
-                # Others in the block stay: its pages go back as far as this slot had them to itself.
-                self._arena.discard(slot.tensor)
 
     def _free(self, block: _Block) -> None:
         if block is self._slab:
@@ -164,22 +168,29 @@ class HostMemory:
     def take(self, path: Hashable, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         """Return the contiguous tensor kept for this key, or a new, uninitialised one."""
         key = (path, shape, dtype)
-        current, previous, older = self._rounds
-        slot = previous.pop(key, None)
-        if slot is None:
-            slot = older.pop(key, None)
-            if slot is None:
-                memory, block = self._allocate(math.prod(shape) * dtype.itemsize)
-                slot = _Slot(memory.view(dtype).view(shape), block)
-                block.num_slots += 1
+        current, *earlier = self._rounds
+        for slots in earlier:
+            slot = slots.get(key)
+            if slot is not None and not self._is_to_be_left(slot.block):
+                del slots[key]
+                break
+        else:
+            nbytes = math.prod(shape) * dtype.itemsize
+            memory, block = self._allocate(nbytes)
+            block.kept_bytes += _aligned(nbytes)
+            slot = _Slot(memory.view(dtype).view(shape), block)
         current[key] = slot
         return slot.tensor
+
+    def _is_to_be_left(self, block: _Block) -> bool:
+        """Whether a block is kept for little in it: once all of that is elsewhere, it is freed."""
+        return block is not self._slab and block.is_mostly_empty()
 
     def lock_pages(self) -> None:
         """Lock what was taken since the last time, where page-locked memory was asked for and is of use."""
         if not self._not_locked:
             return
-        blocks = [block.memory for block in self._not_locked if block.num_slots]
+        blocks = [block.memory for block in self._not_locked if block.kept_bytes]
         self._not_locked = []
         try:
             self._locks.lock(blocks)
@@ -190,14 +201,19 @@ class HostMemory:
 
     def close(self) -> None:
         """Forget all slots: their memory is freed when the last tensor in it is gone."""
+        self._locks.close()
+        self.forget()
+        for callback in _close_callbacks:
+            callback()
+
+    def forget(self) -> None:
+        """In a forked child: what is shared is its parent's, which may be using it."""
         self._rounds = [{}, {}, {}]
         self.layout = None
         self._slab = None
         self._not_locked = []
-        self._locks.close()
+        self._locks.forget()
         self._arena.close()
-        for callback in _close_callbacks:
-            callback()
 
     def _allocate(self, nbytes: int) -> tuple[torch.Tensor, _Block]:
         if nbytes > _MAX_SLAB_SLOT_BYTES:

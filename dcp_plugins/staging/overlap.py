@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from dcp_plugins.errors import UnsupportedValueError, listing
+from dcp_plugins.staging.kept_memory import KeptMemoryStager
 from dcp_plugins.staging.memory import HostMemory
 from dcp_plugins.staging.snapshot import take_snapshot
-from dcp_plugins.staging.stagers import KeptMemoryStager
 from dcp_plugins.staging.streams import Copies
 from dcp_plugins.staging.wrappers import is_plain_memory, parts
 
@@ -55,11 +55,9 @@ class OverlappedStager(KeptMemoryStager):
     ) -> None:
         self._optimizers = tuple(optimizers)
         self._changed_by_forward = tuple(changed_by_forward)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="dcp-staging")
         super().__init__(
             HostMemory(pinned=torch.cuda.is_available(), shared=use_shared_memory),
             Copies(non_blocking=torch.accelerator.is_available()),
-            self._thread,
         )
 
     def stage(self, state_dict: dict[str, Any]) -> Future[dict[str, Any]]:
@@ -77,7 +75,7 @@ class OverlappedStager(KeptMemoryStager):
         finally:
             # Of what may change as soon as this returns.
             self._copies.wait()
-        self._last = self._thread.submit(late.finish, staged)
+        self._last = self._own_thread().submit(late.finish, staged)
         return self._last
 
     def _storages_of_optimizers(self) -> set[_Storage]:

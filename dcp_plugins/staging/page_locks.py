@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import weakref
 from collections.abc import Sequence
 
@@ -41,9 +40,8 @@ class PageLocks:
 
     def __init__(self) -> None:
         self._locked: dict[_Run, torch.Tensor] = {}
-        self._process = os.getpid()
         # Not at the end of the program, which unlocks everything; CUDA may be gone by then.
-        weakref.finalize(self, _unlock_all, self._locked, self._process).atexit = False
+        weakref.finalize(self, _unlock_all, self._locked).atexit = False
 
     @staticmethod
     def are_of_use() -> bool:
@@ -70,25 +68,27 @@ class PageLocks:
     def unlock(self, block: torch.Tensor) -> None:
         """Unlock a block, if it is locked. No copy into it may be under way."""
         run = _pages_of(block)
-        if run in self._locked and os.getpid() == self._process:
+        if run in self._locked:
             _unregister(run)
             del self._locked[run]
 
     def close(self) -> None:
         """Unlock everything."""
-        _unlock_all(self._locked, self._process)
+        _unlock_all(self._locked)
+
+    def forget(self) -> None:
+        """In a forked child: it has none of its parent's locks, and must not call CUDA."""
+        self._locked.clear()
 
 
 def _pages_of(block: torch.Tensor) -> _Run:
     return block.data_ptr(), block.nbytes
 
 
-def _unlock_all(locked: dict[_Run, torch.Tensor], process: int) -> None:
-    # A fork has none of its parent's locks, and must not call CUDA.
-    if os.getpid() == process:
-        for run in locked:
-            _unregister(run)
-        locked.clear()
+def _unlock_all(locked: dict[_Run, torch.Tensor]) -> None:
+    for run in locked:
+        _unregister(run)
+    locked.clear()
 
 
 def _touch(runs: Sequence[_Run]) -> None:

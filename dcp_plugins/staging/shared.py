@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import mmap
 import os
 from collections.abc import Callable
 
@@ -51,14 +50,11 @@ class SharedArena:
         self._used_bytes += nbytes
         return self._file[start : start + nbytes]
 
-    def discard(self, part: torch.Tensor) -> None:
-        """Free the whole pages in a part of what ``take`` gave; whoever still reads them finds zeros."""
-        first = int(part.storage_offset()) * part.element_size()
-        start = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
-        end = (first + part.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-        if end > start:
-            # A hint: where the system does not know the call, the file's end frees the pages.
-            _fallocate(descriptor_of(part.untyped_storage()), _KEEP_SIZE_PUNCH_HOLE, start, end - start)
+    def discard(self, pages: torch.Tensor) -> None:
+        """Free what ``take`` gave; whoever still reads it finds zeros."""
+        # A hint: where the system does not know the call, the file's end frees the pages.
+        descriptor = descriptor_of(pages.untyped_storage())
+        _fallocate(descriptor, _KEEP_SIZE_PUNCH_HOLE, int(pages.storage_offset()), pages.nbytes)
 
     def close(self) -> None:
         """Leave the last file."""

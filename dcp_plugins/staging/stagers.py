@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import threading
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +15,10 @@ import torch
 
 from dcp_plugins.contract import AsyncStager
 from dcp_plugins.errors import StagingMemoryError, UnsupportedValueError, listing
+from dcp_plugins.staging.kept_memory import KeptMemoryStager, PartialSnapshot, StateDict
 from dcp_plugins.staging.memory import HostMemory
 from dcp_plugins.staging.placement import stand_for_originals
-from dcp_plugins.staging.snapshot import take_snapshot
 from dcp_plugins.staging.streams import Copies
-from dcp_plugins.staging.wrappers import is_plain_memory
 
 __all__ = [
     "BlockingAsyncStager",
@@ -31,8 +31,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-StateDict = dict[str, Any]
 
 
 @dataclass
@@ -51,79 +49,6 @@ class StagingOptions:
     use_shared_memory: bool = True
     use_async_staging: bool = True
     use_non_blocking_copy: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class PartialSnapshot:
-    """A state dict of which some tensors are copies and the others the originals."""
-
-    state_dict: StateDict
-    storages: frozenset[int]
-    """The addresses of the storages that the copies are in."""
-
-    def is_original(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor of it, or a part of one, may be memory that is not a copy."""
-        return not is_plain_memory(tensor) or tensor.untyped_storage().data_ptr() not in self.storages
-
-
-class KeptMemoryStager(AsyncStager):
-    """What stagers have in common that keep their host memory, and perhaps a thread, from save to save.
-
-    Args:
-        memory: What to stage into.
-        copies: How to copy.
-        executor: The thread that stages; None stages on the caller's.
-    """
-
-    def __init__(self, memory: HostMemory, copies: Copies, executor: ThreadPoolExecutor | None) -> None:
-        self._memory = memory
-        self._copies = copies
-        self._executor = executor
-        self._last: Future[StateDict] | None = None
-        self._closed = False
-
-    @property
-    def staging_nbytes(self) -> int:
-        """Bytes of host memory kept for the next stage."""
-        return self._memory.nbytes
-
-    def stage_what_fits(self, state_dict: StateDict) -> PartialSnapshot:
-        """Stage the small tensors, as far as there is memory; for a state dict that ``stage`` had no memory for.
-
-        Raises:
-            MemoryError: There is less than there seemed to be.
-        """
-        try:
-            staged = take_snapshot(
-                state_dict,
-                self._memory,
-                self._copies.start,
-                self._copies.wait,
-                room_bytes=self._memory.room_bytes(),
-            )
-        finally:
-            self._copies.wait()
-        return PartialSnapshot(staged, self._memory.storages())
-
-    def synchronize_staging(self) -> None:
-        """Wait until the last staging has ended, and raise what it failed with."""
-        if self._last is not None:
-            self._last.result()
-
-    def close(self) -> None:
-        """End the thread and free the memory; what was staged last stays valid as long as it is referenced."""
-        if self._closed:
-            return
-        self._closed = True
-        if self._executor is not None:
-            self._executor.shutdown(wait=True)
-        self._last = None
-        self._copies.close()
-        self._memory.close()
-
-    def _require_open(self) -> None:
-        if self._closed:
-            raise RuntimeError("this stager is closed: make a new one")
 
 
 class DefaultStager(KeptMemoryStager):
@@ -154,7 +79,6 @@ class DefaultStager(KeptMemoryStager):
         super().__init__(
             HostMemory(pinned=pinned, shared=config.use_shared_memory, max_bytes=max_staging_bytes),
             Copies(non_blocking=non_blocking),
-            ThreadPoolExecutor(1, thread_name_prefix="dcp-staging") if config.use_async_staging else None,
         )
 
     def stage(self, state_dict: StateDict, **kwargs: Any) -> StateDict | Future[StateDict]:
@@ -166,17 +90,10 @@ class DefaultStager(KeptMemoryStager):
         """
         self._require_open()
         self._copies.mark()
-        if self._executor is None:
-            return self._stage(state_dict)
-        self._last = self._executor.submit(self._stage, state_dict)
+        if not self._config.use_async_staging:
+            return self._take(state_dict, self._memory)
+        self._last = self._own_thread().submit(self._take, state_dict, self._memory)
         return self._last
-
-    def _stage(self, state_dict: StateDict) -> StateDict:
-        try:
-            return take_snapshot(state_dict, self._memory, self._copies.start, self._copies.wait)
-        finally:
-            # After a failure too: nothing may write into the memory, or read the tensors, any longer.
-            self._copies.wait()
 
 
 class HandoverStager(KeptMemoryStager):
@@ -193,7 +110,6 @@ class HandoverStager(KeptMemoryStager):
         super().__init__(
             HostMemory(pinned=pinned, shared=True),
             Copies(non_blocking=torch.accelerator.is_available()),
-            executor=None,
         )
         # There has to be room for the shared memory as well.
         self._first = HostMemory(pinned=pinned, times_needed=2)
@@ -239,12 +155,9 @@ class HandoverStager(KeptMemoryStager):
         super().close()
         self._first.close()
 
-    def _take(self, state_dict: StateDict, memory: HostMemory) -> StateDict:
-        try:
-            return take_snapshot(state_dict, memory, self._copies.start, self._copies.wait)
-        finally:
-            # After a failure too: nothing may write into the memory, or read the tensors, any longer.
-            self._copies.wait()
+    def forget(self) -> None:
+        super().forget()
+        self._first.forget()
 
 
 class BlockingAsyncStager(AsyncStager):
@@ -339,6 +252,15 @@ def release_staging_memory() -> None:
         _shared_stagers.clear()
     for stager in stagers:
         stager.close()
+
+
+def _renew_lock() -> None:
+    global _lock  # noqa: PLW0603 - a thread of the parent may have held it
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def _plain_options() -> StagingOptions:

@@ -65,8 +65,13 @@ class Copies:
     def close(self) -> None:
         """Let go of the streams."""
         self.wait()
+        self.forget()
+
+    def forget(self) -> None:
+        """In a forked child: what is under way is the parent's."""
         self._streams = {}
         self._marks = {}
+        self._under_way = []
 
     def _start_from(self, device: torch.device, targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
         accelerator = _accelerator_in_use()

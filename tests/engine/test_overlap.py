@@ -82,7 +82,7 @@ class Loop:
 
     def hold(self) -> threading.Event:
         let_go = threading.Event()
-        self.stager._executor.submit(let_go.wait, 20)
+        self.stager._own_thread().submit(let_go.wait, 20)
         return let_go
 
 

@@ -60,6 +60,28 @@ def test_two_states_in_turn_keep_their_memory_and_what_is_gone_is_freed() -> Non
     assert memory.nbytes == 1
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_blocks_of_which_little_is_kept_are_left(shared: bool) -> None:
+    memory = HostMemory(shared=shared)
+    before = resident_bytes()
+    for turn in range(20):
+        take(memory, {f"history {number}": 16 for number in range(turn)})
+        for number in range(12):
+            memory.take(number, torch.Size([800_000 + turn]), torch.uint8).fill_(1)
+    # Three rounds are kept, of 10 MB.
+    assert resident_bytes() - before < 60 * MIB
+    memory.close()
+
+
+def test_small_slots_that_stay_keep_their_memory_though_others_change() -> None:
+    memory = HostMemory()
+    sizes = {str(number): 100_000 for number in range(60)} | {str(-number): 4 for number in range(1, 2000)}
+    addresses = {name: slot.data_ptr() for name, slot in take(memory, sizes).items()}
+    for turn in range(5):
+        slots = take(memory, sizes | {"changes": 200_000 + turn})
+        assert {name: slots[name].data_ptr() for name in sizes} == addresses
+
+
 def test_another_shape_or_dtype_is_another_slot() -> None:
     memory = HostMemory()
     memory.begin_round()

@@ -19,7 +19,7 @@ from dcp_plugins.errors import StagingMemoryError
 from dcp_plugins.staging import page_locks
 from dcp_plugins.staging.memory import HostMemory
 from dcp_plugins.staging.page_locks import PageLocks
-from dcp_plugins.staging.stagers import HandoverStager
+from dcp_plugins.staging.stagers import DefaultStager, HandoverStager, StagingOptions
 
 MIB = 1024 * 1024
 
@@ -144,14 +144,27 @@ def test_a_first_snapshot_for_a_process_and_later_ones_are_taken_into_locked_mem
 
 
 def test_a_fork_leaves_the_locks_to_its_parent(device: Device) -> None:
-    memory = HostMemory(pinned=True)
-    take(memory, {"a": 2 * MIB})
+    stager = DefaultStager(StagingOptions(use_async_staging=False, use_shared_memory=False))
+    stager._memory = HostMemory(pinned=True)
+    stager.stage({"a": torch.ones(MIB)})
+    num_locked = len(device.locked)
     child = os.fork()
     if not child:
-        memory.close()
-        os._exit(0 if device.locked and not device.broken_rules else 1)
+        stager.close()
+        gc.collect()
+        os._exit(0 if len(device.locked) == num_locked > 0 and not device.broken_rules else 1)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0
+    stager.close()
+
+
+def test_locked_blocks_of_which_little_is_kept_are_left(device: Device) -> None:
+    memory = HostMemory(pinned=True)
+    for turn in range(20):
+        sizes = {f"history {number}": 16 for number in range(turn)}
+        take(memory, sizes | {str(number): 800_000 + turn for number in range(12)})
+    # Three rounds are kept, of 10 MB.
+    assert sum(device.locked.values()) < 60 * MIB
     memory.close()
 
 

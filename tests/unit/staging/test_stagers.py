@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import inspect
 import logging
+import os
 import threading
 import warnings
 from collections import OrderedDict
@@ -23,6 +25,7 @@ from dcp_plugins.staging import (
     DefaultStager,
     HandoverStager,
     StagingOptions,
+    kept_memory,
     memory,
     placement,
     stagers,
@@ -103,14 +106,14 @@ def test_a_closed_stager_says_so_and_may_be_closed_twice() -> None:
 def test_asynchronous_staging_works_without_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     stager = DefaultStager(StagingOptions(False, False, True, False))
     held = threading.Event()
-    real = stagers.take_snapshot
+    real = kept_memory.take_snapshot
 
-    def slow(*args: Any) -> Any:
+    def slow(*args: Any, **kwargs: Any) -> Any:
         assert held.wait(10)
         assert threading.current_thread() is not threading.main_thread()
-        return real(*args)
+        return real(*args, **kwargs)
 
-    monkeypatch.setattr(stagers, "take_snapshot", slow)
+    monkeypatch.setattr(kept_memory, "take_snapshot", slow)
     original = state()
     future = stager.stage(original)
     assert isinstance(future, concurrent.futures.Future)
@@ -201,6 +204,37 @@ def test_the_stager_of_the_process_keeps_its_memory_until_it_is_released() -> No
     staging.release_staging_memory()
     assert stager.staging_nbytes == 0
     assert staging.shared_stager() is not stager
+    staging.release_staging_memory()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_forked_child_that_stages_leaves_its_parents_snapshot_alone(asynchronous: bool) -> None:
+    options = dataclasses.replace(plain(), use_shared_memory=True, use_async_staging=asynchronous)
+    stager = DefaultStager(options)
+    blocking = BlockingAsyncStager(cache_staged_state_dict=True)
+    shared = staging.shared_stager(for_process=True)
+
+    def stage_all(values: dict[str, Any]) -> list[dict[str, Any]]:
+        first = stager.stage(values)
+        return [
+            first.result(timeout=20) if isinstance(first, concurrent.futures.Future) else first,
+            blocking.stage(values),
+            shared.hand_over(shared.stage(values)),
+        ]
+
+    stage_all(state(1.0))
+    snapshots = stage_all(state(1.0))
+    child = os.fork()
+    if not child:
+        with contextlib.suppress(BaseException):
+            for staged in stage_all(state(9.0)):
+                assert_state(staged, 9.0)
+            os._exit(0)
+        os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    for staged in snapshots:
+        assert_state(staged, 1.0)
     staging.release_staging_memory()
 
 
