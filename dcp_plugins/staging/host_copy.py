@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from dcp_plugins.format.memory import is_directly_addressable
+from dcp_plugins.staging.huge_pages import huge_pages
 from dcp_plugins.storage.threads import default_thread_count, run_all
 
 __all__ = ["copy_on_host"]
@@ -75,6 +76,7 @@ def _copy_from(work: list[_Work]) -> None:
                 torch._foreach_copy_(*taken)
         else:
             for to, start, size in taken:
+                huge_pages.make(to, size)
                 ctypes.memmove(to, start, size)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import mmap
-import time
 from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ import torch
 
 from dcp_plugins.errors import StagingMemoryError
 from dcp_plugins.staging.available import available_bytes
+from dcp_plugins.staging.huge_pages import huge_pages
 from dcp_plugins.staging.page_locks import PageLocks
 from dcp_plugins.staging.shared import SharedArena, map_shared
 
@@ -28,11 +28,6 @@ _ALIGNMENT_BYTES = 64
 # Smaller slots share blocks, so that 20,000 small tensors are a few mappings.
 _SLAB_BYTES = 8 * 1024 * 1024
 _MAX_SLAB_SLOT_BYTES = 1024 * 1024
-_HUGE_PAGE_BYTES = 2 * 1024 * 1024
-# Clearing one takes a fifth of this.
-_SLOW_HUGE_PAGE_SECONDS = 0.001
-# How long to go without after a slow one: the blocks of one snapshot are asked for within less.
-_PAUSE_SECONDS = 0.5
 # Not worth asking the system for.
 _UNCHECKED_BYTES = 64 * 1024 * 1024
 
@@ -207,93 +202,64 @@ class HostMemory:
             callback()
 
     def forget(self) -> None:
-        """In a forked child: what is shared is its parent's, which may be using it."""
+        """Let go of all without touching it: in a forked child it is the parent's."""
         self._rounds = [{}, {}, {}]
         self.layout = None
         self._slab = None
         self._not_locked = []
         self._locks.forget()
         self._arena.close()
+        huge_pages.forget()
 
     def _allocate(self, nbytes: int) -> tuple[torch.Tensor, _Block]:
         if nbytes > _MAX_SLAB_SLOT_BYTES:
-            block = self._block(-(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE)
+            block = self._block(-(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE, is_for_one=True)
             return block.memory[:nbytes], block
         memory = None if self._slab is None else self._slab.take(nbytes)
         if self._slab is None or memory is None:
-            self._slab = self._block(_SLAB_BYTES)
+            self._slab = self._block(_SLAB_BYTES, is_for_one=False)
             memory = self._slab.take(nbytes)
             assert memory is not None, "a new slab has room for any small slot"
         return memory, self._slab
 
-    def _block(self, nbytes: int) -> _Block:
+    def _block(self, nbytes: int, *, is_for_one: bool) -> _Block:
+        """Return new memory of whole pages."""
         is_to_be_locked = self._pinned and self._locks.are_of_use()
-        block = _Block(self._new_memory(nbytes, is_to_be_locked=is_to_be_locked))
+        memory = self._shared_memory(nbytes)
+        if memory is None and is_to_be_locked:
+            # Forks share it: see PageLocks.
+            memory = _anonymous_memory(nbytes, mmap.MAP_SHARED)
+        elif memory is None:
+            # With one small page at the end, which may be touched before the others.
+            memory = _anonymous_memory(nbytes + mmap.PAGESIZE, mmap.MAP_PRIVATE)
+            if is_for_one:
+                huge_pages.expect(memory)
+        block = _Block(memory)
         if is_to_be_locked:
             self._not_locked.append(block)
         return block
 
-    def _new_memory(self, nbytes: int, *, is_to_be_locked: bool) -> torch.Tensor:
-        """Return new memory of whole pages."""
-        if self._shared:
-            try:
-                return self._arena.take(nbytes)
-            except OSError as exc:
-                self._shared = False
-                logger.warning(
-                    "could not get %d bytes of shared memory for staging (%s): going on with private memory, which is "
-                    "copied once more on its way to another process",
-                    nbytes,
-                    exc,
-                )
-        return _anonymous_memory(nbytes, huge_pages=not is_to_be_locked)
+    def _shared_memory(self, nbytes: int) -> torch.Tensor | None:
+        if not self._shared:
+            return None
+        try:
+            return self._arena.take(nbytes)
+        except OSError as exc:
+            self._shared = False
+            logger.warning(
+                "could not get %d bytes of shared memory for staging (%s): going on with private memory, which is "
+                "copied once more on its way to another process",
+                nbytes,
+                exc,
+            )
+            return None
 
 
-def _anonymous_memory(nbytes: int, *, huge_pages: bool) -> torch.Tensor:
-    """Map memory that goes back to the system when the last tensor in it is gone; what malloc gives it may keep.
-
-    Args:
-        huge_pages: Best for memory that this process is the first to touch. It is then private, so that a fork copies
-            what changes; else forks share it.
-    """
-    kind = mmap.MAP_PRIVATE if huge_pages else mmap.MAP_SHARED
+def _anonymous_memory(nbytes: int, kind: int) -> torch.Tensor:
+    """Map memory that goes back to the system when the last tensor in it is gone; what malloc gives it may keep."""
     try:
         mapping = mmap.mmap(-1, nbytes, flags=kind | mmap.MAP_ANONYMOUS)
     except OSError as exc:
         raise StagingMemoryError(f"could not get {nbytes} bytes of memory for staging: {exc}") from exc
     # The tensor keeps the mapping alive.
-    block = torch.frombuffer(mapping, dtype=torch.uint8)
-    if huge_pages and nbytes >= 2 * _HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
-        _huge_pages.ask_for(mapping, block.data_ptr())
-    return block
-
-
-class _HugePages:
-    """Has mappings made of huge pages, unless these are slower here.
-
-    The first touch of memory in huge pages measured about four times faster than in small ones. But a virtual machine
-    whose host takes free pages back waits for the host at each huge page that it has to ask back, while it often has
-    small ones left: there it measured as much slower. One page of a mapping tells which it is.
-    """
-
-    def __init__(self) -> None:
-        self._slow_until_seconds = 0.0
-
-    def ask_for(self, mapping: mmap.mmap, address: int) -> None:
-        """Ask for them, for a new mapping at this address."""
-        start = time.monotonic()
-        if start < self._slow_until_seconds:
-            return
-        try:
-            mapping.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:
-            # A kernel without them.
-            return
-        mapping[-address % _HUGE_PAGE_BYTES] = 0
-        end = time.monotonic()
-        if end - start > _SLOW_HUGE_PAGE_SECONDS:
-            mapping.madvise(mmap.MADV_NOHUGEPAGE)
-            self._slow_until_seconds = end + _PAUSE_SECONDS
-
-
-_huge_pages = _HugePages()
+    return torch.frombuffer(mapping, dtype=torch.uint8)

@@ -7,6 +7,7 @@ import operator
 import torch
 
 from dcp_plugins.staging.host_copy import copy_on_host
+from dcp_plugins.staging.huge_pages import huge_pages
 
 __all__ = ["Copies"]
 
@@ -116,6 +117,8 @@ def _accelerator_in_use() -> torch.device | None:
 @torch.no_grad()
 def _copy(targets: list[torch.Tensor], sources: list[torch.Tensor], *, non_blocking: bool) -> None:
     if targets:
+        for target in targets:
+            huge_pages.make(target.data_ptr(), target.nbytes)
         # One call for all: with thousands of small tensors the calls would cost more than the bytes.
         with torch._C.DisableTorchFunctionSubclass():
             torch._foreach_copy_(targets, sources, non_blocking=non_blocking)

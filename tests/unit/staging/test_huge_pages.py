@@ -1,0 +1,129 @@
+"""New memory is made of huge pages while they come fast, and nothing but what is to be overwritten is touched."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from dcp_plugins.staging import host_copy
+from dcp_plugins.staging.host_copy import copy_on_host
+from dcp_plugins.staging.huge_pages import HugePages
+from dcp_plugins.staging.memory import HostMemory
+
+MIB = 1024 * 1024
+PAGE = 2 * MIB
+SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def memory_of_whole_pages(count: int) -> torch.Tensor:
+    block = torch.frombuffer(mmap.mmap(-1, (count + 1) * PAGE), dtype=torch.uint8)
+    skipped = -block.data_ptr() % PAGE
+    return block[skipped : skipped + count * PAGE]
+
+
+class Timed(HugePages):
+    """Notes which pages are made, and finds them as slow as it is told."""
+
+    def __init__(self, is_slow: Callable[[int], bool]) -> None:
+        super().__init__()
+        self.made: list[int] = []
+        self._is_slow = is_slow
+
+    def _seconds_to_make(self, page: int, byte: int) -> float:  # type: ignore[override]
+        assert page <= byte < page + PAGE
+        self.made.append(page)
+        return 0.005 if self._is_slow(len(self.made)) else 0.0002
+
+
+def made_of(pages: Timed, memory: torch.Tensor) -> list[int]:
+    """Write to memory in pieces, and return the numbers of the pages that were made huge."""
+    pages.expect(memory)
+    for start in range(0, memory.nbytes, 3 * MIB):
+        piece = memory[start : start + 3 * MIB]
+        pages.make(piece.data_ptr(), piece.nbytes)
+    return [(page - memory.data_ptr()) // PAGE for page in pages.made]
+
+
+def test_fast_pages_are_all_made_once() -> None:
+    pages = Timed(lambda _: False)
+    memory = memory_of_whole_pages(40)
+    assert made_of(pages, memory) == list(range(40))
+    pages.make(memory.data_ptr(), memory.nbytes)
+    assert len(pages.made) == 40
+
+
+def test_where_pages_are_slow_ever_fewer_are_tried() -> None:
+    pages = Timed(lambda _: True)
+    tried = made_of(pages, memory_of_whole_pages(1000))
+    assert tried == [0, 9, 26, 59, 124, 253, 510]
+
+
+def test_after_slow_pages_fast_ones_are_made_again() -> None:
+    pages = Timed(lambda number: number in (3, 4))
+    made = made_of(pages, memory_of_whole_pages(100))
+    assert made == [0, 1, 2, 11, *range(28, 100)]
+
+
+def test_pages_that_are_not_whole_are_left_alone() -> None:
+    pages = Timed(lambda _: False)
+    memory = memory_of_whole_pages(3)[1 : 3 * PAGE - 1]
+    pages.expect(memory)
+    pages.make(memory.data_ptr(), memory.nbytes)
+    assert pages.made == [memory.data_ptr() - 1 + PAGE]
+
+
+def test_nothing_outside_of_the_run_is_touched() -> None:
+    pages = HugePages()
+    memory = memory_of_whole_pages(2)
+    pages.expect(memory)
+    memory.fill_(7)
+    pages.make(memory.data_ptr() + 100, PAGE)
+    assert (memory[:100] == 7).all()
+    assert (memory[PAGE + 100 :] == 7).all()
+
+
+def test_what_is_let_go_of_is_not_made() -> None:
+    pages = Timed(lambda _: False)
+    memory = memory_of_whole_pages(3)
+    pages.expect(memory)
+    pages.forget()
+    pages.make(memory.data_ptr(), memory.nbytes)
+    assert pages.made == []
+
+
+def mappings_in(memory: torch.Tensor) -> list[int]:
+    """Return how much of each mapping that a tensor lies in is in huge pages, in bytes."""
+    first, last = memory.data_ptr(), memory.data_ptr() + memory.nbytes
+    found = []
+    is_here = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, value = line.split()[:2]
+        if "-" in name:
+            start, end = (int(part, 16) for part in name.split("-"))
+            is_here = start < last and first < end
+        elif is_here and name == "AnonHugePages:":
+            found.append(int(value) * 1024)
+    return found
+
+
+@pytest.mark.skipif(not SETTING.exists() or "[never]" in SETTING.read_text(), reason="this system makes no huge pages")
+def test_a_large_slot_is_copied_into_huge_pages_of_few_mappings(monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = HugePages()
+    # However slow they are here.
+    monkeypatch.setattr("dcp_plugins.staging.huge_pages._SLOW_SECONDS", 60.0)
+    monkeypatch.setattr("dcp_plugins.staging.memory.huge_pages", pages)
+    monkeypatch.setattr(host_copy, "huge_pages", pages)
+    source = torch.arange(32 * MIB, dtype=torch.int32)
+    memory = HostMemory()
+    memory.begin_round()
+    target = memory.take("a", source.shape, source.dtype)
+    copy_on_host([target], [source])
+    assert torch.equal(target, source)
+    huge_bytes = mappings_in(target)
+    assert sum(huge_bytes) >= 62 * PAGE
+    assert len(huge_bytes) <= 4
+    memory.close()
