@@ -72,6 +72,7 @@ def _copy_from(work: list[_Work]) -> None:
             return
         # Both release the GIL.
         if isinstance(taken, tuple):
+            huge_pages.make_for(taken[0])
             with torch._C.DisableTorchFunctionSubclass():
                 torch._foreach_copy_(*taken)
         else:

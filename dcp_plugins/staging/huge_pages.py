@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -39,11 +40,10 @@ class HugePages:
     def expect(self, memory: torch.Tensor) -> None:
         """Have new, private memory made of them as far as ``make`` is called for it; its last byte is written to."""
         if _ADVICE is not None:
-            start, end = memory.data_ptr(), memory.data_ptr() + memory.nbytes
             # The kernel rejoins parts of a mapping that have had different advice only if they were touched as one
             # before: else every few megabytes stay a mapping of their own, of which a process may have 65,530.
-            ctypes.memset(end - 1, 0, 1)
-            self._untouched.update(range(-(-start // _PAGE_BYTES) * _PAGE_BYTES, end - _PAGE_BYTES + 1, _PAGE_BYTES))
+            ctypes.memset(memory.data_ptr() + memory.nbytes - 1, 0, 1)
+            self._untouched.update(_whole_pages(memory))
 
     def make(self, address: int, nbytes: int) -> None:
         """Make the pages of a run of memory that is about to be overwritten, and may be new."""
@@ -62,9 +62,16 @@ class HugePages:
                 self._without_bytes = self._pause_bytes
                 self._pause_bytes = min(self._pause_bytes * 2, _MAX_PAUSE_BYTES)
 
-    def forget(self) -> None:
-        """Expect nothing of what is not made yet: somebody has let go of memory."""
-        self._untouched.clear()
+    def make_for(self, targets: Sequence[torch.Tensor]) -> None:
+        """Make the pages of tensors that are about to be overwritten."""
+        if self._untouched:
+            for target in targets:
+                self.make(target.data_ptr(), target.nbytes)
+
+    def forget(self, memory: torch.Tensor) -> None:
+        """Expect nothing more of memory that is let go of."""
+        if self._untouched:
+            self._untouched.difference_update(_whole_pages(memory))
 
     @staticmethod
     def _seconds_to_make(page: int, byte: int) -> float:
@@ -73,6 +80,11 @@ class HugePages:
         start = time.thread_time()
         ctypes.memset(byte, 0, 1)
         return time.thread_time() - start
+
+
+def _whole_pages(memory: torch.Tensor) -> range:
+    start, end = memory.data_ptr(), memory.data_ptr() + memory.nbytes
+    return range(-(-start // _PAGE_BYTES) * _PAGE_BYTES, end - _PAGE_BYTES + 1, _PAGE_BYTES)
 
 
 huge_pages = HugePages()

@@ -48,6 +48,7 @@ class KeptMemoryStager(AsyncStager):
         self._thread: ThreadPoolExecutor | None = None
         self._last: Future[StateDict] | None = None
         self._closed = False
+        # Last: a thread may fork at any time.
         _stagers.add(self)
 
     @property

@@ -18,7 +18,7 @@ from dcp_plugins.errors import StagingMemoryError
 from dcp_plugins.staging.available import available_bytes
 from dcp_plugins.staging.huge_pages import huge_pages
 from dcp_plugins.staging.page_locks import PageLocks
-from dcp_plugins.staging.shared import SharedArena, map_shared
+from dcp_plugins.staging.shared import SharedArena, free_pages, map_shared
 
 __all__ = ["HostMemory", "on_close"]
 
@@ -42,8 +42,9 @@ def on_close(callback: Callable[[], None]) -> None:
 class _Block:
     """New memory for one large slot or for many small ones."""
 
-    def __init__(self, memory: torch.Tensor) -> None:
+    def __init__(self, memory: torch.Tensor, *, is_to_be_locked: bool) -> None:
         self.memory = memory
+        self.is_to_be_locked = is_to_be_locked
         self.used_bytes = 0
         self.kept_bytes = 0
         """Of the slots in it that are kept."""
@@ -56,9 +57,6 @@ class _Block:
         self.used_bytes += _aligned(nbytes)
         return self.memory[start : start + nbytes]
 
-    def is_mostly_empty(self) -> bool:
-        return self.kept_bytes * 2 < self.used_bytes
-
 
 class _Slot(NamedTuple):
     tensor: torch.Tensor
@@ -66,7 +64,8 @@ class _Slot(NamedTuple):
 
 
 def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+    # An empty tensor takes some too, so that its block is seen to be in use.
+    return -(-max(nbytes, 1) // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
 
 
 class HostMemory:
@@ -93,7 +92,8 @@ class HostMemory:
         self._locks = PageLocks()
         self._not_locked: list[_Block] = []
         self._rounds: list[dict[Hashable, _Slot]] = [{}, {}, {}]
-        self._slab: _Block | None = None
+        # Those of small slots; room is left in the last.
+        self._slabs: list[_Block] = []
         self.layout: object = None
         """What the last snapshot remembers of where it has placed what; kept no longer than the slots."""
 
@@ -143,16 +143,24 @@ class HostMemory:
         dropped = self._rounds[2]
         self._rounds = rounds
         for slot in dropped.values():
-            slot.block.kept_bytes -= _aligned(slot.tensor.nbytes)
-            if not slot.block.kept_bytes:
-                self._free(slot.block)
+            block = slot.block
+            block.kept_bytes -= _aligned(slot.tensor.nbytes)
+            if not block.kept_bytes:
+                self._free(block)
+            elif not block.is_to_be_locked:
+                free_pages(slot.tensor)
 
     def _free(self, block: _Block) -> None:
-        if block is self._slab:
-            self._slab = None
+        if block in self._slabs:
+            self._slabs.remove(block)
         self._locks.unlock(block.memory)
+        huge_pages.forget(block.memory)
         if block.memory.is_shared():  # type: ignore[no-untyped-call]
-            self._arena.discard(block.memory)
+            free_pages(block.memory)
+
+    def is_sparse(self) -> bool:
+        """Whether blocks are kept for little in them, so that it is worth placing the next round anew."""
+        return any(map(self._is_to_be_left, self._slabs))
 
     def repeat_round(self) -> None:
         """Begin a new snapshot that is given all that the one before was given."""
@@ -178,8 +186,8 @@ class HostMemory:
         return slot.tensor
 
     def _is_to_be_left(self, block: _Block) -> bool:
-        """Whether a block is kept for little in it: once all of that is elsewhere, it is freed."""
-        return block is not self._slab and block.is_mostly_empty()
+        """Whether little is left in a block: once all of that is elsewhere, it is freed."""
+        return block.kept_bytes * 2 < block.used_bytes and block is not self._slabs[-1]
 
     def lock_pages(self) -> None:
         """Lock what was taken since the last time, where page-locked memory was asked for and is of use."""
@@ -203,24 +211,26 @@ class HostMemory:
 
     def forget(self) -> None:
         """Let go of all without touching it: in a forked child it is the parent's."""
+        for slots in self._rounds:
+            for slot in slots.values():
+                huge_pages.forget(slot.block.memory)
         self._rounds = [{}, {}, {}]
         self.layout = None
-        self._slab = None
+        self._slabs = []
         self._not_locked = []
         self._locks.forget()
         self._arena.close()
-        huge_pages.forget()
 
     def _allocate(self, nbytes: int) -> tuple[torch.Tensor, _Block]:
         if nbytes > _MAX_SLAB_SLOT_BYTES:
             block = self._block(-(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE, is_for_one=True)
             return block.memory[:nbytes], block
-        memory = None if self._slab is None else self._slab.take(nbytes)
-        if self._slab is None or memory is None:
-            self._slab = self._block(_SLAB_BYTES, is_for_one=False)
-            memory = self._slab.take(nbytes)
+        memory = self._slabs[-1].take(nbytes) if self._slabs else None
+        if memory is None:
+            self._slabs.append(self._block(_SLAB_BYTES, is_for_one=False))
+            memory = self._slabs[-1].take(nbytes)
             assert memory is not None, "a new slab has room for any small slot"
-        return memory, self._slab
+        return memory, self._slabs[-1]
 
     def _block(self, nbytes: int, *, is_for_one: bool) -> _Block:
         """Return new memory of whole pages."""
@@ -234,7 +244,7 @@ class HostMemory:
             memory = _anonymous_memory(nbytes + mmap.PAGESIZE, mmap.MAP_PRIVATE)
             if is_for_one:
                 huge_pages.expect(memory)
-        block = _Block(memory)
+        block = _Block(memory, is_to_be_locked=is_to_be_locked)
         if is_to_be_locked:
             self._not_locked.append(block)
         return block

@@ -105,17 +105,14 @@ def place(tensors: Sequence[torch.Tensor], shapes: list[Shape], memory: HostMemo
         # Some of its places are the training's own tensors.
         memory.layout = None
         return _lay_out(tensors, shapes, _nesting(shapes), memory, room_bytes)
-    layout = memory.layout if isinstance(memory.layout, Layout) else None
-    if layout is not None and layout.shapes == shapes:
-        memory.repeat_round()
-        return layout
-    nesting = _nesting(shapes)
-    if layout is not None and layout.is_for(shapes, nesting):
-        memory.repeat_round()
-        layout = Layout(shapes, layout.nesting, layout.places)
-    else:
-        layout = _lay_out(tensors, shapes, nesting, memory, None)
-    memory.layout = layout
+    layout = memory.layout if isinstance(memory.layout, Layout) and not memory.is_sparse() else None
+    if layout is None or layout.shapes != shapes:
+        nesting = _nesting(shapes)
+        if layout is None or not layout.is_for(shapes, nesting):
+            memory.layout = layout = _lay_out(tensors, shapes, nesting, memory, None)
+            return layout
+        memory.layout = layout = Layout(shapes, layout.nesting, layout.places)
+    memory.repeat_round()
     return layout
 
 

@@ -9,23 +9,22 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import mmap
 import os
 from collections.abc import Callable
 
 import torch
 
-__all__ = ["SharedArena", "descriptor_of", "libc", "map_shared"]
+__all__ = ["SharedArena", "descriptor_of", "free_pages", "libc", "map_shared"]
 
 _FILE_BYTES = 1024 * 1024 * 1024
-# fallocate(2): free the range's pages, and leave the file's size as it is.
-_KEEP_SIZE_PUNCH_HOLE = 0x01 | 0x02
 
 
 class SharedArena:
     """Hands out runs of pages of shared memory, one after the other; not thread-safe.
 
-    A file is unmapped when the arena has left it and the last tensor in it is gone. Until then the pages of what was
-    discarded go back to the system on their own.
+    A file is unmapped when the arena has left it and the last tensor in it is gone. Until then ``free_pages`` gives
+    back what is no longer needed.
 
     Args:
         new_file: Maps a file of the given size, without reserving its memory.
@@ -49,12 +48,6 @@ class SharedArena:
         _reserve(self._file, start, nbytes)
         self._used_bytes += nbytes
         return self._file[start : start + nbytes]
-
-    def discard(self, pages: torch.Tensor) -> None:
-        """Free what ``take`` gave; whoever still reads it finds zeros."""
-        # A hint: where the system does not know the call, the file's end frees the pages.
-        descriptor = descriptor_of(pages.untyped_storage())
-        _fallocate(descriptor, _KEEP_SIZE_PUNCH_HOLE, int(pages.storage_offset()), pages.nbytes)
 
     def close(self) -> None:
         """Leave the last file."""
@@ -100,7 +93,13 @@ def libc() -> ctypes.CDLL:
     return ctypes.CDLL(None)
 
 
-def _fallocate(descriptor: int, mode: int, offset_bytes: int, nbytes: int) -> None:
-    call = getattr(libc(), "fallocate64", None)
-    if call is not None:
-        call(descriptor, mode, ctypes.c_int64(offset_bytes), ctypes.c_int64(nbytes))
+def free_pages(part: torch.Tensor) -> None:
+    """Free the whole pages in a part of a mapping, shared or private; whoever still reads them finds zeros."""
+    start = -(-part.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (part.data_ptr() + part.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    is_shared = part.is_shared()  # type: ignore[no-untyped-call]
+    # What frees pages of the one kind does nothing to the other.
+    advice = getattr(mmap, "MADV_REMOVE" if is_shared else "MADV_DONTNEED", None)
+    # A system that does not know it frees them with the mapping.
+    if advice is not None and end > start:
+        libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)

@@ -107,13 +107,13 @@ class HandoverStager(KeptMemoryStager):
 
     def __init__(self) -> None:
         pinned = torch.cuda.is_available()
+        # There has to be room for the shared memory as well.
+        self._first = HostMemory(pinned=pinned, times_needed=2)
+        self._is_private = False
         super().__init__(
             HostMemory(pinned=pinned, shared=True),
             Copies(non_blocking=torch.accelerator.is_available()),
         )
-        # There has to be room for the shared memory as well.
-        self._first = HostMemory(pinned=pinned, times_needed=2)
-        self._is_private = False
 
     @property
     def staging_nbytes(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 
@@ -66,13 +67,14 @@ class Copies:
     def close(self) -> None:
         """Let go of the streams."""
         self.wait()
-        self.forget()
+        self._streams = {}
+        self._marks = {}
 
     def forget(self) -> None:
         """In a forked child: what is under way is the parent's."""
-        self._streams = {}
-        self._marks = {}
-        self._under_way = []
+        # Kept: to destroy an event is a call to the device, which a child must not make.
+        _of_parents.append((self._streams, self._marks, self._under_way))
+        self._streams, self._marks, self._under_way = {}, {}, []
 
     def _start_from(self, device: torch.device, targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
         accelerator = _accelerator_in_use()
@@ -97,6 +99,9 @@ class Copies:
             _copy(targets, sources, non_blocking=self._non_blocking)
 
 
+# What a fork has inherited.
+_of_parents: list[Any] = []
+
 _is_on_host = operator.attrgetter("is_cpu")
 
 
@@ -117,8 +122,7 @@ def _accelerator_in_use() -> torch.device | None:
 @torch.no_grad()
 def _copy(targets: list[torch.Tensor], sources: list[torch.Tensor], *, non_blocking: bool) -> None:
     if targets:
-        for target in targets:
-            huge_pages.make(target.data_ptr(), target.nbytes)
+        huge_pages.make_for(targets)
         # One call for all: with thousands of small tensors the calls would cost more than the bytes.
         with torch._C.DisableTorchFunctionSubclass():
             torch._foreach_copy_(targets, sources, non_blocking=non_blocking)

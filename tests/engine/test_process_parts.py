@@ -151,6 +151,20 @@ def test_pages_of_slots_that_are_gone_are_freed_while_others_stay() -> None:
     memory.close()
 
 
+def test_pages_of_small_slots_that_are_gone_are_freed_while_one_beside_them_stays() -> None:
+    memory = HostMemory(shared=True)
+    for turn in range(20):
+        memory.begin_round()
+        for number in range(turn):
+            memory.take(f"history {number}", torch.Size([16]), torch.uint8)
+        for number in range(12):
+            memory.take(number, torch.Size([800_000 + turn]), torch.uint8).fill_(1)
+        kept = memory.take("kept", torch.Size([16]), torch.uint8)
+    used_bytes = os.fstat(descriptor_of(kept.untyped_storage())).st_blocks * 512
+    assert used_bytes < 60 << 20
+    memory.close()
+
+
 def test_a_message_carries_a_descriptor_and_bytes() -> None:
     ours, theirs = (Channel(end) for end in socket.socketpair())
     reader, writer = os.pipe()

@@ -90,34 +90,40 @@ def test_what_is_let_go_of_is_not_made() -> None:
     pages = Timed(lambda _: False)
     memory = memory_of_whole_pages(3)
     pages.expect(memory)
-    pages.forget()
+    pages.forget(memory)
     pages.make(memory.data_ptr(), memory.nbytes)
     assert pages.made == []
 
 
 def mappings_in(memory: torch.Tensor) -> list[int]:
-    """Return how much of each mapping that a tensor lies in is in huge pages, in bytes."""
+    """Return how many bytes of each mapping that a tensor lies in may be huge pages, as far as there are free ones."""
     first, last = memory.data_ptr(), memory.data_ptr() + memory.nbytes
     found = []
+    start = end = 0
     is_here = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
-        name, value = line.split()[:2]
+        name, *values = line.split()
         if "-" in name:
             start, end = (int(part, 16) for part in name.split("-"))
             is_here = start < last and first < end
-        elif is_here and name == "AnonHugePages:":
-            found.append(int(value) * 1024)
+        elif is_here and name == "VmFlags:":
+            found.append(end - start if "hg" in values else 0)
     return found
 
 
 @pytest.mark.skipif(not SETTING.exists() or "[never]" in SETTING.read_text(), reason="this system makes no huge pages")
-def test_a_large_slot_is_copied_into_huge_pages_of_few_mappings(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_strided", [False, True])
+def test_a_large_slot_is_copied_into_huge_pages_of_few_mappings(
+    monkeypatch: pytest.MonkeyPatch, is_strided: bool
+) -> None:
     pages = HugePages()
     # However slow they are here.
     monkeypatch.setattr("dcp_plugins.staging.huge_pages._SLOW_SECONDS", 60.0)
     monkeypatch.setattr("dcp_plugins.staging.memory.huge_pages", pages)
     monkeypatch.setattr(host_copy, "huge_pages", pages)
     source = torch.arange(32 * MIB, dtype=torch.int32)
+    if is_strided:
+        source = source.view(1024, -1).t()
     memory = HostMemory()
     memory.begin_round()
     target = memory.take("a", source.shape, source.dtype)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import gc
 import inspect
 import logging
 import os
+import signal
 import threading
 import warnings
 from collections import OrderedDict
@@ -226,6 +228,7 @@ def test_a_forked_child_that_stages_leaves_its_parents_snapshot_alone(asynchrono
     snapshots = stage_all(state(1.0))
     child = os.fork()
     if not child:
+        signal.alarm(60)
         with contextlib.suppress(BaseException):
             for staged in stage_all(state(9.0)):
                 assert_state(staged, 9.0)
@@ -236,6 +239,47 @@ def test_a_forked_child_that_stages_leaves_its_parents_snapshot_alone(asynchrono
     for staged in snapshots:
         assert_state(staged, 1.0)
     staging.release_staging_memory()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_memory_of_tensors_that_are_gone_is_given_back_though_small_ones_beside_them_stay(shared: bool) -> None:
+    flat = torch.ones(100 * 250_100)
+    full = {}
+    for number, part in enumerate(flat.split(250_100)):
+        full[f"{number}.moment"], full[f"{number}.step"] = part[:250_000], part[250_000:]
+    small = {name: tensor for name, tensor in full.items() if name.endswith("step")}
+    stager = DefaultStager(dataclasses.replace(plain(), use_shared_memory=shared), max_staging_bytes=110_000_000)
+    other = {f"{number}.other": torch.ones(250_000) for number in range(100)}
+    before = resident_bytes()
+    stager.stage(full)
+    for _ in range(10):
+        staged = stager.stage(small)
+    assert resident_bytes() - before < 20_000_000
+    stager.stage(other | small)
+    assert resident_bytes() - before < 130_000_000
+    assert all(torch.equal(staged[name], tensor) for name, tensor in small.items())
+    stager.close()
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/status") as file:
+        return sum(int(line.split()[1]) * 1024 for line in file if line.startswith(("RssAnon", "RssShmem")))
+
+
+def test_a_fork_during_a_snapshot_collects_garbage() -> None:
+    class Forks:
+        child = -1
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> Forks:
+            self.child = os.fork()
+            if not self.child:
+                os._exit(0 if gc.isenabled() else 1)
+            return self
+
+    forks = Forks()
+    BlockingAsyncStager().stage({"forks": forks})
+    _, status = os.waitpid(forks.child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
 
 
 def test_staging_again_and_again_grows_nothing() -> None:
@@ -319,4 +363,19 @@ def test_a_snapshot_for_a_process_is_taken_once_where_there_is_no_memory_for_two
     staged = stager.stage({"a": torch.ones(nbytes, dtype=torch.uint8)})
     assert staged["a"].is_shared()
     assert stager.hand_over(staged) is staged
+    stager.close()
+
+
+@pytest.mark.gpu
+def test_a_fork_after_a_stage_from_a_device_leaves_the_device_alone(capfd: pytest.CaptureFixture[str]) -> None:
+    stager = DefaultStager(StagingOptions(use_async_staging=False))
+    stager.stage({"a": torch.ones(3, device="cuda")})
+    child = os.fork()
+    if not child:
+        signal.alarm(60)
+        gc.collect()
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert capfd.readouterr().err == ""
     stager.close()
