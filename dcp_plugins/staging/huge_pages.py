@@ -3,7 +3,7 @@
 The first touch of memory in huge pages measured about four times faster than in small ones. But a virtual machine whose
 host takes free pages back waits for the host at each huge page that it has to ask back, twenty times as long, while it
 often has small ones left. Which of them come fast is not known before, and changes in the midst of a snapshot: so each
-is timed, and after a slow one memory is left to small pages for a while.
+is timed, and as soon as they do not pay the rest of the snapshot's memory is left to small pages.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ __all__ = ["HugePages", "huge_pages"]
 
 _PAGE_BYTES = 2 * 1024 * 1024
 _ADVICE = getattr(mmap, "MADV_HUGEPAGE", None)
-# Clearing a page takes a fifth of this.
-_SLOW_SECONDS = 0.001
-# How much memory goes without after a slow page: twice as much each time, until one is fast again.
-_MIN_PAUSE_BYTES = 16 * 1024 * 1024
-_MAX_PAUSE_BYTES = 1024 * 1024 * 1024
+# What as much memory takes in small pages. A fast page takes 0.25 ms, a slow one 5 ms.
+_SMALL_PAGES_SECONDS = 0.0008
+# How much may be lost by trying.
+_CREDIT_SECONDS = 0.02
 
 
 class HugePages:
@@ -34,12 +33,14 @@ class HugePages:
     def __init__(self) -> None:
         # The addresses of whole pages in memory that nobody has touched yet.
         self._untouched: set[int] = set()
-        self._without_bytes = 0
-        self._pause_bytes = _MIN_PAUSE_BYTES
+        self._credit_seconds = _CREDIT_SECONDS
 
     def expect(self, memory: torch.Tensor) -> None:
         """Have new, private memory made of them as far as ``make`` is called for it; its last byte is written to."""
         if _ADVICE is not None:
+            if not self._untouched:
+                # Another snapshot: other pages may be free by now.
+                self._credit_seconds = _CREDIT_SECONDS
             # The kernel rejoins parts of a mapping that have had different advice only if they were touched as one
             # before: else every few megabytes stay a mapping of their own, of which a process may have 65,530.
             ctypes.memset(memory.data_ptr() + memory.nbytes - 1, 0, 1)
@@ -53,14 +54,9 @@ class HugePages:
             if page not in self._untouched:
                 continue
             self._untouched.discard(page)
-            if self._without_bytes > 0:
-                self._without_bytes -= _PAGE_BYTES
-            # Nothing outside of the run is touched: what was freed before it was made may be anything now.
-            elif self._seconds_to_make(page, max(page, address)) < _SLOW_SECONDS:
-                self._pause_bytes = _MIN_PAUSE_BYTES
-            else:
-                self._without_bytes = self._pause_bytes
-                self._pause_bytes = min(self._pause_bytes * 2, _MAX_PAUSE_BYTES)
+            if self._credit_seconds > 0:
+                # Nothing outside of the run is touched: what was freed before it was made may be anything now.
+                self._credit_seconds += _SMALL_PAGES_SECONDS - self._seconds_to_make(page, max(page, address))
 
     def make_for(self, targets: Sequence[torch.Tensor]) -> None:
         """Make the pages of tensors that are about to be overwritten."""
