@@ -25,6 +25,10 @@ __all__ = ["RankError", "preload", "run_ranks"]
 _PRELOAD = ["torch", "torch.distributed.tensor", "torch.distributed.fsdp", "torch._dynamo", "dcp_plugins"]
 
 
+_MAX_ATTEMPTS = 3
+_MEETING_SECONDS = 20.0
+
+
 class RankError(AssertionError):
     """Some rank raised, died or missed the deadline; the message holds every rank's traceback."""
 
@@ -54,37 +58,77 @@ def run_ranks(
         function: A module-level (picklable) function; its arguments and its result must be picklable too. Inside,
             ``torch.distributed`` is initialised and ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``LOCAL_WORLD_SIZE``
             are set.
-        timeout_seconds: All ranks are killed when this has passed.
+        timeout_seconds: All ranks are killed when this has passed since they have met.
         collective_timeout_seconds: The process group's own timeout.
         expect_deaths: Return ``None`` for a rank that died without an answer instead of failing.
 
     Raises:
-        RankError: A rank raised (its traceback is in the message), died, or missed the deadline.
+        RankError: A rank raised (its traceback is in the message), died, or missed the deadline; or the ranks could not
+            meet in a group, three times.
     """
     preload()
-    context = multiprocessing.get_context("forkserver")
-    with tempfile.TemporaryDirectory(prefix="dcp_ranks_") as folder:
-        store_path = os.path.join(folder, "store")
-        processes: list[BaseProcess] = []
-        pipes: dict[Connection, int] = {}
-        for rank in range(world_size):
-            receiver, sender = context.Pipe(duplex=False)
-            process: BaseProcess = context.Process(
-                target=_rank_main,
-                args=(rank, world_size, store_path, collective_timeout_seconds, sender, function, args),
-                daemon=False,
+    attempt = 0
+    while True:
+        attempt += 1
+        with tempfile.TemporaryDirectory(prefix="dcp_ranks_") as folder:
+            processes, pipes = _start(
+                world_size, os.path.join(folder, "store"), collective_timeout_seconds, function, args
             )
-            process.start()
-            sender.close()
-            processes.append(process)
-            pipes[receiver] = rank
-        try:
-            return _collect(processes, pipes, timeout_seconds, expect_deaths)
-        finally:
-            for process in processes:
-                if process.is_alive():
-                    process.kill()
-                process.join()
+            try:
+                # Once in some thousand times a connection is refused while gloo makes its own: no rank has begun then.
+                failure = _await_meeting(pipes)
+                if failure is None:
+                    return _collect(processes, pipes, timeout_seconds, expect_deaths)
+                if attempt == _MAX_ATTEMPTS:
+                    raise RankError(f"the ranks could not meet, {attempt} times: {failure}")
+            finally:
+                for process in processes:
+                    if process.is_alive():
+                        process.kill()
+                    process.join()
+
+
+def _start(
+    world_size: int, store_path: str, collective_timeout_seconds: float, function: Callable[..., Any], args: Any
+) -> tuple[list[BaseProcess], dict[Connection, int]]:
+    """Return the ranks' processes, and the ends of pipes to them with the ranks at the others."""
+    context = multiprocessing.get_context("forkserver")
+    processes: list[BaseProcess] = []
+    pipes: dict[Connection, int] = {}
+    for rank in range(world_size):
+        ours, theirs = context.Pipe()
+        process: BaseProcess = context.Process(
+            target=_rank_main,
+            args=(rank, world_size, store_path, collective_timeout_seconds, theirs, function, args),
+            daemon=False,
+        )
+        process.start()
+        theirs.close()
+        processes.append(process)
+        pipes[ours] = rank
+    return processes, pipes
+
+
+def _await_meeting(pipes: dict[Connection, int]) -> str | None:
+    """Wait until all ranks are in the group, and let them begin; return the first failure of one to get there."""
+    deadline = time.monotonic() + _MEETING_SECONDS
+    pending = dict(pipes)
+    while pending:
+        ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            return f"no word from ranks {sorted(pending.values())} within {_MEETING_SECONDS:g} s"
+        for pipe in ready:
+            assert isinstance(pipe, Connection)
+            rank = pending.pop(pipe)
+            try:
+                failure = pipe.recv()
+            except EOFError:
+                failure = "it died"
+            if failure is not None:
+                return f"[rank {rank}] {failure}"
+    for pipe in pipes:
+        pipe.send(None)
+    return None
 
 
 def _collect(
@@ -124,7 +168,7 @@ def _rank_main(
     world_size: int,
     store_path: str,
     collective_timeout_seconds: float,
-    sender: Connection,
+    pipe: Connection,
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
@@ -143,12 +187,19 @@ def _rank_main(
             world_size=world_size,
             timeout=datetime.timedelta(seconds=collective_timeout_seconds),
         )
+    # Whatever it is, the ranks are started anew.
+    except BaseException:
+        pipe.send(traceback.format_exc())
+        os._exit(0)
+    pipe.send(None)
+    pipe.recv()
+    try:
         answer = (True, function(*args))
         payload = pickle.dumps(answer)
     # Whatever ends a rank is the answer its caller gets.
     except BaseException:
         payload = pickle.dumps((False, traceback.format_exc()))
-    sender.send_bytes(payload)
-    sender.close()
+    pipe.send_bytes(payload)
+    pipe.close()
     # Skips interpreter teardown: a process group whose peers are gone may block in its destructor.
     os._exit(0)
