@@ -25,6 +25,7 @@ FLOORS: dict[str, int] = {
     "dcp_plugins.errors": 0,
     "dcp_plugins.events": 0,
     "dcp_plugins.collector": 0,
+    "dcp_plugins.forks": 0,
     "dcp_plugins.pace": 0,
     "dcp_plugins.config": 0,
     "dcp_plugins.format": 1,

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dcp_plugins.engine.process_channel import Channel
+from dcp_plugins.forks import in_forked_child
 
 __all__ = ["launch"]
 
@@ -99,5 +100,4 @@ def _forget() -> None:
     _requests, _lock = None, threading.Lock()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+in_forked_child(_forget)

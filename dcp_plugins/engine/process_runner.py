@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import copy
-import os
 import pickle
 import threading
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from dcp_plugins.engine.process_worker import SaveRequest, is_checkpoint_process
 from dcp_plugins.engine.thread_runner import PackedMetadata
 from dcp_plugins.errors import CheckpointException, UnsupportedValueError
 from dcp_plugins.events import has_listeners
+from dcp_plugins.forks import in_forked_child
 from dcp_plugins.staging.memory import on_close
 
 __all__ = ["ProcessRunner", "check_sendable", "process_runner", "start_async_process"]
@@ -214,8 +214,7 @@ def _known_address() -> str | None:
 process_runner = ProcessRunner()
 """The one of this process."""
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=process_runner.forget)
+in_forked_child(process_runner.forget)
 
 
 def start_async_process() -> None:

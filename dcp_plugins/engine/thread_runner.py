@@ -17,6 +17,7 @@ from typing import Any, cast
 
 from dcp_plugins.collector import collector_paused
 from dcp_plugins.contract import Metadata
+from dcp_plugins.forks import in_forked_child
 from dcp_plugins.pace import Awaited, paced
 from dcp_plugins.storage.threads import beside_training
 
@@ -241,5 +242,4 @@ def _exit_with_failure() -> None:
 thread_runner = ThreadRunner()
 """The one of this process: saves of all checkpoints go through it, so that ranks start them in the same order."""
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=thread_runner.forget)
+in_forked_child(thread_runner.forget)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from dcp_plugins.coord import Ranks
 from dcp_plugins.errors import listing
+from dcp_plugins.forks import in_forked_child
 from dcp_plugins.manager.agreement import deciding_ranks
 from dcp_plugins.manager.workers import Lifeline
 
@@ -166,4 +167,4 @@ def _after_fork() -> None:
             _active.pop()._in_forked_child(lifeline)
 
 
-os.register_at_fork(after_in_child=_after_fork)
+in_forked_child(_after_fork)

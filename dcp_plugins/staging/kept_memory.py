@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from dcp_plugins.contract import AsyncStager
+from dcp_plugins.forks import in_forked_child
 from dcp_plugins.staging.memory import HostMemory
 from dcp_plugins.staging.snapshot import take_snapshot
 from dcp_plugins.staging.streams import Copies
@@ -114,5 +114,4 @@ def _forget_in_child() -> None:
         stager.forget()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_in_child)
+in_forked_child(_forget_in_child)

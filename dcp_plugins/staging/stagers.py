@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
@@ -15,6 +14,7 @@ import torch
 
 from dcp_plugins.contract import AsyncStager
 from dcp_plugins.errors import StagingMemoryError, UnsupportedValueError, listing
+from dcp_plugins.forks import in_forked_child
 from dcp_plugins.staging.kept_memory import KeptMemoryStager, PartialSnapshot, StateDict
 from dcp_plugins.staging.memory import HostMemory
 from dcp_plugins.staging.placement import stand_for_originals
@@ -259,8 +259,7 @@ def _renew_lock() -> None:
     _lock = threading.Lock()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
+in_forked_child(_renew_lock)
 
 
 def _plain_options() -> StagingOptions:

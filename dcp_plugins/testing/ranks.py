@@ -13,7 +13,7 @@ import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -24,7 +24,7 @@ __all__ = ["RankError", "preload", "run_ranks"]
 # The first optimizer that a process makes imports `torch._dynamo`: half a second for each rank.
 _PRELOAD = ["torch", "torch.distributed.tensor", "torch.distributed.fsdp", "torch._dynamo", "dcp_plugins"]
 
-
+# Once in some thousand groups a connection is refused while gloo makes its own.
 _MAX_ATTEMPTS = 3
 _MEETING_SECONDS = 20.0
 
@@ -67,25 +67,23 @@ def run_ranks(
             meet in a group, three times.
     """
     preload()
-    attempt = 0
-    while True:
-        attempt += 1
+    failure: str | None = None
+    for _ in range(_MAX_ATTEMPTS):
         with tempfile.TemporaryDirectory(prefix="dcp_ranks_") as folder:
             processes, pipes = _start(
                 world_size, os.path.join(folder, "store"), collective_timeout_seconds, function, args
             )
             try:
-                # Once in some thousand times a connection is refused while gloo makes its own: no rank has begun then.
                 failure = _await_meeting(pipes)
                 if failure is None:
                     return _collect(processes, pipes, timeout_seconds, expect_deaths)
-                if attempt == _MAX_ATTEMPTS:
-                    raise RankError(f"the ranks could not meet, {attempt} times: {failure}")
+                # No rank has begun.
             finally:
                 for process in processes:
                     if process.is_alive():
                         process.kill()
                     process.join()
+    raise RankError(f"the ranks could not meet, {_MAX_ATTEMPTS} times: {failure}")
 
 
 def _start(
@@ -111,49 +109,51 @@ def _start(
 
 def _await_meeting(pipes: dict[Connection, int]) -> str | None:
     """Wait until all ranks are in the group, and let them begin; return the first failure of one to get there."""
-    deadline = time.monotonic() + _MEETING_SECONDS
-    pending = dict(pipes)
-    while pending:
-        ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
-        if not ready:
-            return f"no word from ranks {sorted(pending.values())} within {_MEETING_SECONDS:g} s"
-        for pipe in ready:
-            assert isinstance(pipe, Connection)
-            rank = pending.pop(pipe)
-            try:
-                failure = pipe.recv()
-            except EOFError:
-                failure = "it died"
-            if failure is not None:
-                return f"[rank {rank}] {failure}"
+    for rank, failure in _messages(pipes, _MEETING_SECONDS):
+        if failure is not None:
+            return f"[rank {rank}] {failure}"
     for pipe in pipes:
         pipe.send(None)
     return None
 
 
-def _collect(
-    processes: list[BaseProcess], pipes: dict[Connection, int], timeout_seconds: float, expect_deaths: bool
-) -> list[Any]:
+def _messages(pipes: dict[Connection, int], timeout_seconds: float) -> Iterator[tuple[int, Any]]:
+    """Yield each rank with its next message, in the order in which they come.
+
+    Of a rank that has died that is an ``EOFError``, of one that sends none in time a ``TimeoutError``.
+    """
     deadline = time.monotonic() + timeout_seconds
-    results: list[Any] = [None] * len(processes)
-    problems: dict[int, str] = {}
     pending = dict(pipes)
     while pending:
         ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
             for rank in pending.values():
-                problems[rank] = f"no answer within {timeout_seconds} s"
-            break
-        for receiver in ready:
-            assert isinstance(receiver, Connection)
-            rank = pending.pop(receiver)
+                yield rank, TimeoutError(f"no answer within {timeout_seconds} s")
+            return
+        for pipe in ready:
+            assert isinstance(pipe, Connection)
+            rank = pending.pop(pipe)
             try:
-                ok, value = receiver.recv()
+                message = pipe.recv()
             except EOFError:
-                processes[rank].join(timeout=5)
-                if not expect_deaths:
-                    problems[rank] = f"died with exit code {processes[rank].exitcode}"
-                continue
+                message = EOFError("died")
+            yield rank, message
+
+
+def _collect(
+    processes: list[BaseProcess], pipes: dict[Connection, int], timeout_seconds: float, expect_deaths: bool
+) -> list[Any]:
+    results: list[Any] = [None] * len(processes)
+    problems: dict[int, str] = {}
+    for rank, answer in _messages(pipes, timeout_seconds):
+        if isinstance(answer, TimeoutError):
+            problems[rank] = str(answer)
+        elif isinstance(answer, EOFError):
+            processes[rank].join(timeout=5)
+            if not expect_deaths:
+                problems[rank] = f"died with exit code {processes[rank].exitcode}"
+        else:
+            ok, value = answer
             if ok:
                 results[rank] = value
             else:

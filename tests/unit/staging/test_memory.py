@@ -15,6 +15,7 @@ import torch.multiprocessing
 
 from dcp_plugins.staging import memory as memory_module
 from dcp_plugins.staging.memory import HostMemory
+from tests.unit.staging.resident import resident_bytes
 
 MIB = 1024 * 1024
 
@@ -89,11 +90,6 @@ def test_another_shape_or_dtype_is_another_slot() -> None:
     memory.begin_round()
     longs = memory.take("t", torch.Size([4]), torch.int64)
     assert floats.data_ptr() != longs.data_ptr()
-
-
-def resident_bytes() -> int:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.mark.parametrize("shared", [False, True])

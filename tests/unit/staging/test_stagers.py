@@ -32,6 +32,7 @@ from dcp_plugins.staging import (
     placement,
     stagers,
 )
+from tests.unit.staging.resident import resident_bytes
 
 
 def plain() -> StagingOptions:
@@ -259,11 +260,6 @@ def test_memory_of_tensors_that_are_gone_is_given_back_though_small_ones_beside_
     assert resident_bytes() - before < 130_000_000
     assert all(torch.equal(staged[name], tensor) for name, tensor in small.items())
     stager.close()
-
-
-def resident_bytes() -> int:
-    with open("/proc/self/status") as file:
-        return sum(int(line.split()[1]) * 1024 for line in file if line.startswith(("RssAnon", "RssShmem")))
 
 
 def test_a_fork_during_a_snapshot_collects_garbage() -> None:
