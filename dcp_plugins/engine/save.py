@@ -17,6 +17,7 @@ from dcp_plugins.engine.commit import commit, commit_alone
 from dcp_plugins.engine.setup import accepts, open_writer, ranks_of, storage_second, to_plain
 from dcp_plugins.engine.thread_runner import thread_runner
 from dcp_plugins.events import record
+from dcp_plugins.format.containers import attach, encoded_of
 from dcp_plugins.format.metadata import MetadataEncoder
 from dcp_plugins.plan import DefaultSavePlanner
 from dcp_plugins.plan.cache import CachedPlan, lookup, new_generation, store
@@ -301,8 +302,10 @@ def _plans_are_reusable(writer: StorageWriter) -> bool:
 def _copy_of(metadata: Metadata) -> Metadata:
     """Return metadata with dicts of its own: storage and the caller of the save get it, and may change it."""
     planner_data = metadata.planner_data
-    return dataclasses.replace(
+    copied = dataclasses.replace(
         metadata,
         state_dict_metadata=dict(metadata.state_dict_metadata),
         planner_data=dict(planner_data) if isinstance(planner_data, dict) else planner_data,
     )
+    record = encoded_of(metadata)
+    return copied if record is None else attach(copied, record)

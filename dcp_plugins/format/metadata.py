@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from dcp_plugins.collector import collector_paused
 from dcp_plugins.contract import Metadata
+from dcp_plugins.format.containers import EXTRA, attach, containers_of, encoded_of
 from dcp_plugins.format.metadata_pickle import PickleWriter
 from dcp_plugins.format.metadata_reader import read_pickle, read_trusted_pickle
 from dcp_plugins.format.metadata_trailer import JSON, add_trailer, split_trailer
@@ -60,7 +61,9 @@ class MetadataEncoder:
 
     def encode(self, metadata: Metadata, *, extras: Mapping[str, JSON] | None = None) -> bytes:
         """Return the bytes of a ``.metadata`` file."""
-        return add_trailer(self._pickle_writer.write(metadata), extras or {})
+        record = encoded_of(metadata)
+        recorded = {} if record is None else {EXTRA: record}
+        return add_trailer(self._pickle_writer.write(metadata), {**(extras or {}), **recorded})
 
 
 def decode(data: bytes | bytearray | memoryview, source: str, *, trust_pickle: bool = False) -> Metadata:
@@ -91,6 +94,9 @@ def decode_with_extras(data: bytes | bytearray | memoryview, source: str, *, tru
             metadata = read_trusted_pickle(pickled, source)
         else:
             metadata = verify(read_pickle(pickled, source), source)
+    if extras is not None and isinstance(extras.get(EXTRA), list):
+        attach(metadata, extras[EXTRA])
+        containers_of(metadata)
     return Decoded(metadata, extras if extras is not None else {}, extras is not None)
 
 

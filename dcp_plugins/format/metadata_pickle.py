@@ -14,6 +14,7 @@ from typing import Any
 
 from dcp_plugins.contract import Metadata, StorageMeta
 from dcp_plugins.errors import UnsupportedValueError
+from dcp_plugins.format.containers import fields_of
 from dcp_plugins.format.metadata_writer import Emitter
 from dcp_plugins.format.pickle_opcodes import pickle_foreign
 
@@ -91,7 +92,7 @@ class _Kept:
         indices = self._emit_indices(list(storage)) if type(storage) is dict else []
         emitter = self._emitter.fork()
         fields = []
-        for name, value in vars(metadata).items():
+        for name, value in fields_of(metadata).items():
             emitted = self._emitted.get(name)
             if emitted is None:
                 if name == "storage_data" and type(value) is dict:

@@ -7,24 +7,94 @@ some tensor or mapping lies in it (otherwise the list is one value), a tuple nev
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 
+from dcp_plugins.contract import Metadata
 from dcp_plugins.errors import PlanError
+from dcp_plugins.format.containers import Container, Path, containers_of, describe
 from dcp_plugins.format.memory import PLAIN_TENSORS
 from dcp_plugins.pace import giving_way
 
-__all__ = ["FlattenMapping", "Path", "flatten_state_dict", "get_element", "set_element", "unflatten_state_dict"]
+__all__ = [
+    "FlattenMapping",
+    "Path",
+    "Paths",
+    "actual_path",
+    "flatten_state_dict",
+    "get_element",
+    "keyed_by_strings",
+    "paths_of",
+    "set_element",
+    "unflatten_state_dict",
+]
 
-Path = tuple[str | int, ...]
 FlattenMapping = dict[str, Path]
+
+
+class Paths(FlattenMapping):
+    """The path of each fqn, in DCP's form, and the containers whose keys or kinds that form does not tell.
+
+    Attributes:
+        containers: By path; plain dicts with string keys that are not empty are left out.
+    """
+
+    def __init__(self, paths: Mapping[str, Path] = {}, containers: Mapping[Path, Container] = {}) -> None:
+        super().__init__(paths)
+        self.containers: dict[Path, Container] = dict(containers)
+        self._originals: dict[Path, dict[str, Any]] = {}
+
+    def __reduce__(self) -> Any:
+        return Paths, (dict(self), self.containers)
+
+    def unite(self, containers: Mapping[Path, Container]) -> None:
+        """Add the containers of another rank; where both have one, this rank's kind and the keys of both count."""
+        for path, container in containers.items():
+            own = self.containers.get(path)
+            self.containers[path] = container if own is None else container.united(own)
+
+    def only(self, fqns: Collection[str], empty: Collection[Path]) -> Paths:
+        """Return some of the paths, with the containers above them, and with some more containers."""
+        paths = {fqn: path for fqn, path in self.items() if fqn in fqns}
+        above = {path[:depth] for path in [*paths.values(), *empty] for depth in range(len(path))}
+        kept = above.union(empty)
+        return Paths(paths, {path: container for path, container in self.containers.items() if path in kept})
+
+    def actual(self, path: Path) -> tuple[Any, ...]:
+        """Return a path with the keys as they are in the state dict, where DCP's form has their strings."""
+        if not self.containers:
+            return path
+        keys: list[Any] = []
+        for depth, key in enumerate(path):
+            container = self.containers.get(path[:depth])
+            if container is not None and container.keys is not None:
+                originals = self._originals.get(path[:depth])
+                if originals is None:
+                    originals = self._originals[path[:depth]] = {str(original): original for original in container.keys}
+                keys.append(originals.get(str(key), key))
+            else:
+                keys.append(key)
+        return tuple(keys)
+
+
+def actual_path(paths: Mapping[str, Path], fqn: str) -> tuple[Any, ...]:
+    """Return the path of an fqn with the keys as they are in the state dict."""
+    path = paths[fqn]
+    return paths.actual(path) if isinstance(paths, Paths) else path
+
+
+def paths_of(metadata: Metadata) -> Paths:
+    """Return the paths that a checkpoint's metadata tells; a key without one is a key of the root."""
+    planned: Mapping[str, Path] = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
+    paths = {fqn: planned.get(fqn, (fqn,)) for fqn in metadata.state_dict_metadata}
+    return Paths(paths, containers_of(metadata) or {})
 
 
 def flatten_state_dict(
     state_dict: Mapping[str, Any], *, enter_plain_dicts: bool = True
-) -> tuple[dict[str, Any], FlattenMapping]:
+) -> tuple[dict[str, Any], Paths]:
     """Return the flat dict and, for each fqn, the path of its value in ``state_dict``.
 
     Args:
@@ -33,17 +103,23 @@ def flatten_state_dict(
             neither a tensor nor another container was one value.
 
     Raises:
-        PlanError: Two values have the same fqn, as in ``{"a": {"b": 1}, "a.b": 2}``.
+        PlanError: Two values have the same fqn, as in ``{"a": {"b": 1}, "a.b": 2}`` and ``{1: 1, "1": 2}``.
     """
     if type(state_dict) is dict and _is_flat(state_dict):
-        # As most large ones are: zip makes the paths, of one element each.
-        return state_dict.copy(), dict(zip(state_dict, zip(state_dict, strict=True), strict=True))
+        # Most large state dicts are flat: zip makes their paths, of one element each.
+        return state_dict.copy(), Paths(dict(zip(state_dict, zip(state_dict, strict=True), strict=True)))
     flat: dict[str, Any] = {}
-    mapping: FlattenMapping = {}
+    mapping = Paths()
     is_leaf = _is_leaf if enter_plain_dicts else _is_leaf_before_2_4
 
     def enter(path: Path, prefix: str, container: Any) -> None:
         is_list = isinstance(container, list)
+        if not is_list:
+            described = describe(container)
+            if described is not None:
+                mapping.containers[path] = described
+                if described.keys is not None and len(set(map(str, described.keys))) < len(described.keys):
+                    raise _alike(path, described.keys)
         for key, value in giving_way(enumerate(container) if is_list else container.items()):
             fqn = f"{prefix}{key}"
             here = (*path, key if is_list else str(key))
@@ -51,14 +127,26 @@ def flatten_state_dict(
                 enter(here, f"{fqn}.", value)
                 continue
             if fqn in flat:
-                raise PlanError(
-                    f"two values of the state dict have the key {fqn!r}: at {mapping[fqn]} and at {here}; rename one"
-                )
+                raise _collision(fqn, mapping[fqn], here)
             flat[fqn] = value
             mapping[fqn] = here
 
     enter((), "", state_dict)
     return flat, mapping
+
+
+def _alike(path: Path, keys: tuple[Any, ...]) -> PlanError:
+    seen: dict[str, Any] = {}
+    first, second = next((seen[str(key)], key) for key in keys if seen.setdefault(str(key), key) is not key)
+    place = ".".join(map(str, path))
+    return PlanError(
+        f"two keys of the mapping at {place!r} are written as {str(second)!r}: {first!r} and {second!r}. DCP keys"
+        " values by strings: rename one"
+    )
+
+
+def _collision(fqn: str, first: Path, second: Path) -> PlanError:
+    return PlanError(f"two values of the state dict have the key {fqn!r}: at {first} and at {second}; rename one")
 
 
 def _is_flat(state_dict: dict[Any, Any]) -> bool:
@@ -82,21 +170,36 @@ def _holds_tensors(entry: Any, is_leaf: Callable[[Any], bool]) -> bool:
     return isinstance(entry, torch.Tensor) or (isinstance(entry, (Mapping, list)) and not is_leaf(entry))
 
 
-def unflatten_state_dict(flat: Mapping[str, Any], mapping: FlattenMapping) -> dict[str, Any]:
+def keyed_by_strings(state_dict: dict[Any, Any]) -> dict[str, Any]:
+    """Return a state dict that is not to be flattened with its keys as fqns; itself where all are strings."""
+    if {str}.issuperset(map(type, state_dict)):
+        return state_dict
+    return {str(key): value for key, value in state_dict.items()}
+
+
+def unflatten_state_dict(flat: Mapping[str, Any], mapping: Mapping[str, Path]) -> dict[str, Any]:
     """Return the nested dict whose flattening gave ``flat`` and ``mapping``."""
     nested: dict[str, Any] = {}
+    if isinstance(mapping, Paths):
+        # Outer containers come first: the place of an inner one is in them.
+        for path in sorted(mapping.containers, key=len):
+            if path:
+                set_element(nested, mapping.actual(path), mapping.containers[path].empty())
     for fqn, value in flat.items():
-        set_element(nested, mapping[fqn], value)
+        set_element(nested, actual_path(mapping, fqn), value)
     return nested
 
 
-def set_element(root: dict[str, Any], path: Path, value: Any) -> None:
-    """Put ``value`` at ``path``, making the dicts (str) and lists (int) on the way; lists are padded with None."""
+def set_element(root: dict[str, Any], path: tuple[Any, ...], value: Any) -> None:
+    """Put ``value`` at ``path``, making dicts (for a str) and lists (for an int) on the way.
+
+    Lists are padded with None. What is on the way already decides by its kind how its key is meant.
+    """
     container: Any = root
     for key, next_key in itertools.pairwise(path):
         entry = _get(container, key)
         if entry is None:
-            entry = {} if isinstance(next_key, str) else []
+            entry = [] if type(next_key) is int else {}
             _put(container, key, entry)
         elif isinstance(entry, tuple):
             # A tuple cannot be filled in place: a list takes its place.
@@ -106,12 +209,12 @@ def set_element(root: dict[str, Any], path: Path, value: Any) -> None:
     _put(container, path[-1], value)
 
 
-def get_element(root: Mapping[str, Any], path: Path, default: Any = None) -> Any:
+def get_element(root: Mapping[str, Any], path: tuple[Any, ...], default: Any = None) -> Any:
     """Return the value at ``path``, or ``default`` where the path leads nowhere."""
     value: Any = root
     for key in path:
-        if isinstance(key, int):
-            if not isinstance(value, (list, tuple)) or key >= len(value):
+        if isinstance(value, (list, tuple)):
+            if not isinstance(key, int) or key >= len(value):
                 return default
         elif not isinstance(value, Mapping) or key not in value:
             return default
@@ -119,13 +222,13 @@ def get_element(root: Mapping[str, Any], path: Path, default: Any = None) -> Any
     return value
 
 
-def _get(container: Any, key: str | int) -> Any:
-    if isinstance(key, int):
+def _get(container: Any, key: Any) -> Any:
+    if isinstance(container, list):
         return container[key] if key < len(container) else None
     return container.get(key)
 
 
-def _put(container: Any, key: str | int, value: Any) -> None:
-    if isinstance(key, int):
+def _put(container: Any, key: Any, value: Any) -> None:
+    if isinstance(container, list):
         container.extend([None] * (key + 1 - len(container)))
     container[key] = value

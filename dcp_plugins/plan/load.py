@@ -22,7 +22,15 @@ from dcp_plugins.contract import (
     TensorStorageMetadata,
 )
 from dcp_plugins.errors import PlanError, listing
-from dcp_plugins.plan.flatten import FlattenMapping, flatten_state_dict, set_element
+from dcp_plugins.plan.flatten import (
+    FlattenMapping,
+    actual_path,
+    flatten_state_dict,
+    keyed_by_strings,
+    paths_of,
+    set_element,
+    unflatten_state_dict,
+)
 from dcp_plugins.plan.reshard import bytes_read_item, create_read_items_for_chunk_list, whole_read_item
 from dcp_plugins.plan.validate import box_of, coverage_problems, overlap_problems
 from dcp_plugins.plan.values import load_value
@@ -85,6 +93,8 @@ class DefaultLoadPlanner(LoadPlanner):
             state_dict = flatten_sharded_tensors(state_dict)
         if self.flatten_state_dict:
             state_dict, self.mappings = flatten_state_dict(state_dict)
+        else:
+            state_dict = keyed_by_strings(state_dict)
         self.state_dict = state_dict
         self.metadata = metadata
         self.is_coordinator = is_coordinator
@@ -117,7 +127,7 @@ class DefaultLoadPlanner(LoadPlanner):
         fqn = read_item.dest_index.fqn
         loaded = load_value(fqn, value, weights_only=self.weights_only)
         if self.flatten_state_dict:
-            set_element(self.original_state_dict, self.mappings[fqn], loaded)
+            set_element(self.original_state_dict, actual_path(self.mappings, fqn), loaded)
         else:
             self.state_dict[fqn] = loaded
             # Not the same dict where sharded tensors were flattened, which copies.
@@ -171,20 +181,26 @@ class EmptyStateDictLoadPlanner(DefaultLoadPlanner):
                 f"{type(self).__name__} fills an empty dict from a checkpoint's metadata, "
                 f"found a dict of {len(state_dict)} keys and metadata {metadata!r}"
             )
-        paths = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
+        paths = paths_of(metadata)
         found: set[str] = set()
+        values: dict[str, Any] = {}
         for fqn, entry in metadata.state_dict_metadata.items():
-            path = paths.get(fqn, (fqn,))
-            wanted = self._matches(fqn, path)
+            wanted = self._matches(fqn, paths[fqn])
             if self.keys is not None and not wanted:
                 continue
             found |= wanted
             value: Any = entry
             if isinstance(entry, TensorStorageMetadata):
                 value = torch.empty(entry.size, dtype=entry.properties.dtype)
-            set_element(state_dict, path, value)
-        if self.keys is not None and found != self.keys:
-            raise PlanError(f"Missing key in checkpoint: {listing(self.keys - found)}")
+            values[fqn] = value
+        if self.keys is not None:
+            # An empty mapping has no fqn, and may be asked for all the same.
+            containers = {path: self._matches(".".join(map(str, path)), path) for path in paths.containers}
+            found |= set().union(*containers.values())
+            if found != self.keys:
+                raise PlanError(f"Missing key in checkpoint: {listing(self.keys - found)}")
+            paths = paths.only(values, [path for path, wanted in containers.items() if wanted])
+        state_dict.update(unflatten_state_dict(values, paths))
         super().set_up_planner(state_dict, metadata, is_coordinator)
 
     def _matches(self, fqn: str, path: tuple[str | int, ...]) -> set[str]:

@@ -22,8 +22,9 @@ from dcp_plugins.contract import (
     WriteItemType,
 )
 from dcp_plugins.errors import PlanError
+from dcp_plugins.format.containers import attach, encoded_containers
 from dcp_plugins.pace import giving_way
-from dcp_plugins.plan.flatten import FlattenMapping, flatten_state_dict
+from dcp_plugins.plan.flatten import FlattenMapping, Paths, flatten_state_dict, keyed_by_strings
 from dcp_plugins.plan.replicas import assign_replicas
 from dcp_plugins.plan.validate import plan_problems
 from dcp_plugins.plan.values import dump_value
@@ -75,6 +76,8 @@ class DefaultSavePlanner(SavePlanner):
             state_dict, self.mappings = flatten_state_dict(state_dict)
         if self.flatten_sharded_tensors:
             state_dict = flatten_sharded_tensors(state_dict)
+        if not self.flatten_state_dict:
+            state_dict = keyed_by_strings(state_dict)
         self.state_dict = state_dict
         self.is_coordinator = is_coordinator
 
@@ -89,10 +92,14 @@ class DefaultSavePlanner(SavePlanner):
         all_plans = assign_replicas(all_plans, to_lowest_rank=self.dedup_save_to_lowest_rank)
         global_plan, metadata = create_default_global_save_plan(all_plans)
         if self.flatten_state_dict:
-            merged: FlattenMapping = {}
+            merged = Paths()
             for plan in reversed(global_plan):
                 merged.update(plan.planner_data)
-            metadata = dataclasses.replace(metadata, planner_data=merged)
+                if isinstance(plan.planner_data, Paths):
+                    merged.unite(plan.planner_data.containers)
+            # A plain dict: other writers pickle it, and stock torch reads what they write.
+            metadata = dataclasses.replace(metadata, planner_data=dict(merged))
+            attach(metadata, encoded_containers(merged.containers))
         problems = plan_problems(metadata, complete=len(global_plan) > 1)
         if problems:
             raise PlanError("Failed to validate global plan: " + "; ".join(problems[:12]))
@@ -145,7 +152,7 @@ class DefaultSavePlanner(SavePlanner):
         if described is None:
             return None
         # Paths are part of the plan: {"a": {"b": t}} and {"a.b": t} have the same fqns.
-        paths = list(self.mappings.values())
+        paths = (list(self.mappings.values()), getattr(self.mappings, "containers", None))
         return (self.flatten_state_dict, self.dedup_save_to_lowest_rank, list(self.state_dict), described, paths)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from dcp_plugins.contract import Metadata, MetadataIndex, StorageInfo, WriteItem, WriteResult
 from dcp_plugins.errors import CheckpointError, CorruptCheckpointError
+from dcp_plugins.format.containers import attach, encoded_of
 from dcp_plugins.format.metadata import decode_extras, decode_with_extras, encode
 from dcp_plugins.format.names import METADATA_NAME, temporary_name
 from dcp_plugins.storage.local import litter, make_directory, publish, remove_files, sync_directory
@@ -134,7 +135,8 @@ def _view(metadata: Metadata, part: str) -> Metadata:
             inside = copy.copy(info)
             inside.relative_path = info.relative_path.removeprefix(folder)
             storage[MetadataIndex(index.fqn.removeprefix(prefix), index.offset, index.index)] = inside
-    return Metadata(
+    record = encoded_of(metadata)
+    view = Metadata(
         state_dict_metadata={
             fqn.removeprefix(prefix): entry
             for fqn, entry in metadata.state_dict_metadata.items()
@@ -145,3 +147,6 @@ def _view(metadata: Metadata, part: str) -> Metadata:
         storage_meta=copy.copy(metadata.storage_meta),
         version=metadata.version,
     )
+    if record is not None:
+        attach(view, [[at[1:], *rest] for at, *rest in record if at[:1] == [part]])
+    return view

@@ -111,7 +111,7 @@ def _check(fqn: str, shard: Shard) -> None:
         )
 
 
-def flatten_sharded_tensors(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+def flatten_sharded_tensors(state_dict: Mapping[Any, Any]) -> dict[Any, Any]:
     """Return the state dict with each ShardedTensor of ShardedTensors (FSDP1 over tensor parallelism) made a flat one.
 
     The flat tensors are right about this rank's shard, and about where the others lie but not who holds them: they
@@ -120,7 +120,7 @@ def flatten_sharded_tensors(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """
     if {str}.issuperset(map(type, state_dict)) and _NEVER_SHARDED.issuperset(map(type, state_dict.values())):
         return dict(state_dict)
-    return {str(key): flat for key, value in state_dict.items() if (flat := _flatten(value)) is not _ABSENT}
+    return {key: flat for key, value in state_dict.items() if (flat := _flatten(value)) is not _ABSENT}
 
 
 _ABSENT = object()

@@ -1,0 +1,171 @@
+"""The containers of a saved state dict, as far as DCP's paths do not tell them.
+
+A path in ``.metadata`` is made of strings for the keys of mappings and of integers for the places in lists: torch turns
+each key into its string, and an empty mapping leaves no path at all. What is lost in that (keys that are no strings,
+kinds of mappings, empty mappings) is recorded in the trailer, for this package; torch reads the paths as before.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dcp_plugins.contract import Metadata
+from dcp_plugins.errors import CorruptCheckpointError, UnsupportedValueError
+
+__all__ = [
+    "EXTRA",
+    "Container",
+    "Path",
+    "attach",
+    "containers_of",
+    "describe",
+    "encoded_containers",
+    "encoded_of",
+    "fields_of",
+    "is_recordable",
+]
+
+Path = tuple[str | int, ...]
+
+EXTRA = "containers"
+"""Under which name the record stands among the extras of ``.metadata``."""
+
+_ATTRIBUTE = "_dcp_plugins_containers"
+_FACTORIES: dict[str, Any] = {
+    kind.__name__: kind for kind in (list, dict, set, tuple, int, float, str, bool, OrderedDict)
+}
+_MAX_KEY_DEPTH = 32
+_KINDS: dict[str, Any] = {"dict": dict, "OrderedDict": OrderedDict, "Counter": Counter}
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """One mapping of a state dict."""
+
+    kind: str
+    """``dict``, ``OrderedDict``, ``Counter`` or ``defaultdict:<factory>``; a foreign class counts as ``dict``."""
+    keys: tuple[Any, ...] | None = None
+    """The keys in order; None where all are strings, and the paths tell them."""
+
+    def empty(self) -> Any:
+        """Return a new, empty container of this kind."""
+        if self.kind.startswith("defaultdict:"):
+            return defaultdict(_FACTORIES.get(self.kind.partition(":")[2]))
+        return _KINDS[self.kind]()
+
+    def united(self, other: Container) -> Container:
+        """Return this container with the keys that another rank has, too."""
+        if self.keys is None or other.keys is None or self.keys == other.keys:
+            return other if self.keys is None and other.keys is not None else self
+        known = {_identity(key) for key in self.keys}
+        return Container(self.kind, (*self.keys, *(key for key in other.keys if _identity(key) not in known)))
+
+
+def describe(mapping: Mapping[Any, Any]) -> Container | None:
+    """Return what a path does not tell of a mapping; None for a dict with string keys that is not empty."""
+    kind = type(mapping)
+    are_strings = {str}.issuperset(map(type, mapping))
+    keys = None if are_strings else tuple(mapping)
+    if kind is dict:
+        return None if are_strings and mapping else Container("dict", keys)
+    if kind is OrderedDict or kind is Counter:
+        return Container(kind.__name__, keys)
+    if kind is defaultdict:
+        factory = mapping.default_factory  # type: ignore[attr-defined]
+        name = "" if factory is None else getattr(factory, "__name__", "?")
+        return Container(f"defaultdict:{name}" if factory is _FACTORIES.get(name) else "dict", keys)
+    return None if are_strings and mapping else Container("dict", keys)
+
+
+def is_recordable(key: Any) -> bool:
+    """Tell whether a key keeps its type in the record; any other comes back as its string."""
+    return key is None or type(key) in _KEY_TYPES or (type(key) is tuple and all(map(is_recordable, key)))
+
+
+_KEY_TYPES = frozenset({str, int, bool, float, bytes})
+
+
+def _identity(key: Any) -> tuple[type, Any]:
+    return type(key), key
+
+
+def encoded_containers(containers: Mapping[Path, Container]) -> list[Any]:
+    """Return the record as JSON values."""
+    return [
+        [list(path), one.kind, None if one.keys is None else [_encoded_key(key) for key in one.keys]]
+        for path, one in containers.items()
+    ]
+
+
+def attach(metadata: Metadata, record: list[Any]) -> Metadata:
+    """Have metadata carry the record, as JSON values, from the planner to the trailer or from there; return it."""
+    # An attribute, because the fields are torch's. Its values are plain: other writers may pickle the object whole.
+    metadata.__dict__[_ATTRIBUTE] = record
+    return metadata
+
+
+def encoded_of(metadata: Metadata) -> list[Any] | None:
+    """Return the record that metadata carries, as JSON values; None if it carries none."""
+    record: list[Any] | None = metadata.__dict__.get(_ATTRIBUTE)
+    return record
+
+
+def fields_of(metadata: Metadata) -> dict[str, Any]:
+    """Return torch's fields of metadata, without the record."""
+    return {name: value for name, value in vars(metadata).items() if name != _ATTRIBUTE}
+
+
+def containers_of(metadata: Metadata) -> dict[Path, Container] | None:
+    """Return the containers that metadata tells of; None for a checkpoint that was saved without a record.
+
+    Raises:
+        CorruptCheckpointError: The record is malformed.
+    """
+    record = encoded_of(metadata)
+    return None if record is None else dict(_decoded(record))
+
+
+def _decoded(record: Iterable[Any]) -> Iterable[tuple[Path, Container]]:
+    for entry in record:
+        try:
+            path, kind, keys = entry
+            if not isinstance(path, list) or not all(type(part) in (str, int) for part in path):
+                raise ValueError(f"expected a path of strings and integers, found {path!r}")
+            name = kind.partition(":")[2]
+            if kind not in _KINDS and not (kind == f"defaultdict:{name}" and (not name or name in _FACTORIES)):
+                raise ValueError(f"expected the kind of a mapping, found {kind!r}")
+            yield tuple(path), Container(kind, None if keys is None else tuple(_decoded_key(key) for key in keys))
+        except (TypeError, ValueError, AttributeError) as exc:
+            raise CorruptCheckpointError(f"the record of containers in .metadata is malformed: {exc}") from exc
+
+
+def _encoded_key(key: Any, depth: int = 0) -> Any:
+    if key is None or type(key) in (str, int, bool):
+        return key
+    if type(key) is float:
+        return {"float": key.hex()}
+    if type(key) is bytes:
+        return {"bytes": base64.b64encode(key).decode("ascii")}
+    if type(key) is tuple and is_recordable(key):
+        if depth > _MAX_KEY_DEPTH:
+            raise UnsupportedValueError(f"a key of a state dict is a tuple nested more than {_MAX_KEY_DEPTH} deep")
+        return [_encoded_key(part, depth + 1) for part in key]
+    return str(key)
+
+
+def _decoded_key(encoded: Any, depth: int = 0) -> Any:
+    if encoded is None or type(encoded) in (str, int, bool):
+        return encoded
+    if isinstance(encoded, list) and depth <= _MAX_KEY_DEPTH:
+        return tuple(_decoded_key(part, depth + 1) for part in encoded)
+    if isinstance(encoded, dict) and len(encoded) == 1:
+        ((kind, text),) = encoded.items()
+        if kind == "float":
+            return float.fromhex(text)
+        if kind == "bytes":
+            return base64.b64decode(text, validate=True)
+    raise ValueError(f"expected a key, found {encoded!r}")
