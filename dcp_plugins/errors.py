@@ -15,6 +15,10 @@ Each also derives from what users of ``torch.distributed.checkpoint`` catch in i
     |-- StagingMemoryError       (MemoryError)                  no memory for a snapshot
     |-- LostContactError         (ConnectionError)              another rank died, or did not answer in time
     `-- MissingExtraError        (ImportError)                  an optional framework is not installed
+
+Warnings::
+
+    UnreadValuesWarning (UserWarning)    a load left saved values unread below a container that it was given
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ __all__ = [
     "StagingMemoryError",
     "StorageDetectionError",
     "StorageWriteError",
+    "UnreadValuesWarning",
     "UnsafeCheckpointError",
     "UnsupportedValueError",
     "listing",
@@ -115,6 +120,10 @@ class LostContactError(CheckpointError, ConnectionError):
 
 class MissingExtraError(CheckpointError, ImportError):
     """An optional dependency is not installed; the message names the extra that brings it."""
+
+
+class UnreadValuesWarning(UserWarning):
+    """A load left saved values unread that lie below a nested container of its state dict."""
 
 
 _LISTED = 12

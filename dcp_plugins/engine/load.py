@@ -21,6 +21,14 @@ from dcp_plugins.engine.setup import (
     storage_second,
     to_plain,
 )
+from dcp_plugins.engine.unread import (
+    as_flags,
+    containers_given,
+    read_by,
+    unread_below,
+    unread_by_all,
+    warn_of_unread,
+)
 from dcp_plugins.errors import CheckpointNotFoundError, PlanError, listing
 from dcp_plugins.events import record
 from dcp_plugins.plan import DefaultLoadPlanner, EmptyStateDictLoadPlanner
@@ -63,7 +71,9 @@ def load(
     with record("load", checkpoint_id=checkpoint_id):
         ranks = ranks_of(process_group, no_dist=no_dist, verb="load")
         reader = open_reader(storage_reader, checkpoint_id)
-        plain = run_load(lambda: to_plain(state_dict), reader, planner or DefaultLoadPlanner(), ranks)
+        plain = run_load(
+            lambda: to_plain(state_dict, keep_completing=True), reader, planner or DefaultLoadPlanner(), ranks
+        )
         ranks.settle("apply", lambda: put_back(state_dict, plain))
 
 
@@ -145,16 +155,22 @@ class _Load:
         self._planner = planner
         self._ranks = ranks
         self._plan: LoadPlan | None = None
+        self._metadata: Metadata | None = None
+        self._read: set[str] = set()
+        self._unread: set[str] = set()
 
     def agreed_plan(self) -> LoadPlan:
         """Return what this rank reads; plans travel only where planner or reader wants to see them all."""
-        whole = self._ranks.all_gather("plan", self._prepare)
+        prepared = self._ranks.all_gather("plan", self._prepare)
+        whole = [is_whole for is_whole, _ in prepared]
         if len(set(whole)) > 1:
             raise PlanError(
                 "some ranks found the whole checkpoint's metadata and others only their own: whole on ranks "
                 f"{listing(rank for rank, found in enumerate(whole) if found)}. All ranks must see the same storage"
             )
         assert self._plan is not None
+        if whole[0] and any(has_unread for _, has_unread in prepared):
+            self._judge_unread()
         if not whole[0]:
             # Saved without collectives: each rank's metadata is all there is, so there is nothing to agree.
             return self._ranks.settle("plan", lambda: self._globally([self._local_plan()])[0])
@@ -168,9 +184,16 @@ class _Load:
         pending.wait()
         pending.value()
 
-    def _prepare(self) -> bool:
-        """Read metadata and plan this rank's reads; True if the metadata is the whole checkpoint's."""
+    def _prepare(self) -> tuple[bool, bool]:
+        """Read metadata and plan this rank's reads.
+
+        Returns:
+            Whether the metadata is the whole checkpoint's, and whether it tells of values that lie below a container
+            of this rank's state dict and that this rank does not read.
+        """
         self.state_dict = self._describe()
+        # Before the planner completes it: an empty container is one that was given.
+        given = containers_given(self.state_dict)
         metadata, whole = self._read_metadata()
         planner, reader, ranks = self._planner, self._reader, self._ranks
         if isinstance(planner, EmptyStateDictLoadPlanner) and isinstance(reader, FileSystemReader):
@@ -182,7 +205,38 @@ class _Load:
         else:
             reader.set_up_storage_reader(metadata, ranks.is_coordinator)
         self._plan = reader.prepare_local_plan(planner.create_local_plan())
-        return whole
+        if getattr(planner, "unread", "warn") == "ignore":
+            return whole, False
+        # A tensor without elements is asked for, and nothing of it is read.
+        asked_for = getattr(planner, "state_dict", None)
+        self._read = read_by(self._plan).union(asked_for if isinstance(asked_for, dict) else ())
+        self._unread = unread_below(given, metadata, self._read) - getattr(planner, "left_unread", set())
+        self._metadata = metadata
+        return whole, bool(self._unread)
+
+    def _judge_unread(self) -> None:
+        """Warn of saved values that no rank reads, or raise, as the planner says.
+
+        A value that one rank leaves may be another's: a pipeline stage's, or one that belongs to a rank.
+        """
+        assert self._metadata is not None
+        fqns = list(self._metadata.state_dict_metadata)
+        planner = self._planner
+
+        def judge(found: list[tuple[bytes, bytes]]) -> list[str]:
+            names = unread_by_all(fqns, found)
+            if names and getattr(planner, "unread", "warn") == "error":
+                raise PlanError(
+                    f"The checkpoint holds values that have no place in the state: {listing(names)}. Restore it into"
+                    " the model, optimizers and objects that it was saved from"
+                )
+            return names
+
+        names = self._ranks.all_reduce(
+            "look for unread values", lambda: (as_flags(fqns, self._read), as_flags(fqns, self._unread)), judge
+        )
+        if names and self._ranks.is_coordinator:
+            warn_of_unread(names)
 
     def _read_metadata(self) -> tuple[Metadata, bool]:
         try:

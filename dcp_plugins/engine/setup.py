@@ -16,6 +16,7 @@ import torch.distributed as dist
 from dcp_plugins.contract import Stateful, StorageReader, StorageWriter
 from dcp_plugins.coord import Ranks
 from dcp_plugins.storage import find_reader, find_writer
+from dcp_plugins.templates import CompletingDict, take_over
 
 __all__ = [
     "accepts",
@@ -94,11 +95,12 @@ def storage_second(argument: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return decorate
 
 
-def to_plain(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+def to_plain(state_dict: Mapping[str, Any], *, keep_completing: bool = False) -> dict[str, Any]:
     """Return a copy in which every ``Stateful``, in dicts and lists at any depth, is replaced by its state dict.
 
-    Containers that hold none are not copied. Keys are visited sorted: a ``state_dict`` method may run collectives, and
-    ranks may order their dicts differently.
+    Containers that complete themselves are for loading, with ``keep_completing``; for a save they become plain dicts.
+    Containers that hold neither are not copied. Keys are visited sorted: a ``state_dict`` method may run collectives,
+    and ranks may order their dicts differently.
     """
     if type(state_dict) is dict and _holds_leaves_only(state_dict):
         return state_dict.copy()
@@ -106,9 +108,12 @@ def to_plain(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     for key in sorted(state_dict, key=str):
         # A state_dict method may take keys away.
         if key in state_dict:
-            plain[key] = _expand(state_dict[key])
+            plain[key] = _expand(state_dict[key], keep_completing)
     # In the caller's order again: it is the order in which a checkpoint is rebuilt without a target.
-    return {key: plain[key] for key in state_dict if key in plain}
+    ordered = {key: plain[key] for key in state_dict if key in plain}
+    if keep_completing and isinstance(state_dict, CompletingDict):
+        return CompletingDict(ordered, state_dict.completion, for_holder=state_dict.for_holder)
+    return ordered
 
 
 def put_back(container: MutableMapping[str, Any] | list[Any], plain: Any) -> None:
@@ -118,6 +123,9 @@ def put_back(container: MutableMapping[str, Any] | list[Any], plain: Any) -> Non
         container: What ``to_plain`` was given; its nested dicts and lists keep their identity.
         plain: What ``to_plain`` returned, filled.
     """
+    if isinstance(container, CompletingDict):
+        take_over(container, plain)
+        return
     keys: Any = range(len(container)) if isinstance(container, list) else sorted(container, key=str)
     for key in keys:
         if not isinstance(container, list) and key not in container:
@@ -145,16 +153,27 @@ def _holds_leaves_only(state_dict: Mapping[Any, Any]) -> bool:
     return _LEAVES.issuperset(map(type, state_dict.values()))
 
 
-def _expand(value: Any) -> Any:
+def _expand(value: Any, keep_completing: bool) -> Any:
     if type(value) in _LEAVES:
         return value
     if is_stateful(value):
-        return value.state_dict()
+        state = value.state_dict()
+        return state if keep_completing else _without_completions(state)
     if not holds_stateful(value):
-        return value
+        return value if keep_completing else _without_completions(value)
     if isinstance(value, list):
-        return [_expand(entry) for entry in value]
-    return to_plain(value)
+        return [_expand(entry, keep_completing) for entry in value]
+    return to_plain(value, keep_completing=keep_completing)
+
+
+def _without_completions(value: Any) -> Any:
+    """Return a value with plain dicts in the place of those that complete themselves; itself where there are none."""
+    if isinstance(value, CompletingDict):
+        return dict(value)
+    if type(value) not in (dict, OrderedDict) or _holds_leaves_only(value):
+        return value
+    made = {key: _without_completions(entry) for key, entry in value.items()}
+    return value if all(made[key] is entry for key, entry in value.items()) else type(value)(made)
 
 
 def holds_stateful(value: Any) -> bool:

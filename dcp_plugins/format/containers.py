@@ -50,6 +50,8 @@ class Container:
     """``dict``, ``OrderedDict``, ``Counter`` or ``defaultdict:<factory>``; a foreign class counts as ``dict``."""
     keys: tuple[Any, ...] | None = None
     """The keys in order; None where all are strings, and the paths tell them."""
+    shared: tuple[str, ...] = ()
+    """In the state of an optimizer: the keys, as strings, that are no parameter's."""
 
     def empty(self) -> Any:
         """Return a new, empty container of this kind."""
@@ -62,7 +64,8 @@ class Container:
         if self.keys is None or other.keys is None or self.keys == other.keys:
             return other if self.keys is None and other.keys is not None else self
         known = {_identity(key) for key in self.keys}
-        return Container(self.kind, (*self.keys, *(key for key in other.keys if _identity(key) not in known)))
+        added = tuple(key for key in other.keys if _identity(key) not in known)
+        return Container(self.kind, (*self.keys, *added), self.shared)
 
 
 def describe(mapping: Mapping[Any, Any]) -> Container | None:
@@ -96,7 +99,12 @@ def _identity(key: Any) -> tuple[type, Any]:
 def encoded_containers(containers: Mapping[Path, Container]) -> list[Any]:
     """Return the record as JSON values."""
     return [
-        [list(path), one.kind, None if one.keys is None else [_encoded_key(key) for key in one.keys]]
+        [
+            list(path),
+            one.kind,
+            None if one.keys is None else [_encoded_key(key) for key in one.keys],
+            *([list(one.shared)] if one.shared else []),
+        ]
         for path, one in containers.items()
     ]
 
@@ -132,13 +140,17 @@ def containers_of(metadata: Metadata) -> dict[Path, Container] | None:
 def _decoded(record: Iterable[Any]) -> Iterable[tuple[Path, Container]]:
     for entry in record:
         try:
-            path, kind, keys = entry
+            path, kind, keys, *rest = entry
+            shared = rest[0] if rest else []
             if not isinstance(path, list) or not all(type(part) in (str, int) for part in path):
                 raise ValueError(f"expected a path of strings and integers, found {path!r}")
             name = kind.partition(":")[2]
             if kind not in _KINDS and not (kind == f"defaultdict:{name}" and (not name or name in _FACTORIES)):
                 raise ValueError(f"expected the kind of a mapping, found {kind!r}")
-            yield tuple(path), Container(kind, None if keys is None else tuple(_decoded_key(key) for key in keys))
+            if not isinstance(shared, list) or not all(type(key) is str for key in shared):
+                raise ValueError(f"expected a list of keys, found {shared!r}")
+            actual = None if keys is None else tuple(_decoded_key(key) for key in keys)
+            yield tuple(path), Container(kind, actual, tuple(shared))
         except (TypeError, ValueError, AttributeError) as exc:
             raise CorruptCheckpointError(f"the record of containers in .metadata is malformed: {exc}") from exc
 

@@ -13,6 +13,7 @@ import io
 import os
 import random
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,14 @@ import torch
 import torch.distributed as dist
 
 from dcp_plugins.contract import Metadata, Stateful, StorageReader
-from dcp_plugins.engine import load
+from dcp_plugins.engine.restore import restore
+from dcp_plugins.engine.setup import open_reader
 from dcp_plugins.manager.agreement import is_alone
 from dcp_plugins.manager.saver import expected_warnings
 from dcp_plugins.plan import DefaultLoadPlanner
 from dcp_plugins.plan.flatten import Path
 from dcp_plugins.plan.values import dump_value, load_value
+from dcp_plugins.templates import CompletingDict
 
 __all__ = ["PER_RANK", "PerRank", "RandomState", "RankBoundLoadPlanner", "load_state"]
 
@@ -41,20 +44,30 @@ def load_state(
     storage_reader: StorageReader | None = None,
     process_group: dist.ProcessGroup | None = None,
     no_dist: bool = False,
+    allow_partial_load: bool = False,
 ) -> None:
-    """Load a checkpoint in place, as ``dcp_plugins.load`` does, on any number of ranks, with what belongs to each.
+    """Load a checkpoint in place, on any number of ranks, with what belongs to each: all that was saved comes back.
+
+    Other than ``dcp_plugins.load`` this is driven by the checkpoint's keys; see ``dcp_plugins.engine.restore``.
+
+    Args:
+        state_dict: As it was given to the save, perhaps in part.
+        path: The checkpoint's directory.
+        storage_reader: Reads it; None chooses one by the path.
+        process_group: The ranks that load; None takes the default group.
+        no_dist: Load into this process alone.
+        allow_partial_load: Leave what the checkpoint lacks as it is, and what has no place unread.
 
     Raises:
         CheckpointException: Some rank failed; raised on every rank.
     """
     with expected_warnings():
-        load(
+        restore(
             state_dict,
-            checkpoint_id=path,
-            storage_reader=storage_reader,
-            planner=RankBoundLoadPlanner(),
+            storage_reader=open_reader(storage_reader, path),
             process_group=process_group,
             no_dist=is_alone(no_dist=no_dist),
+            allow_partial_load=allow_partial_load,
         )
 
 
@@ -170,7 +183,22 @@ def _place(process_group: dist.ProcessGroup | None, no_dist: bool) -> tuple[int,
 
 
 def _pack(state: Any, rank: int, world_size: int) -> dict[str, Any]:
-    return {_WORLD_SIZE: world_size, PER_RANK: {str(rank): dump_value(state).getvalue()}}
+    values = {_WORLD_SIZE: world_size, PER_RANK: {str(rank): dump_value(state).getvalue()}}
+    return CompletingDict(values, _OwnRank(str(rank)))
+
+
+class _OwnRank:
+    """Asks for what belongs to one rank, if it was saved, and leaves the other ranks' to them."""
+
+    def __init__(self, rank: str) -> None:
+        self._rank = rank
+
+    def completed(self, template: Mapping[Any, Any], saved: Mapping[Any, Any], left: set[str]) -> Mapping[Any, Any]:
+        made: dict[Any, Any] = {key: b"" for key in saved if key != PER_RANK}
+        bound = saved.get(PER_RANK, {})
+        left.update(value.fqn for rank, value in bound.items() if rank != self._rank)
+        made[PER_RANK] = {self._rank: b""} if self._rank in bound else {}
+        return made
 
 
 def _own_state(state: dict[str, Any], rank: int, world_size: int, *, name: str, weights_only: bool) -> Any | None:

@@ -12,13 +12,8 @@ from torch.optim import Optimizer
 from dcp_plugins.contract import Stateful
 from dcp_plugins.errors import listing
 from dcp_plugins.manager.rank_bound import PerRank, RandomState
-from dcp_plugins.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from dcp_plugins.state_dict import StateDictOptions, set_model_state_dict
+from dcp_plugins.state_dict.owned import own_model_state, own_optimizer_state, restore_optimizer_state
 
 __all__ = ["ModelState", "OptimizerState", "run_state"]
 
@@ -97,14 +92,21 @@ class ModelState:
         self.options = options
 
     def state_dict(self) -> dict[str, Any]:
-        return get_model_state_dict(self.model, options=self.options)
+        return own_model_state(
+            self.model,
+            options=self.options,
+            hint="Pass ModelState(options=StateDictOptions(strict=False)) to load what they share.",
+        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         set_model_state_dict(self.model, state_dict, options=self.options)
 
 
 class OptimizerState:
-    """The state of one or several optimizers over a model, by the names of its parameters."""
+    """The state that one or several optimizers over a model have, by the names of its parameters.
+
+    Before the first step there is none, and none is saved.
+    """
 
     def __init__(
         self, model: nn.Module, optimizers: Iterable[Optimizer], *, options: StateDictOptions | None = None
@@ -114,7 +116,7 @@ class OptimizerState:
         self.options = options
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(get_optimizer_state_dict(self.model, self.optimizers, options=self.options))
+        return own_optimizer_state(self.model, self.optimizers, options=self.options)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        set_optimizer_state_dict(self.model, self.optimizers, state_dict, options=self.options)
+        restore_optimizer_state(self.model, self.optimizers, state_dict, options=self.options)

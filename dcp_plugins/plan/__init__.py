@@ -7,6 +7,7 @@ from dcp_plugins.plan.flatten import flatten_state_dict, get_element, set_elemen
 from dcp_plugins.plan.load import (
     DefaultLoadPlanner,
     EmptyStateDictLoadPlanner,
+    RestoringLoadPlanner,
     create_default_global_load_plan,
     create_default_local_load_plan,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "DefaultLoadPlanner",
     "DefaultSavePlanner",
     "EmptyStateDictLoadPlanner",
+    "RestoringLoadPlanner",
     "clear_cache",
     "create_default_global_load_plan",
     "create_default_global_save_plan",

@@ -6,6 +6,7 @@ some tensor or mapping lies in it (otherwise the list is one value), a tuple nev
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -32,6 +33,8 @@ __all__ = [
 ]
 
 FlattenMapping = dict[str, Path]
+
+_STATE, _GROUPS = "state", "param_groups"
 
 
 class Paths(FlattenMapping):
@@ -110,16 +113,23 @@ def flatten_state_dict(
         return state_dict.copy(), Paths(dict(zip(state_dict, zip(state_dict, strict=True), strict=True)))
     flat: dict[str, Any] = {}
     mapping = Paths()
+    shared: dict[Path, tuple[str, ...]] = {}
     is_leaf = _is_leaf if enter_plain_dicts else _is_leaf_before_2_4
 
     def enter(path: Path, prefix: str, container: Any) -> None:
         is_list = isinstance(container, list)
         if not is_list:
             described = describe(container)
+            if path and path[-1] == _STATE and path[:-1] in shared:
+                described = dataclasses.replace(described or Container("dict"), shared=shared[path[:-1]])
             if described is not None:
                 mapping.containers[path] = described
                 if described.keys is not None and len(set(map(str, described.keys))) < len(described.keys):
                     raise _alike(path, described.keys)
+            if _STATE in container and _GROUPS in container:
+                found = _shared_state(container)
+                if found:
+                    shared[path] = found
         for key, value in giving_way(enumerate(container) if is_list else container.items()):
             fqn = f"{prefix}{key}"
             here = (*path, key if is_list else str(key))
@@ -133,6 +143,18 @@ def flatten_state_dict(
 
     enter((), "", state_dict)
     return flat, mapping
+
+
+def _shared_state(container: Mapping[Any, Any]) -> tuple[str, ...]:
+    """Return, for an optimizer's state dict, the keys of its state that no group lists as a parameter."""
+    state, groups = container[_STATE], container[_GROUPS]
+    if not isinstance(state, Mapping) or not isinstance(groups, list):
+        return ()
+    lists = [group.get("params") for group in groups if isinstance(group, Mapping)]
+    if len(lists) < len(groups) or not all(isinstance(params, list) for params in lists):
+        return ()
+    listed = {str(param) for params in lists if params is not None for param in params}
+    return tuple(key for key in map(str, state) if key not in listed)
 
 
 def _alike(path: Path, keys: tuple[Any, ...]) -> PlanError:
@@ -180,13 +202,24 @@ def keyed_by_strings(state_dict: dict[Any, Any]) -> dict[str, Any]:
 def unflatten_state_dict(flat: Mapping[str, Any], mapping: Mapping[str, Path]) -> dict[str, Any]:
     """Return the nested dict whose flattening gave ``flat`` and ``mapping``."""
     nested: dict[str, Any] = {}
-    if isinstance(mapping, Paths):
-        # Outer containers come first: the place of an inner one is in them.
-        for path in sorted(mapping.containers, key=len):
-            if path:
-                set_element(nested, mapping.actual(path), mapping.containers[path].empty())
+    containers = mapping.containers if isinstance(mapping, Paths) else {}
+    made: set[Path] = {()}
+
+    def make_containers(path: Path) -> None:
+        """Put recorded containers on the way to a path where they belong, each before the first value in it."""
+        assert isinstance(mapping, Paths)
+        for depth in range(1, len(path) + 1):
+            at = path[:depth]
+            if at in containers and at not in made:
+                made.add(at)
+                set_element(nested, mapping.actual(at), containers[at].empty())
+
     for fqn, value in flat.items():
+        if containers:
+            make_containers(mapping[fqn][:-1])
         set_element(nested, actual_path(mapping, fqn), value)
+    for path in containers:
+        make_containers(path)
     return nested
 
 

@@ -8,7 +8,7 @@ import math
 import re
 import warnings
 from collections.abc import Collection, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 
@@ -32,6 +32,7 @@ from dcp_plugins.plan.flatten import (
     unflatten_state_dict,
 )
 from dcp_plugins.plan.reshard import bytes_read_item, create_read_items_for_chunk_list, whole_read_item
+from dcp_plugins.plan.restore import Outline, complete_in_place, restored_template
 from dcp_plugins.plan.validate import box_of, coverage_problems, overlap_problems
 from dcp_plugins.plan.values import load_value
 from dcp_plugins.tensors import chunks, find_object, flatten_sharded_tensors, is_whole, materialize_meta
@@ -41,9 +42,13 @@ from dcp_plugins.tensors.sharded import ShardedTensor
 __all__ = [
     "DefaultLoadPlanner",
     "EmptyStateDictLoadPlanner",
+    "RestoringLoadPlanner",
+    "Unread",
     "create_default_global_load_plan",
     "create_default_local_load_plan",
 ]
+
+Unread = Literal["warn", "error", "ignore"]
 
 # An option of an optimizer's group: `param_groups.<number>.<option>`, or flat, `param_groups.<fqn>.<option>`.
 _GROUP_KEY = re.compile(r"(?P<prefix>(?:.*\.)?)param_groups\.(?:(?P<number>\d+)\.[^.]+$)?")
@@ -62,6 +67,8 @@ class DefaultLoadPlanner(LoadPlanner):
             checkpoint names: only for checkpoints that you trust as you trust a program.
         cast_dtype: Convert a saved tensor to the dtype of the tensor it is loaded into, with a warning that names
             the keys. False raises instead.
+        unread: What to do about saved values below a nested container of the state dict that no rank has asked for:
+            "warn" of them (`UnreadValuesWarning`), raise an "error", or "ignore" them.
     """
 
     original_state_dict: dict[str, Any]
@@ -75,18 +82,24 @@ class DefaultLoadPlanner(LoadPlanner):
         *,
         weights_only: bool = True,
         cast_dtype: bool = True,
+        unread: Unread = "warn",
     ) -> None:
+        if unread not in get_args(Unread):
+            raise ValueError(f"unread must be one of {listing(get_args(Unread))}, got {unread!r}")
         self.flatten_state_dict = flatten_state_dict
         self.flatten_sharded_tensors = flatten_sharded_tensors
         self.allow_partial_load = allow_partial_load
         self.weights_only = weights_only
         self.cast_dtype = cast_dtype
+        self.unread: Unread = unread
+        self.left_unread: set[str] = set()
         self.original_state_dict = {}
         self.mappings = {}
 
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
+        self.left_unread = self.complete(state_dict, metadata)
         materialize_meta(state_dict)
         self.original_state_dict = state_dict
         if self.flatten_sharded_tensors:
@@ -98,6 +111,10 @@ class DefaultLoadPlanner(LoadPlanner):
         self.state_dict = state_dict
         self.metadata = metadata
         self.is_coordinator = is_coordinator
+
+    def complete(self, state_dict: dict[str, Any], metadata: Metadata | None) -> set[str]:
+        """Let containers that complete themselves ask for what was saved; return what they leave unread on purpose."""
+        return complete_in_place(state_dict, metadata) if self.flatten_state_dict and metadata is not None else set()
 
     def create_local_plan(self) -> LoadPlan:
         assert self.metadata is not None, "set_up_planner was called without the checkpoint's metadata"
@@ -162,6 +179,35 @@ class DefaultLoadPlanner(LoadPlanner):
         return all(getattr(type(self), hook) is getattr(DefaultLoadPlanner, hook) for hook in hooks)
 
 
+class RestoringLoadPlanner(DefaultLoadPlanner):
+    """Plan a load of everything that was saved under the state dict's keys, whatever the state dict has below them.
+
+    For the one who made the checkpoint: every saved value comes back with its structure, or the load fails and names
+    what has no place. In the state dict, new containers stand in the place of the old ones; tensors that have the saved
+    size are loaded in place.
+
+    Args:
+        outline: Where objects were, which are to be given their state dict.
+        allow_partial_load: Leave what the checkpoint lacks as it is, and what has no place unread.
+        weights_only: As in `DefaultLoadPlanner`.
+    """
+
+    def __init__(self, outline: Outline, *, allow_partial_load: bool = False, weights_only: bool = True) -> None:
+        super().__init__(
+            allow_partial_load=allow_partial_load,
+            weights_only=weights_only,
+            unread="ignore" if allow_partial_load else "error",
+        )
+        self._outline = outline
+
+    def complete(self, state_dict: dict[str, Any], metadata: Metadata | None) -> set[str]:
+        assert metadata is not None, "set_up_planner was called without the checkpoint's metadata"
+        made, left = restored_template(state_dict, metadata, self._outline, strict=not self.allow_partial_load)
+        state_dict.clear()
+        state_dict.update(made)
+        return left
+
+
 class EmptyStateDictLoadPlanner(DefaultLoadPlanner):
     """Plan a load into an empty dict: rebuild the state dict that was saved, on one process, from the metadata.
 
@@ -171,6 +217,8 @@ class EmptyStateDictLoadPlanner(DefaultLoadPlanner):
 
     def __init__(self, keys: Collection[str] | None = None, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # It asks for the keys that it was given, and for no others.
+        self.unread = "ignore"
         self.keys = None if keys is None else set(keys)
 
     def set_up_planner(

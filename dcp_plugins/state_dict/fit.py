@@ -17,7 +17,7 @@ from dcp_plugins.state_dict.full import Announced, Copy
 from dcp_plugins.state_dict.keys import self_loading
 from dcp_plugins.state_dict.names import Names
 
-__all__ = ["check_fit", "landed"]
+__all__ = ["check_fit", "keeps_sizes", "landed"]
 
 _SHOWN = 12
 
@@ -48,7 +48,7 @@ def check_fit(tree: Mapping[str, Any], names: Names, title: str) -> None:
             meshes = f"found {value.device_mesh}, the model has {target.device_mesh}"
             problems[fqn] = f"mesh mismatch for {fqn}: {meshes} (load it with full_state_dict=True, or by a checkpoint)"
     if problems:
-        free = self_loading(names, _is_torchs)
+        free = self_loading(names, keeps_sizes)
         problems = {fqn: text for fqn, text in problems.items() if not any(fqn.startswith(path) for path in free)}
     if problems:
         lines = [problems[fqn] for fqn in sorted(problems)]
@@ -77,7 +77,7 @@ def landed(path: str, value: Any, copies: list[Copy]) -> Any:
     return value
 
 
-def _is_torchs(call: Any) -> bool:
+def keeps_sizes(call: Any) -> bool:
     """Tell whether a hook or method of loading is one of torch's that leave sizes as they are."""
     module = getattr(call, "__module__", None) or ""
     return module.startswith(("torch.nn.", "torch.distributed.", "torch._dynamo."))

@@ -36,6 +36,8 @@ class SavedState:
     groups: list[SavedGroup] = field(default_factory=list)
     is_flat: bool = False
     unknown: list[str] = field(default_factory=list)  # Flat keys that name no parameter of the model.
+    had_state: frozenset[Any] | None = None  # The parameters that had state when it was made; None if not known.
+    shared: frozenset[Any] | None = None  # The keys of the state that are no parameter's; None if not known.
 
 
 def flattened(nested: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,14 +94,21 @@ def _parsed_flat(state_dict: Mapping[str, Any], known: Mapping[str, Any]) -> Sav
     saved = SavedState(is_flat=True)
     groups: dict[str, SavedGroup] = {}
     foreign = []
+    prefix = f"{GROUPS}."
+    listed = {key[len(prefix) :].rpartition(".")[0] for key in map(str, state_dict) if key.startswith(prefix)}
     for key, value in state_dict.items():
         section, _, rest = str(key).partition(".")
         if section not in (STATE, GROUPS):
             foreign.append(str(key))
             continue
         fqn, path = _split(rest, known)
+        if fqn is None and section == STATE and not any(rest.startswith(f"{name}.") for name in listed):
+            # State that belongs to no parameter of the run that saved it.
+            fqn, *path = rest.split(".")
         if fqn is None:
             saved.unknown.append(rest)
+        elif not path:
+            saved.state[fqn] = value
         elif section == STATE:
             place = saved.state.setdefault(fqn, {})
             for part in path[:-1]:

@@ -25,15 +25,16 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from dcp_plugins.errors import PlanError
 from dcp_plugins.events import record
+from dcp_plugins.state_dict.fsdp1 import flat_memory
 from dcp_plugins.tensors.dtensor import local_tensor
 
-__all__ = ["has_state", "initial_state", "is_fresh", "underlying"]
+__all__ = ["has_state", "initial_state", "is_fresh", "mark_fresh", "underlying"]
 
 # Their `_init_group` makes scalars and tensors like the parameter, from nothing but its shape, dtype and device: they
 # are asked for all parameters at once, and for the local tensors of DTensors. Exact types: a subclass may do anything.
 _ELEMENTWISE = (ASGD, Adadelta, Adam, AdamW, Adamax, NAdam, RAdam, RMSprop, Rprop)
 
-# Tensors that `initial_state` made, and for whom: nobody else holds them, so a load may adopt instead of copy them.
+# Tensors made for an optimizer's state, and for whom: nobody else holds them, so a load may adopt instead of copy them.
 _FRESH: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -53,9 +54,15 @@ def has_state(optimizer: Optimizer) -> bool:
 
 
 def is_fresh(value: torch.Tensor, optimizer: Optimizer) -> bool:
-    """Tell whether the tensor was made by ``initial_state`` for this optimizer."""
+    """Tell whether the tensor was made for the state of this optimizer."""
     owner = _FRESH.get(value, None)  # type: ignore[no-untyped-call]
     return owner is not None and owner() is underlying(optimizer)
+
+
+def mark_fresh(value: torch.Tensor, optimizer: Optimizer) -> None:
+    """Note that a tensor was made for this optimizer's state, and that nobody else holds it."""
+    memory = flat_memory(value)
+    _FRESH[value if memory is None else memory] = ref(underlying(optimizer))
 
 
 def initial_state(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
@@ -90,7 +97,7 @@ def initial_state(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
                 ) from exc
             for parameter, state in begun:
                 if state:
-                    _mark_fresh(state, owner)
+                    _mark_all_fresh(state, owner)
                     result[id(parameter)] = state
     return result
 
@@ -249,15 +256,15 @@ def _holding(optimizer: Optimizer, parameter: torch.Tensor) -> list[dict[str, An
     return [group for group in optimizer.param_groups if any(own is parameter for own in group["params"])]
 
 
-def _mark_fresh(value: Any, owner: ReferenceType[Optimizer]) -> None:
+def _mark_all_fresh(value: Any, owner: ReferenceType[Optimizer]) -> None:
     if isinstance(value, torch.Tensor):
         _FRESH[value] = owner
     elif isinstance(value, dict):
         for element in value.values():
-            _mark_fresh(element, owner)
+            _mark_all_fresh(element, owner)
     elif isinstance(value, list | tuple):
         for element in value:
-            _mark_fresh(element, owner)
+            _mark_all_fresh(element, owner)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from dcp_plugins.errors import PlanError, listing
 from dcp_plugins.state_dict.names import Names
 from dcp_plugins.state_dict.options import StateDictOptions
 
-__all__ = ["check_keys", "is_extra_state", "judged", "self_loading", "suggestion", "title_of"]
+__all__ = ["check_keys", "is_extra_state", "judged", "keeps_keys", "self_loading", "suggestion", "title_of"]
 
 
 # Batch norms load by themselves for one key's sake, a count that state dicts of their first version do not have.
@@ -39,7 +39,7 @@ def check_keys(tree: Mapping[str, Any], names: Names, options: StateDictOptions)
     unexpected = [key for key in tree if key not in names.tensors and not is_extra_state(key)]
     if not missing and not unexpected:
         return
-    free = self_loading(names, _keeps_keys)
+    free = self_loading(names, keeps_keys)
     missing = [fqn for fqn in missing if not any(fqn.startswith(path) for path in free)]
     unexpected = [key for key in unexpected if not any(key.startswith(path) for path in free)]
     judged(missing, unexpected, tree, names, options, outcome="Nothing has been loaded.")
@@ -70,7 +70,7 @@ def self_loading(names: Names, is_common: Callable[[Any], bool]) -> set[str]:
     return found
 
 
-def _keeps_keys(call: Any) -> bool:
+def keeps_keys(call: Any) -> bool:
     """Tell whether a method or hook takes keys as they are; torch's wrappers leave no trace in canonical names."""
     return call in _COMMON_LOADERS or (getattr(call, "__module__", None) or "").startswith("torch.distributed.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ from torch.optim import Optimizer
 
 from dcp_plugins.errors import PlanError, UnsupportedValueError, listing
 from dcp_plugins.events import record
+from dcp_plugins.state_dict.completion import optimizer_template
 from dcp_plugins.state_dict.flatten import GROUPS, PARAMS, STATE, flattened
 from dcp_plugins.state_dict.fsdp1 import FlatPiece
 from dcp_plugins.state_dict.full import collected
@@ -19,6 +21,8 @@ from dcp_plugins.state_dict.options import StateDictOptions
 from dcp_plugins.state_dict.types import OptimizerStateType
 
 __all__ = ["as_optimizers", "check_membership", "get_optimizers"]
+
+log = logging.getLogger(__name__)
 
 
 def as_optimizers(optimizers: Optimizer | Iterable[Optimizer] | None) -> tuple[Optimizer, ...]:
@@ -56,25 +60,37 @@ def check_membership(optimizers: tuple[Optimizer, ...], names: Names) -> None:
 
 
 @torch.no_grad()
-def get_optimizers(optimizers: tuple[Optimizer, ...], names: Names, options: StateDictOptions) -> OptimizerStateType:
+def get_optimizers(
+    optimizers: tuple[Optimizer, ...], names: Names, options: StateDictOptions, *, initial: bool = True
+) -> OptimizerStateType:
     """Return the state of all optimizers as one state dict; its tensors share the optimizers' memory.
 
     For an optimizer that has not stepped yet, the state that it would begin with, in tensors of their own: they can be
-    loaded into, and the optimizer remains as it is.
+    loaded into, and the optimizer remains as it is. The state dict is a template that a load completes, unless its
+    tensors are whole or on the CPU for the options' sake.
+
+    Args:
+        optimizers: Those that have the state.
+        names: Of the model.
+        options: What to return.
+        initial: False leaves out state that does not exist yet; a load completes it with all that was saved.
     """
 
     def own() -> dict[str, Any]:
-        return _own_state(optimizers, names, flat=options.flatten_optimizer_state_dict)
+        return _own_state(optimizers, names, flat=options.flatten_optimizer_state_dict, initial=initial)
 
-    return cast("OptimizerStateType", collected(own, options, lambda _: None, names.held_together()))
+    made = collected(own, options, lambda _: None, names.held_together())
+    if not (options.full_state_dict or options.cpu_offload):
+        made = optimizer_template(made, optimizers, names, takes_any_form=not initial)
+    return cast("OptimizerStateType", made)
 
 
-def _own_state(optimizers: tuple[Optimizer, ...], names: Names, *, flat: bool) -> dict[str, Any]:
+def _own_state(optimizers: tuple[Optimizer, ...], names: Names, *, flat: bool, initial: bool) -> dict[str, Any]:
     check_membership(optimizers, names)
     state: dict[Any, Any] = {}
     groups: list[dict[str, Any]] = []
     for optimizer in optimizers:
-        own_state, own_groups = _one(optimizer, names)
+        own_state, own_groups = _one(optimizer, names, has_initial=initial)
         twice = [key for key in own_state if key in state]
         if twice:
             raise PlanError(f"Two optimizers hold state for the same parameters: {listing(twice)}.")
@@ -84,7 +100,7 @@ def _own_state(optimizers: tuple[Optimizer, ...], names: Names, *, flat: bool) -
     return flattened(result) if flat else result
 
 
-def _one(optimizer: Optimizer, names: Names) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
+def _one(optimizer: Optimizer, names: Names, *, has_initial: bool) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
     with record("state_dict.call"):
         native = state_dict_call(optimizer, "state_dict")()
     if not isinstance(native, Mapping) or STATE not in native or GROUPS not in native:
@@ -92,7 +108,7 @@ def _one(optimizer: Optimizer, names: Names) -> tuple[dict[Any, Any], list[dict[
             f"Expected {type(optimizer).__name__}.state_dict() to return a dict with '{STATE}' and '{GROUPS}', as "
             "torch.optim's optimizers do."
         )
-    initial = {} if has_state(optimizer) else initial_state(optimizer)
+    initial = {} if has_state(optimizer) or not has_initial else _initial(optimizer)
     states: dict[Any, Any] = dict(native[STATE])
     by_name: dict[Any, Any] = {}
     groups = []
@@ -114,6 +130,15 @@ def _one(optimizer: Optimizer, names: Names) -> tuple[dict[Any, Any], list[dict[
         groups.append({**native_group, PARAMS: params})
     by_name.update((key, _detached_containers(value)) for key, value in states.items())
     return by_name, groups
+
+
+def _initial(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
+    try:
+        return initial_state(optimizer)
+    except PlanError as exc:
+        # A load completes the state dict with what was saved, so nothing is lost but the memory to load into.
+        log.info("the state dict of an optimizer that has not stepped has no state: %s", exc)
+        return {}
 
 
 def _piece_state(piece: FlatPiece, value: Any) -> Any:

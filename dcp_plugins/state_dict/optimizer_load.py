@@ -7,6 +7,7 @@ except tensors that ``get_optimizer_state_dict`` made for this very optimizer to
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,9 @@ from torch.optim import Optimizer
 
 from dcp_plugins.errors import PlanError, listing
 from dcp_plugins.events import record
+from dcp_plugins.state_dict.completion import saved_keys_of
 from dcp_plugins.state_dict.fit import landed
-from dcp_plugins.state_dict.flatten import GROUPS, PARAMS, STATE, SavedGroup, SavedState, parsed
+from dcp_plugins.state_dict.flatten import PARAMS, SavedGroup, SavedState, parsed
 from dcp_plugins.state_dict.fsdp1 import FlatPiece, flat_memory
 from dcp_plugins.state_dict.full import Announced, Copy, agree, announce, fill_all, is_tensor_source, receive
 from dcp_plugins.state_dict.initial import initial_state, is_fresh, underlying
@@ -26,6 +28,7 @@ from dcp_plugins.state_dict.names import Names
 from dcp_plugins.state_dict.optimizer import check_membership
 from dcp_plugins.state_dict.optimizer_fsdp1 import is_memory_of, merge, piece_copy
 from dcp_plugins.state_dict.optimizer_install import install
+from dcp_plugins.state_dict.optimizer_names import all_fqns, by_fqn
 from dcp_plugins.state_dict.options import StateDictOptions
 from dcp_plugins.state_dict.problems import EmptyGroups, Problems, spellings
 from dcp_plugins.state_dict.together import optimizer_pairs, settled
@@ -40,11 +43,24 @@ _OWN_OPTIONS = (PARAMS, "param_names")
 
 @torch.no_grad()
 def load_optimizers(
-    optimizers: tuple[Optimizer, ...], state_dict: Mapping[str, Any], names: Names, options: StateDictOptions
+    optimizers: tuple[Optimizer, ...],
+    state_dict: Mapping[str, Any],
+    names: Names,
+    options: StateDictOptions,
+    *,
+    may_step_replica: bool = True,
 ) -> None:
     """Load a state dict, nested or flat, into the optimizers; the dict is left as it is.
 
     With ``strict`` unset, parameters and groups that the state dict does not know keep what they have.
+
+    Args:
+        optimizers: Those to load into.
+        state_dict: By the names of the parameters.
+        names: Of the model.
+        options: How to load.
+        may_step_replica: Find out the layout of state that the optimizer does not have yet by a step of a copy of it.
+            Without, such state is laid out as its parameter, or as it was saved.
 
     Raises:
         PlanError: (a RuntimeError) Parameters are missing, sizes differ, or one group would get several values for an
@@ -57,12 +73,16 @@ def load_optimizers(
 
     def read() -> SavedState:
         check()
-        return parsed(_by_fqn(state_dict, optimizers, names), spellings(names))
+        saved = parsed(by_fqn(state_dict, optimizers, names), spellings(names))
+        keys = saved_keys_of(state_dict)
+        if keys is not None:
+            saved.had_state, saved.shared = keys.had_state, keys.shared
+        return saved
 
     plans: list[_Plan] = []
 
     def plan(saved: SavedState) -> None:
-        _plan_all(optimizers, saved, names, options, plans)
+        _plan_all(optimizers, saved, names, options, plans, may_step_replica)
 
     def pairs() -> Iterable[tuple[torch.Tensor, Any]]:
         copies = [(copy.target, copy.source) for each in plans for copy in each.copies]
@@ -93,7 +113,7 @@ def load_optimizers(
 
 
 def _check_real(optimizers: tuple[Optimizer, ...], names: Names) -> None:
-    on_meta = [fqn for fqn in _all_fqns(optimizers, names) if names.tensors[fqn].is_meta]
+    on_meta = [fqn for fqn in all_fqns(optimizers, names) if names.tensors[fqn].is_meta]
     if on_meta:
         raise PlanError(
             f"Cannot load optimizer state for parameters on the meta device: {listing(on_meta)}. Load the model first, "
@@ -113,44 +133,52 @@ def _as_tree(saved: SavedState) -> list[Any]:
     return [saved.state, groups, saved.is_flat, saved.unknown]
 
 
-def _all_fqns(optimizers: Iterable[Optimizer], names: Names) -> list[str]:
-    return [
-        fqn
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-        for parameter in group[PARAMS]
-        for fqn in names.fqns(parameter)
-    ]
-
-
-def _by_fqn(state_dict: Mapping[str, Any], optimizers: tuple[Optimizer, ...], names: Names) -> Mapping[str, Any]:
-    """Translate ``Optimizer.state_dict()``'s own form, keyed by numbers, for a single optimizer."""
-    groups = state_dict.get(GROUPS) if isinstance(state_dict, Mapping) else None
-    params = [param for group in groups or () for param in group.get(PARAMS, ())]
-    if groups is None or not params or not all(isinstance(param, int) for param in params):
-        return state_dict
-    own = _all_fqns(optimizers, names)
-    if len(optimizers) != 1 or len(own) != len(params):
-        raise PlanError(
-            f"Expected optimizer state keyed by parameter names, found numbers. Numbers are understood for one "
-            f"optimizer with as many parameters: found {len(optimizers)} optimizer(s) with {len(own)} parameters and "
-            f"state for {len(params)}."
-        )
-    fqns = dict(zip(params, own, strict=True))
-    return {
-        STATE: {fqns.get(key, key): value for key, value in state_dict[STATE].items()},
-        GROUPS: [{**group, PARAMS: [fqns[param] for param in group[PARAMS]]} for group in groups],
-    }
-
-
 def _plan_all(
-    optimizers: tuple[Optimizer, ...], saved: SavedState, names: Names, options: StateDictOptions, plans: list[_Plan]
+    optimizers: tuple[Optimizer, ...],
+    saved: SavedState,
+    names: Names,
+    options: StateDictOptions,
+    plans: list[_Plan],
+    may_step_replica: bool,
 ) -> None:
     """Add a plan for each optimizer to ``plans``, those that do not fit too; then raise what is wrong with them."""
     problems = Problems(saved, names)
+    if options.strict:
+        problems.compare_groups(optimizers, names)
     empty_groups = EmptyGroups(optimizers, saved)
-    plans.extend(_Plan(optimizer, saved, names, options, problems, empty_groups) for optimizer in optimizers)
+    plans.extend(
+        _Plan(optimizer, saved, names, options, problems, empty_groups, may_step_replica) for optimizer in optimizers
+    )
+    _place_shared(optimizers, saved, names, plans, problems, strict=options.strict)
     problems.raise_any()
+    problems.report(may_warn=may_step_replica)
+
+
+def _place_shared(
+    optimizers: tuple[Optimizer, ...],
+    saved: SavedState,
+    names: Names,
+    plans: list[_Plan],
+    problems: Problems,
+    *,
+    strict: bool,
+) -> None:
+    """Give state that belongs to no parameter to the optimizer that keeps it."""
+    known = {fqn for group in saved.groups for fqn in group.params}.union(spellings(names))
+    for key, value in saved.state.items():
+        if key in known:
+            continue
+        holders = [at for at, optimizer in enumerate(optimizers) if key in underlying(optimizer).state]
+        is_shared = key in saved.shared if saved.shared is not None else strict
+        if not holders and not is_shared:
+            continue
+        if not holders and len(optimizers) > 1:
+            problems.others.append(
+                f"The state {key!r} belongs to no parameter, and nothing tells of which of the {len(optimizers)}"
+                " optimizers it is. Get and set their states one by one."
+            )
+            continue
+        plans[holders[0] if holders else 0].place(key, value)
 
 
 class _Plan:
@@ -164,6 +192,7 @@ class _Plan:
         options: StateDictOptions,
         problems: Problems,
         empty_groups: EmptyGroups,
+        may_step_replica: bool,
     ) -> None:
         self.copies: list[Copy] = []
         self._optimizer = optimizer
@@ -171,7 +200,7 @@ class _Plan:
         self._strict = options.strict
         self._names = names
         self._problems = problems
-        self._initial: dict[int, dict[str, Any]] | None = None
+        self._initial: dict[int, dict[str, Any]] | None = None if may_step_replica else {}
         groups_of: dict[str, int] = {fqn: at for at, group in enumerate(saved.groups) for fqn in group.params}
         self._state: dict[Any, Any] = {}
         self._groups: list[dict[str, Any]] = []
@@ -203,10 +232,13 @@ class _Plan:
                 for option, value in merged.items()
                 if option not in _OWN_OPTIONS
             }
+            if merged:
+                problems.kept.update(own.keys() - new.keys() - set(_OWN_OPTIONS))
             self._groups.append({**own, **new, PARAMS: numbers})
-        for key, value in saved.state.items():
-            if key in optimizer.state and key not in groups_of:
-                self._state[key] = landed(str(key), copied(value), self.copies)
+
+    def place(self, key: Any, value: Any) -> None:
+        """Add state that belongs to no parameter."""
+        self._state[key] = landed(str(key), copied(value), self.copies)
 
     def install(self) -> None:
         """Give the optimizer its state."""
@@ -271,8 +303,8 @@ class _Plan:
         if fqn not in saved.state:
             if not is_listed and self._strict and parameter.requires_grad:
                 self._problems.missing.append(fqn)
-            elif is_listed and self._strict and own and parameter.requires_grad and parameter.numel():
-                self._problems.losing.append(fqn)
+            elif is_listed and self._strict and parameter.requires_grad and parameter.numel():
+                self._problems.lacks_state(fqn, has_own=bool(own))
             # Saved without state, a parameter had not been stepped; unknown, it keeps what it has.
             return dict(own) if own and (not is_listed or not self._strict) else None
         theirs = saved.state[fqn]
@@ -289,10 +321,11 @@ class _Plan:
             return self._target_for(parameter, path, key, value, own, top)
         if isinstance(value, Mapping):
             own = own if isinstance(own, dict) else {}
-            return {
-                name: self._value_for(parameter, f"{path}.{name}", key, element, own.get(name), top=False)
-                for name, element in value.items()
-            }
+            # A copy, so that a Counter or an OrderedDict stays one.
+            made: Any = copy.copy(value)
+            for name, element in value.items():
+                made[name] = self._value_for(parameter, f"{path}.{name}", key, element, own.get(name), top=False)
+            return made
         if type(value) in (list, tuple):
             owns = own if isinstance(own, list | tuple) and len(own) == len(value) else [None] * len(value)
             return type(value)(
@@ -306,6 +339,9 @@ class _Plan:
     def _target_for(
         self, parameter: torch.Tensor, path: str, key: Any, value: Any, own: Any, top: bool
     ) -> torch.Tensor | int | float:
+        if value is own or (isinstance(value, torch.Tensor) and is_fresh(value, self._optimizer)):
+            tensor: torch.Tensor = value
+            return tensor
         if not isinstance(own, torch.Tensor) and isinstance(own, int | float) and not value.shape:
             number: int | float = type(own)(value.item())
             return number
@@ -314,9 +350,6 @@ class _Plan:
             self.copies.append(Copy(path, own, value))
             kept: torch.Tensor = own
             return kept
-        if value is own or (isinstance(value, torch.Tensor) and is_fresh(value, self._optimizer)):
-            tensor: torch.Tensor = value
-            return tensor
         piece = self._names.pieces.get(self._names.fqns(parameter)[0])
         if piece is not None and piece.is_original and (size_of(value) == piece.shape or piece.holds(own)):
             return self._piece_target(piece, path, value, own)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from typing import Any
 
 from torch.optim import Optimizer
@@ -13,11 +15,17 @@ from dcp_plugins.state_dict.names import Names
 
 __all__ = ["EmptyGroups", "Problems", "spellings"]
 
+log = logging.getLogger(__name__)
+
 
 def spellings(names: Names) -> dict[str, None]:
     """Return every name under which a state dict may know something of the model."""
     hidden = {name: None for each in names.hidden_names.values() for name in each}
     return {**dict.fromkeys(names.tensors), **hidden}
+
+
+def _titled(params: list[str]) -> str:
+    return f"{params[0]} and {len(params) - 1} more" if len(params) > 1 else listing(params) or "no parameter"
 
 
 class Problems:
@@ -28,12 +36,52 @@ class Problems:
         self.losing: list[str] = []
         self.ungrouped: list[str] = []
         self.others: list[str] = []
+        self.kept: set[str] = set()
+        self._unrecorded: list[str] = []
+        self._saved = saved
         listed = {fqn for group in saved.groups for fqn in group.params}
         # A flat key names the state's value too.
         foreign = {key.rpartition(".")[0] or key for key in saved.unknown}
         found = listed | foreign | {key for key in saved.state if isinstance(key, str)}
         # What the model knows is another parameter's.
         self._candidates = sorted(found - set(spellings(names)))
+
+    def compare_groups(self, optimizers: tuple[Optimizer, ...], names: Names) -> None:
+        """Note whether parameters are grouped otherwise than they were; a flat state dict does not tell."""
+        if self._saved.is_flat or not self._saved.groups:
+            return
+        own = [
+            [fqn for parameter in group[PARAMS] for fqn in names.fqns(parameter)]
+            for optimizer in optimizers
+            for group in optimizer.param_groups
+        ]
+        if len(own) != len(self._saved.groups):
+            theirs = "; ".join(_titled(group.params) for group in self._saved.groups[:6])
+            ours = "; ".join(map(_titled, own[:6]))
+            self.others.append(
+                f"Expected {len(own)} parameter group(s), as the optimizer has: {ours}. Found"
+                f" {len(self._saved.groups)}: {theirs}. Group the parameters as they were when it was saved, or pass"
+                " StateDictOptions(strict=False) to take each parameter's options where they are found."
+            )
+
+    def lacks_state(self, fqn: str, *, has_own: bool) -> None:
+        """Note a parameter that is in a saved group and has no saved state."""
+        had_state = self._saved.had_state
+        if has_own if had_state is None else fqn in had_state:
+            self.losing.append(fqn)
+        elif had_state is None:
+            self._unrecorded.append(fqn)
+
+    def report(self, *, may_warn: bool) -> None:
+        """Tell what was found and is no reason to refuse the state dict."""
+        if self.kept:
+            log.info("group options that the saved state lacks keep the optimizer's values: %s", listing(self.kept))
+        if may_warn and self._unrecorded and self._saved.state:
+            warnings.warn(
+                f"The optimizer state dict has no state for {listing(self._unrecorded)}, and does not tell whether"
+                " there was any: such parameters begin anew. A state dict of get_optimizer_state_dict tells.",
+                stacklevel=2,
+            )
 
     def raise_any(self) -> None:
         """Raise if there is anything to tell."""

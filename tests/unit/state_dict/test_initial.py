@@ -11,7 +11,6 @@ import torch
 import torch.distributed.checkpoint.state_dict as stock
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from dcp_plugins.errors import PlanError
 from dcp_plugins.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from tests.unit.state_dict.samples import Net, assert_equal, groups_of, snapshot, train, with_frozen_first_layer
 from tests.unit.state_dict.test_optimizer import MAKERS, Nested
@@ -141,13 +140,12 @@ class _Failing(Nested):
         raise ValueError("no step today")
 
 
-def test_an_optimizer_that_cannot_step_is_named_and_left_as_it_was() -> None:
+def test_an_optimizer_that_cannot_step_gives_no_initial_state_and_is_left_as_it_was() -> None:
     model = Net()
     optimizer = _Failing(model.parameters())
     parameters = snapshot(dict(model.state_dict()))
     randomness = torch.get_rng_state()
-    with pytest.raises(PlanError, match=r"_Failing: its step\(\) raised ValueError: no step today"):
-        get_optimizer_state_dict(model, optimizer)
+    assert not get_optimizer_state_dict(model, optimizer)["state"]
     assert torch.equal(torch.get_rng_state(), randomness)
     assert not optimizer.state
     assert optimizer.calls == 0

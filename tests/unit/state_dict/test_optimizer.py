@@ -168,12 +168,16 @@ def test_reordered_groups_and_parameters_find_their_state_and_options(flat: bool
     assert other.param_groups[0]["lr"] == 0.002
 
 
-def test_groups_split_since_the_save_both_get_the_saved_options() -> None:
+def test_groups_split_since_the_save_are_refused_by_name_and_get_the_saved_options_if_not_strict() -> None:
     model = Net()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.125)
     train(model, optimizer)
     other = torch.optim.AdamW(groups_of(model), lr=5.0)
-    set_optimizer_state_dict(model, other, get_optimizer_state_dict(model, optimizer))
+    state = get_optimizer_state_dict(model, optimizer)
+    with pytest.raises(PlanError, match=r"Expected 2 parameter group\(s\).*Found 1: first.weight and \d more"):
+        set_optimizer_state_dict(model, other, state)
+    assert not other.state
+    set_optimizer_state_dict(model, other, state, options=StateDictOptions(strict=False))
     assert [group["lr"] for group in other.param_groups] == [0.125, 0.125]
 
 

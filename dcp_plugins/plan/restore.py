@@ -1,0 +1,221 @@
+"""Loading what was saved: templates that are completed from a checkpoint's keys.
+
+A load asks for what its template has. Two kinds of callers want what the checkpoint has instead: one that was given a
+state dict of this package's getters, in which some containers complete themselves (`complete_in_place`), and one that
+made the checkpoint itself, and gets all of it back (`RestoringLoadPlanner`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from dcp_plugins.contract import Metadata
+from dcp_plugins.errors import PlanError, listing
+from dcp_plugins.format.containers import containers_of
+from dcp_plugins.plan.flatten import get_element, paths_of, set_element, unflatten_state_dict
+from dcp_plugins.templates import SavedOptimizerState, SavedValue, completion_of, like_saved, take_over
+from dcp_plugins.tensors.sharded import size_of
+
+__all__ = ["Outline", "complete_in_place", "restored_template", "saved_tree"]
+
+Outline = Mapping[tuple[Any, ...], str]
+"""Of a state dict with objects in it, by path: "object" for one with a state dict, "holder" for a container of some."""
+
+_PLAIN_LEAVES = frozenset({torch.Tensor, torch.nn.Parameter, str, int, float, bool, type(None)})
+
+
+def saved_tree(metadata: Metadata) -> dict[Any, Any]:
+    """Return what a checkpoint holds: nested as it was saved, with the keys as they were, each value a `SavedValue`."""
+    values = {fqn: SavedValue(fqn, entry) for fqn, entry in metadata.state_dict_metadata.items()}
+    paths = paths_of(metadata)
+    tree = unflatten_state_dict(values, paths)
+    for path, container in paths.containers.items():
+        if container.shared:
+            actual = paths.actual(path)
+            set_element(tree, actual, SavedOptimizerState(get_element(tree, actual), container.shared))
+    return tree
+
+
+def complete_in_place(template: dict[Any, Any], metadata: Metadata) -> set[str]:
+    """Complete the containers of a template that ask for it, and return the fqns that are left unread on purpose."""
+    places = list(_completing(template, ()))
+    left: set[str] = set()
+    saved = saved_tree(metadata) if places else {}
+    for path, container in places:
+        below = get_element(saved, path)
+        completion = completion_of(container)
+        assert completion is not None
+        completed = completion.completed(container, below if isinstance(below, Mapping) else {}, left)
+        take_over(container, completed)
+    return left
+
+
+def _completing(container: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], dict[Any, Any]]]:
+    if isinstance(container, dict):
+        if completion_of(container) is not None:
+            yield path, container
+            return
+        if _PLAIN_LEAVES.issuperset(map(type, container.values())):
+            return
+        for key, value in container.items():
+            yield from _completing(value, (*path, key))
+    elif isinstance(container, list):
+        for at, value in enumerate(container):
+            yield from _completing(value, (*path, at))
+
+
+def restored_template(
+    template: Mapping[Any, Any], metadata: Metadata, outline: Outline, *, strict: bool
+) -> tuple[dict[Any, Any], set[str]]:
+    """Return a template that asks for all that was saved under the root keys of another.
+
+    Args:
+        template: What the caller has, each object replaced by its state dict. Tensors of it are loaded in place where
+            they have the saved size; containers are new.
+        metadata: The checkpoint's.
+        outline: Where the objects were.
+        strict: Whether a key that the checkpoint lacks is an error; otherwise what is there stays.
+
+    Returns:
+        The new template, and the fqns that are left unread on purpose.
+
+    Raises:
+        PlanError: Something that was saved has no place, or a tensor has not been saved; lists all of it.
+    """
+    saved = saved_tree(metadata)
+    restoring = _Restoring(outline, is_recorded=containers_of(metadata) is not None, strict=strict)
+    completion = completion_of(template)
+    if completion is not None:
+        return dict(completion.completed(template, saved, restoring.left)), restoring.left
+    made: dict[Any, Any] = {}
+    for key, value in template.items():
+        if key in saved:
+            made[key] = restoring.like(saved[key], value, (key,), in_object=False)
+        elif strict and not _is_empty(value):
+            restoring.missing.append(str(key))
+        else:
+            made[key] = value
+    restoring.raise_problems(metadata)
+    return made, restoring.left
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, (Mapping, list)) and not value
+
+
+class _Restoring:
+    """The state of one walk over a template and what was saved."""
+
+    def __init__(self, outline: Outline, *, is_recorded: bool, strict: bool) -> None:
+        self.left: set[str] = set()
+        self.missing: list[str] = []
+        self._outline = outline
+        self._is_recorded = is_recorded
+        self._strict = strict
+        self._problems: list[str] = []
+
+    def like(self, saved: Any, template: Any, path: tuple[Any, ...], *, in_object: bool) -> Any:
+        """Return what to load into in the place of ``template``."""
+        kind = self._outline.get(path)
+        in_object = in_object or kind == "object"
+        completion = completion_of(template)
+        if completion is not None and isinstance(saved, Mapping):
+            return completion.completed(template, saved, self.left)
+        if isinstance(saved, SavedValue):
+            return self._leaf(saved, template, path, in_object=in_object)
+        if kind == "holder":
+            return self._holder(saved, template, path)
+        self._find_missing(saved, template, path, in_object=in_object)
+        if isinstance(saved, list):
+            places = template if isinstance(template, list) else []
+            return [
+                self.like(value, places[at] if at < len(places) else None, (*path, at), in_object=in_object)
+                for at, value in enumerate(saved)
+            ]
+        made, spelled = self._empty_like(saved, template)
+        for key, value in saved.items():
+            own = spelled.get(str(key), key)
+            below = template.get(own) if isinstance(template, Mapping) else None
+            made[own] = self.like(value, below, (*path, own), in_object=in_object)
+        return made
+
+    def raise_problems(self, metadata: Metadata) -> None:
+        """Raise if there is anything that does not fit."""
+        if self.missing:
+            known = listing({str(path[0]) for path in paths_of(metadata).values()})
+            self._problems.insert(
+                0,
+                f"Missing key in checkpoint state_dict: {listing(self.missing)}. The checkpoint holds: {known}."
+                " Leave out of the state what was not saved",
+            )
+        if self._problems:
+            raise PlanError("\n".join(["the checkpoint does not fit the state:", *self._problems[:24]]))
+
+    def _leaf(self, saved: SavedValue, template: Any, path: tuple[Any, ...], *, in_object: bool) -> Any:
+        def target_of(saved: SavedValue, template: Any) -> torch.Tensor:
+            fits = isinstance(template, torch.Tensor) and saved.size == size_of(template)
+            if fits and (not in_object or template.dtype == saved.dtype):
+                # Its own memory, in its own layout.
+                own: torch.Tensor = template
+                return own
+            if isinstance(template, torch.Tensor) and not fits and not in_object and template.numel():
+                self._problems.append(
+                    f"Size mismatch between saved {tuple(saved.size or ())} and current: {tuple(size_of(template))} for"
+                    f" {saved.fqn}"
+                )
+                return template
+            device = template.device if isinstance(template, torch.Tensor) else None
+            assert saved.size is not None
+            return torch.empty(saved.size, dtype=saved.dtype, device=device)
+
+        return like_saved(saved, template, target_of)
+
+    def _holder(self, saved: Any, template: Any, path: tuple[Any, ...]) -> Any:
+        """Fit what was saved to a container of objects: each of them gets its own, and none is made up."""
+        is_list = isinstance(template, list)
+        own = dict(enumerate(template)) if is_list else dict(template)
+        theirs = dict(enumerate(saved)) if isinstance(saved, list) else dict(saved)
+        place = ".".join(map(str, path))
+        lacking, left_over = own.keys() - theirs.keys(), theirs.keys() - own.keys()
+        if lacking and self._strict:
+            self.missing += [f"{place}.{key}" for key in lacking]
+        if left_over and self._strict:
+            self._problems.append(
+                f"The checkpoint holds under '{place}' what this run has no object for: {listing(left_over)}. Make the"
+                " same objects as when it was saved"
+            )
+        made = {
+            key: self.like(theirs[key], value, (*path, key), in_object=False) if key in theirs else value
+            for key, value in own.items()
+        }
+        return [made[at] for at in range(len(made))] if is_list else made
+
+    def _find_missing(self, saved: Any, template: Any, path: tuple[Any, ...], *, in_object: bool) -> None:
+        """Note the tensors of a plain container that the checkpoint lacks: they would keep what they have, in silence.
+
+        An object sees for itself what is missing in its state dict.
+        """
+        if in_object or not self._strict or not isinstance(template, (Mapping, list)):
+            return
+        theirs = {str(key) for key in (range(len(saved)) if isinstance(saved, list) else saved)}
+        entries = enumerate(template) if isinstance(template, list) else template.items()
+        for key, value in entries:
+            if isinstance(value, torch.Tensor) and str(key) not in theirs:
+                self.missing.append(".".join(map(str, (*path, key))))
+
+    def _empty_like(self, saved: Mapping[Any, Any], template: Any) -> tuple[Any, dict[str, Any]]:
+        """Return the new container, and keys by their strings where only the template tells of what type they are."""
+        made: Any = type(saved)() if not hasattr(saved, "default_factory") else _cleared(saved)
+        if not isinstance(template, dict) or self._is_recorded:
+            return made, {}
+        # A checkpoint of stock torch, or of an earlier release, has strings for all keys.
+        return _cleared(template), {str(key): key for key in template}
+
+
+def _cleared(container: Any) -> Any:
+    made = container.copy()
+    made.clear()
+    return made

@@ -1,0 +1,290 @@
+"""What a load asks for in the place of an optimizer's or a model's state dict: what was saved, in the layout of now."""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from dcp_plugins.errors import PlanError, listing
+from dcp_plugins.state_dict.fit import keeps_sizes
+from dcp_plugins.state_dict.flatten import GROUPS, PARAMS, STATE
+from dcp_plugins.state_dict.fsdp1 import FlatPiece
+from dcp_plugins.state_dict.initial import mark_fresh, underlying
+from dcp_plugins.state_dict.keys import is_extra_state, keeps_keys, self_loading
+from dcp_plugins.state_dict.names import Names
+from dcp_plugins.templates import CompletingDict, SavedOptimizerState, SavedValue, like_saved, saved_values
+from dcp_plugins.tensors.sharded import size_of
+
+__all__ = ["OptimizerCompletion", "SavedKeys", "model_template", "optimizer_template", "saved_keys_of"]
+
+
+def optimizer_template(
+    values: Mapping[str, Any], optimizers: Iterable[Optimizer], names: Names, *, takes_any_form: bool
+) -> dict[str, Any]:
+    """Return an optimizer's state dict, nested or flat, as a template that a load completes.
+
+    Args:
+        values: As the getter makes it.
+        optimizers: Whose state it is.
+        names: Of the model.
+        takes_any_form: Load what was saved in its own form, nested or flat; otherwise only what has the form of
+            ``values``.
+    """
+    is_flat = STATE not in values and GROUPS not in values
+    state = values if is_flat else values[STATE]
+    completion = OptimizerCompletion(optimizers, names, is_flat=is_flat, takes_any_form=takes_any_form)
+    if not is_flat:
+        completion.note(state)
+    if is_flat:
+        return CompletingDict(values, completion)
+    return {**values, STATE: CompletingDict(state, completion, for_holder=True)}
+
+
+@dataclass(frozen=True, slots=True)
+class SavedKeys:
+    """What a state dict is known to have held when it was made, or saved."""
+
+    had_state: frozenset[Any]
+    """The parameters that had state."""
+    shared: frozenset[Any]
+    """The keys of the state that are no parameter's."""
+
+
+def saved_keys_of(state_dict: Mapping[str, Any]) -> SavedKeys | None:
+    """Return what a state dict is known to have held; None if it is not one of this package's getters."""
+    state = state_dict.get(STATE) if isinstance(state_dict, Mapping) else None
+    completion = getattr(state, "completion", None) or getattr(state_dict, "completion", None)
+    return completion.keys if isinstance(completion, OptimizerCompletion) else None
+
+
+class OptimizerCompletion:
+    """Completes the state dict of optimizers: saved state and options come back, whatever a fresh optimizer has.
+
+    State of a parameter's shape is allocated in the parameter's layout, any other state whole on each rank.
+    """
+
+    def __init__(self, optimizers: Iterable[Optimizer], names: Names, *, is_flat: bool, takes_any_form: bool) -> None:
+        self.keys: SavedKeys | None = None
+        self._is_flat = is_flat
+        self._takes_any_form = takes_any_form
+        # Weak: a state dict that somebody keeps must not keep the model in memory.
+        self._parameters: dict[str, _Owner] = {}
+        for optimizer in optimizers:
+            inner = underlying(optimizer)
+            for group in inner.param_groups:
+                for parameter in group[PARAMS]:
+                    for fqn in names.fqns(parameter):
+                        own = _Owner(names.tensors[fqn], inner, names.pieces.get(fqn))
+                        for name in names.spellings(names.tensors[fqn]):
+                            self._parameters[name] = own
+
+    def completed(self, template: Mapping[Any, Any], saved: Mapping[Any, Any], left: set[str]) -> Mapping[Any, Any]:
+        saved_is_flat = bool(saved) and STATE not in saved and GROUPS not in saved
+        if saved and saved_is_flat != self._is_flat and not self._takes_any_form:
+            # The load will say that the forms differ.
+            return dict(template)
+        completion = self._for_saved(saved_is_flat)
+        if saved_is_flat:
+            made = {key: value for key, value in self._flat(template, saved, completion) if value is not _ELSEWHERE}
+            return CompletingDict(made, completion)
+        result: dict[Any, Any] = {}
+        for key, value in saved.items():
+            if key == STATE and isinstance(value, Mapping):
+                continue
+            result[key] = like_saved(value, template.get(key), _plain_target)
+        state = saved.get(STATE)
+        own = template.get(STATE)
+        made = self._state(own if isinstance(own, Mapping) else {}, state) if isinstance(state, Mapping) else {}
+        completion.note(state if isinstance(state, Mapping) else {})
+        result[STATE] = CompletingDict(made, completion, for_holder=True)
+        result.setdefault(GROUPS, [])
+        return result
+
+    def note(self, state: Mapping[Any, Any]) -> None:
+        """Keep in mind what the state dict holds."""
+        shared = frozenset(key for key in state if key not in self._parameters)
+        self.keys = SavedKeys(frozenset(state) - shared, shared)
+
+    def _for_saved(self, is_flat: bool) -> OptimizerCompletion:
+        made = OptimizerCompletion.__new__(OptimizerCompletion)
+        made.__dict__.update(self.__dict__)
+        made._is_flat = is_flat
+        return made
+
+    def _state(self, template: Mapping[Any, Any], saved: Mapping[Any, Any]) -> dict[Any, Any]:
+        shared = saved.shared if isinstance(saved, SavedOptimizerState) else ()
+        made: dict[Any, Any] = {}
+        for key, value in saved.items():
+            owner = self._parameters.get(key)
+            if owner is not None:
+                if owner.is_elsewhere:
+                    continue
+                made[key] = like_saved(value, template.get(key), owner.target_of)
+            elif str(key) in shared or key in template:
+                made[key] = like_saved(value, template.get(key), _plain_target)
+        return made
+
+    def _flat(
+        self, template: Mapping[Any, Any], saved: Mapping[Any, Any], completion: OptimizerCompletion
+    ) -> Iterable[tuple[str, Any]]:
+        listed = {key.partition(".")[2].rpartition(".")[0] for key in saved if key.startswith(f"{GROUPS}.")}
+        had_state: set[str] = set()
+        shared: set[str] = set()
+        for key, value in saved.items():
+            section, _, rest = key.partition(".")
+            own = template.get(key)
+            name = self._longest_name(rest)
+            if section == STATE and name is not None:
+                had_state.add(name)
+                owner = self._parameters[name]
+                yield key, _ELSEWHERE if owner.is_elsewhere else like_saved(value, own, owner.target_of)
+            elif name is not None or key in template:
+                yield key, like_saved(value, own, _plain_target)
+            elif section == STATE and not any(rest.startswith(f"{fqn}.") for fqn in listed):
+                # State that belongs to no parameter.
+                shared.add(rest.partition(".")[0])
+                yield key, like_saved(value, own, _plain_target)
+        completion.keys = SavedKeys(frozenset(had_state), frozenset(shared))
+
+    def _longest_name(self, rest: str) -> str | None:
+        end = len(rest)
+        while (end := rest.rfind(".", 0, end)) > 0:
+            if rest[:end] in self._parameters:
+                return rest[:end]
+        return None
+
+
+_ELSEWHERE = object()
+
+
+class _Owner:
+    """A parameter, as far as its state's layout depends on it."""
+
+    def __init__(self, parameter: torch.Tensor, optimizer: Optimizer, piece: FlatPiece | None) -> None:
+        self._parameter = weakref.ref(parameter) if piece is None else (lambda: parameter)
+        self._optimizer = weakref.ref(optimizer)
+        self._piece = piece
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether FSDP1 keeps no element of the parameter on this rank, and so no state of it."""
+        piece = self._piece
+        return piece is not None and not piece.is_whole and not piece.local().numel()
+
+    def target_of(self, saved: SavedValue, own: Any) -> torch.Tensor:
+        """Return the tensor to fill: the optimizer's own if it has the saved size, or a new one."""
+        assert saved.size is not None
+        assert saved.dtype is not None
+        if isinstance(own, torch.Tensor) and size_of(own) == saved.size:
+            return own
+        parameter, optimizer = self._parameter(), self._optimizer()
+        if parameter is None or optimizer is None:
+            raise PlanError(
+                f"the model or the optimizer whose state dict is being loaded is gone, which {saved.fqn} needs for its"
+                " layout: keep them until the load has ended"
+            )
+        made = self._allocate(parameter, saved.size, _dtype_of(saved.dtype, parameter, optimizer, saved.size))
+        mark_fresh(made, optimizer)
+        return made
+
+    def _allocate(self, parameter: torch.Tensor, size: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        piece = self._piece
+        if piece is not None:
+            if size != piece.shape:
+                return torch.empty(size, dtype=dtype)
+            return piece.shaped(torch.empty_like(piece.local(), dtype=dtype))
+        if size == parameter.shape and len(size):
+            return torch.empty_like(parameter.detach(), dtype=dtype)
+        return torch.empty(size, dtype=dtype)
+
+
+def _dtype_of(saved: torch.dtype, parameter: torch.Tensor, optimizer: Optimizer, size: torch.Size) -> torch.dtype:
+    """Return the dtype of state: the parameter's for torch's own optimizers, the saved one for any other."""
+    is_torchs = type(optimizer).__module__.startswith("torch.optim.")
+    is_alike = (
+        saved.is_floating_point == parameter.dtype.is_floating_point and size == parameter.shape and len(size) > 0
+    )
+    return parameter.dtype if is_torchs and is_alike else saved
+
+
+def _plain_target(saved: SavedValue, own: Any) -> torch.Tensor:
+    assert saved.size is not None
+    return torch.empty(saved.size, dtype=saved.dtype, device=own.device if isinstance(own, torch.Tensor) else None)
+
+
+def model_template(values: Mapping[str, Any], names: Names, *, strict: bool, hint: str) -> dict[str, Any]:
+    """Return a model's state dict as a template that a load completes: values that have no size of their own come back.
+
+    Args:
+        values: As the getter makes it, or some of it.
+        names: Of the model.
+        strict: Raise where the model's keys and the checkpoint's differ, before anything is read; otherwise load what
+            they share.
+        hint: What the caller can do where they differ.
+    """
+    template = CompletingDict(values, _ModelCompletion(names, strict=strict, hint=hint))
+    template.__dict__.update(vars(values) if isinstance(values, OrderedDict) else {})
+    return template
+
+
+class _ModelCompletion:
+    def __init__(self, names: Names, *, strict: bool, hint: str) -> None:
+        self._names = names
+        self._strict = strict
+        self._hint = hint
+
+    def completed(self, template: Mapping[Any, Any], saved: Mapping[Any, Any], left: set[str]) -> Mapping[Any, Any]:
+        missing = [key for key in template if key not in saved and not is_extra_state(key)]
+        unexpected = [key for key in saved if key not in template]
+        problems = []
+        if self._strict and (missing or unexpected):
+            free = self_loading(self._names, keeps_keys)
+            for what, keys in (("Missing", missing), ("Unexpected", unexpected)):
+                wrong = [key for key in keys if not _is_below(key, free)]
+                if wrong:
+                    problems.append(f"{what} key(s): {listing(wrong)}")
+        made: OrderedDict[Any, Any] = OrderedDict()
+        versions = getattr(template, "_metadata", None)
+        if versions is not None:
+            # Of the modules: ``load_state_dict`` looks for them there.
+            made._metadata = versions  # type: ignore[attr-defined]
+        misfits: list[str] = []
+        for key, value in saved.items():
+            if key in template:
+                made[key] = like_saved(value, template[key], self._target_for(key, misfits))
+            elif self._strict:
+                made[key] = like_saved(value, None, _plain_target)
+            else:
+                left.update(found.fqn for found in saved_values(value))
+        problems += misfits
+        if problems:
+            raise PlanError(f"The model and the checkpoint do not fit: {'. '.join(problems)}. {self._hint}")
+        return made
+
+    def _target_for(self, key: str, misfits: list[str]) -> Callable[[SavedValue, Any], torch.Tensor]:
+        def target_of(saved: SavedValue, own: Any) -> torch.Tensor:
+            if not isinstance(own, torch.Tensor) or is_lazy(own):
+                return torch.empty(saved.size or (), dtype=saved.dtype)
+            if size_of(own) == saved.size:
+                return own
+            may_differ = is_extra_state(key) or _is_below(key, self_loading(self._names, keeps_sizes))
+            is_scalar = own.dim() == 0 and saved.size is not None and len(saved.size) == 1
+            if may_differ or is_scalar:
+                return _plain_target(saved, own)
+            misfits.append(
+                f"Size mismatch between saved {tuple(saved.size or ())} and current: {tuple(size_of(own))} for {key}"
+            )
+            return own
+
+        return target_of
+
+
+def _is_below(key: str, paths: Iterable[str]) -> bool:
+    return any(key.startswith(path) for path in paths)
