@@ -33,10 +33,11 @@ from dcp_plugins.accelerate.retention import remove_old
 from dcp_plugins.accelerate.stock import load_stock_model, load_stock_optimizer
 from dcp_plugins.coord import Ranks
 from dcp_plugins.errors import CheckpointNotFoundError, listing
-from dcp_plugins.manager import KeepPolicy, Saver, expected_warnings
+from dcp_plugins.manager import KeepPolicy, Saver, load_state
 from dcp_plugins.manager.agreement import on_rank_zero
 from dcp_plugins.manager.record import RECORD_KEY, record_item
-from dcp_plugins.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
+from dcp_plugins.state_dict import StateDictOptions, set_model_state_dict
+from dcp_plugins.state_dict.owned import restore_optimizer_state
 from dcp_plugins.storage.parts import PartsWriter
 
 __all__ = ["Checkpointer"]
@@ -295,8 +296,7 @@ class Checkpointer:
             return state
 
         state = self._together("prepare", prepare)
-        with expected_warnings():
-            dcp.load(state, storage_reader=reader, no_dist=self._is_alone)
+        load_state(state, storage_reader=reader, no_dist=self._is_alone)
 
         def apply() -> None:
             # Tensors are in place by now. This carries over what is not a tensor, and runs the modules' own load hooks.
@@ -304,7 +304,7 @@ class Checkpointer:
                 loaded = state[layout.model_part(index)]["model"]
                 set_model_state_dict(model, loaded, options=StateDictOptions(strict=strict))
             for index, (owner, optimizer) in enumerate(optimizers):
-                set_optimizer_state_dict(owner, optimizer, state[layout.optimizer_part(index)]["optimizer"])
+                restore_optimizer_state(owner, optimizer, state[layout.optimizer_part(index)]["optimizer"])
             for own in state[layout.REST].values():
                 for name, data in own.items():
                     (folder / name).write_bytes(data)

@@ -25,8 +25,9 @@ from torch.optim import Optimizer
 from dcp_plugins.accelerate import layout
 from dcp_plugins.accelerate.layout import Contents
 from dcp_plugins.errors import PlanError, UnsupportedValueError, listing
-from dcp_plugins.state_dict import get_model_state_dict, get_optimizer_state_dict
+from dcp_plugins.state_dict import StateDictOptions, get_model_state_dict
 from dcp_plugins.state_dict.names import names_of
+from dcp_plugins.state_dict.owned import own_model_state, own_optimizer_state
 
 __all__ = [
     "changed_by_forward",
@@ -108,7 +109,7 @@ def state_of(
     for index, model_state in enumerate(saved):
         state[layout.model_part(index)] = {"model": model_state}
     for index, optimizer in enumerate(optimizers_of(accelerator)):
-        optimizer_state = get_optimizer_state_dict(owner_of(optimizer, models), optimizer)
+        optimizer_state = own_optimizer_state(owner_of(optimizer, models), optimizer)
         state[layout.optimizer_part(index)] = {"optimizer": optimizer_state}
     state[layout.REST] = {str(accelerator.process_index): small_files(accelerator)}
     return state
@@ -234,21 +235,17 @@ def wanted_of(
     state: dict[str, Any] = {}
     problems = []
     for index, model in enumerate(models):
-        model_state = get_model_state_dict(model)
-        saved = contents.model_names.get(index)
-        if saved is None:
+        if index not in contents.model_names:
             problems.append(f"model {index} was not saved (a hook may have: register the one that loads it)")
             continue
-        for what, names in (("Missing", model_state.keys() - saved), ("Unexpected", saved - model_state.keys())):
-            if strict and names:
-                problems.append(f"{what} key(s) of model {index}: {listing(names)}")
-        wanted = {name: value for name, value in model_state.items() if name in saved}
-        state[layout.model_part(index)] = {"model": wanted}
+        options = StateDictOptions(strict=strict)
+        hint = f"This is model {index} of {path}; load_state(strict=False) loads the keys that they share."
+        state[layout.model_part(index)] = {"model": own_model_state(model, options=options, hint=hint)}
     for index, (owner, optimizer) in enumerate(optimizers):
         if index not in contents.optimizers:
             problems.append(f"optimizer {index} was not saved")
             continue
-        state[layout.optimizer_part(index)] = {"optimizer": get_optimizer_state_dict(owner, optimizer)}
+        state[layout.optimizer_part(index)] = {"optimizer": own_optimizer_state(owner, optimizer)}
     if problems:
         raise PlanError(
             f"What was prepared is not what the checkpoint {path} holds: {'. '.join(problems)}."

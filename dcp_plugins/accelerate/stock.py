@@ -16,20 +16,18 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.optim import Optimizer
 
-import dcp_plugins as dcp
 from dcp_plugins.accelerate import layout
 from dcp_plugins.accelerate.collect import owner_of
 from dcp_plugins.errors import PlanError, listing
-from dcp_plugins.manager import expected_warnings, is_committed
+from dcp_plugins.manager import is_committed, load_state
 from dcp_plugins.state_dict import (
     StateDictOptions,
     get_model_state_dict,
-    get_optimizer_state_dict,
     set_model_state_dict,
-    set_optimizer_state_dict,
 )
 from dcp_plugins.state_dict.names import names_of
 from dcp_plugins.state_dict.numbered import by_name
+from dcp_plugins.state_dict.owned import own_model_state, own_optimizer_state, restore_optimizer_state
 
 __all__ = ["load_stock_model", "load_stock_optimizer"]
 
@@ -38,9 +36,9 @@ def load_stock_model(path: Path, index: int, model: nn.Module, *, strict: bool, 
     """Load a model from a stock checkpoint. All ranks call this."""
     part = path / layout.model_part(index)
     if is_committed(part):
-        state = {"model": get_model_state_dict(model)}
-        with expected_warnings():
-            dcp.load(state, checkpoint_id=part, no_dist=no_dist)
+        options = StateDictOptions(strict=strict)
+        state = {"model": own_model_state(model, options=options, hint=f"This is {part}.")}
+        load_state(state, part, no_dist=no_dist)
         set_model_state_dict(model, state["model"], options=StateDictOptions(strict=strict))
         return
     ending = f"_{index}" if index else ""
@@ -56,14 +54,13 @@ def load_stock_optimizer(
     part = path / layout.optimizer_part(index)
     owner = owner_of(optimizer, models)
     if is_committed(part):
-        state = {"optimizer": get_optimizer_state_dict(owner, optimizer)}
-        with expected_warnings():
-            dcp.load(state, checkpoint_id=part, no_dist=no_dist)
-        set_optimizer_state_dict(owner, optimizer, state["optimizer"])
+        state = {"optimizer": own_optimizer_state(owner, optimizer)}
+        load_state(state, part, no_dist=no_dist)
+        restore_optimizer_state(owner, optimizer, state["optimizer"])
         return
     name = f"{OPTIMIZER_NAME}_{index}.bin" if index else f"{OPTIMIZER_NAME}.bin"
     saved = by_name(_read_weights(path, [name], part), owner, optimizer)
-    set_optimizer_state_dict(owner, optimizer, saved, options=StateDictOptions(full_state_dict=True))
+    restore_optimizer_state(owner, optimizer, saved, options=StateDictOptions(full_state_dict=True))
 
 
 def _read_weights(path: Path, names: Sequence[str], part: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from dcp_plugins.engine.setup import holds_stateful, is_stateful, ranks_of, to_p
 from dcp_plugins.errors import listing
 from dcp_plugins.events import record
 from dcp_plugins.plan import RestoringLoadPlanner
-from dcp_plugins.templates import completion_of
+from dcp_plugins.templates import completion_of, take_over
 
 __all__ = ["restore"]
 
@@ -77,6 +77,10 @@ def _outline_of(state: Mapping[Any, Any]) -> dict[tuple[Any, ...], str]:
 
 def _put_back(container: MutableMapping[Any, Any] | list[Any], plain: Any) -> None:
     """Hand the loaded values over: to objects their state dicts, to the containers of the caller their entries."""
+    if completion_of(container) is not None:
+        assert isinstance(container, dict)
+        take_over(container, plain)
+        return
     dropped: list[str] = []
     # In the order of a save, in which ``state_dict`` may have run collectives.
     keys: Any = range(len(container)) if isinstance(container, list) else sorted(container, key=str)
@@ -86,7 +90,7 @@ def _put_back(container: MutableMapping[Any, Any] | list[Any], plain: Any) -> No
             value.load_state_dict(loaded)
         elif holds_stateful(value):
             _put_back(value, loaded)
-        elif completion_of(value) is not None or not _replace_entries(value, loaded, str(key), dropped):
+        elif not _replace_entries(value, loaded, str(key), dropped):
             container[key] = loaded
     if dropped:
         logger.warning("entries that the checkpoint does not have are gone from the state: %s", listing(dropped))
@@ -95,6 +99,9 @@ def _put_back(container: MutableMapping[Any, Any] | list[Any], plain: Any) -> No
 def _replace_entries(own: Any, loaded: Any, name: str, dropped: list[str]) -> bool:
     """Give a container the loaded entries, keeping its identity and that of those in it; False if it cannot be done."""
     if own is loaded:
+        return True
+    if completion_of(own) is not None and isinstance(loaded, Mapping):
+        take_over(own, loaded)
         return True
     if isinstance(own, MutableMapping) and isinstance(loaded, Mapping) and isinstance(own, type(loaded)):
         present: Any = dict(own)

@@ -13,18 +13,13 @@ from torch.optim import Optimizer
 
 import dcp_plugins as dcp
 from dcp_plugins.contract import Metadata
-from dcp_plugins.errors import PlanError, listing
+from dcp_plugins.errors import PlanError
 from dcp_plugins.lightning import layout
 from dcp_plugins.lightning.layout import Contents
-from dcp_plugins.manager import expected_warnings
-from dcp_plugins.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from dcp_plugins.manager import load_state
+from dcp_plugins.state_dict import StateDictOptions, set_model_state_dict
 from dcp_plugins.state_dict.numbered import by_name
+from dcp_plugins.state_dict.owned import own_model_state, own_optimizer_state, restore_optimizer_state
 
 __all__ = [
     "Reader",
@@ -125,21 +120,21 @@ def fill_from_directory(
     Returns:
         The item that holds the non-tensor part, if there is one.
     """
+    options = StateDictOptions(strict=strict)
+    hint = f"This is {reader.path}. {targets.hint} to load what they share."
     state: dict[str, Any] = {
-        name: _wanted(get_model_state_dict(module), parts[name], strict=strict, path=reader.path, hint=targets.hint)
-        for name, module in targets.modules.items()
+        name: own_model_state(module, options=options, hint=hint) for name, module in targets.modules.items()
     }
     for name, (module, optimizer) in targets.optimizers.items():
-        state[name] = get_optimizer_state_dict(module, optimizer)
+        state[name] = own_optimizer_state(module, optimizer)
     if layout.META_KEY in parts:
         state[layout.META_KEY] = {layout.PICKLE: b""}
-    with expected_warnings():
-        dcp.load(state, storage_reader=reader, no_dist=no_dist)
+    load_state(state, storage_reader=reader, no_dist=no_dist)
     # Tensors are in place by now. This carries over what is not a tensor, and runs the modules' own load hooks.
     for name, module in targets.modules.items():
-        set_model_state_dict(module, state[name], options=StateDictOptions(strict=strict))
+        set_model_state_dict(module, state[name], options=options)
     for name, (module, optimizer) in targets.optimizers.items():
-        set_optimizer_state_dict(module, optimizer, state[name])
+        restore_optimizer_state(module, optimizer, state[name])
     return state.get(layout.META_KEY)
 
 
@@ -149,7 +144,7 @@ def fill_from_file(saved: Mapping[str, Any], targets: Targets, *, strict: bool) 
     for name, module in targets.modules.items():
         set_model_state_dict(module, saved[name], options=options)
     for name, (module, optimizer) in targets.optimizers.items():
-        set_optimizer_state_dict(
+        restore_optimizer_state(
             module,
             optimizer,
             by_name(saved[name], module, optimizer),
@@ -161,17 +156,16 @@ def fill_raw(
     reader: Reader, module: nn.Module, target: nn.Module | Optimizer, *, strict: bool, hint: str, no_dist: bool
 ) -> None:
     """Load a module, or an optimizer whose parameters it names, from a directory that holds nothing but its state."""
+    options = StateDictOptions(strict=strict)
     if isinstance(target, Optimizer):
-        state: dict[str, Any] = get_optimizer_state_dict(module, target)
+        state = own_optimizer_state(module, target)
     else:
-        saved = set(_metadata_of(reader, no_dist=no_dist).state_dict_metadata)
-        state = _wanted(get_model_state_dict(target), saved, strict=strict, path=reader.path, hint=hint)
-    with expected_warnings():
-        dcp.load(state, storage_reader=reader, no_dist=no_dist)
+        state = own_model_state(target, options=options, hint=f"This is {reader.path}. {hint} to load what they share.")
+    load_state(state, storage_reader=reader, no_dist=no_dist)
     if isinstance(target, Optimizer):
-        set_optimizer_state_dict(module, target, state)
+        restore_optimizer_state(module, target, state)
     else:
-        set_model_state_dict(target, state, options=StateDictOptions(strict=strict))
+        set_model_state_dict(target, state, options=options)
 
 
 def _metadata_of(reader: Reader, *, no_dist: bool) -> Metadata:
@@ -202,25 +196,6 @@ def meta_of(item: Mapping[str, Any] | None, path: Path, weights_only: bool) -> d
     """Deserialise the non-tensor part, from the item in DCP's data or, where there is none, from ``meta.pt``."""
     data = layout.meta_file(path).read_bytes() if item is None else item[layout.PICKLE]
     return layout.decode_meta(data, weights_only=weights_only, path=path)
-
-
-def _wanted(
-    model_state: dict[str, Any], saved: Collection[str], *, strict: bool, path: Path, hint: str
-) -> dict[str, Any]:
-    """Choose what to load of a module. ``strict`` compares both ways, as ``Module.load_state_dict`` does."""
-    missing = model_state.keys() - set(saved)
-    unexpected = set(saved) - model_state.keys()
-    if strict and (missing or unexpected):
-        problems = [
-            f"{what} key(s): {listing(names)}"
-            for what, names in (("Missing", missing), ("Unexpected", unexpected))
-            if names
-        ]
-        raise PlanError(
-            f"The model and the checkpoint {path} do not have the same keys. In the checkpoint: {'. '.join(problems)}."
-            f" {hint} to load what they share."
-        )
-    return {name: value for name, value in model_state.items() if name in saved}
 
 
 def _matching(optimizers: Sequence[Optimizer], contents: Contents, path: Path) -> Sequence[Optimizer]:

@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from dcp_plugins.state_dict import get_optimizer_state_dict
 from dcp_plugins.state_dict.numbered import in_unsharded_order
+from dcp_plugins.state_dict.owned import own_optimizer_state
 
 __all__ = ["optimizer_state_of"]
 
@@ -22,4 +22,4 @@ def optimizer_state_of(module: nn.Module, optimizer: Optimizer) -> dict[str, Any
         module: What names the parameters.
         optimizer: All of its parameters are the module's.
     """
-    return in_unsharded_order(get_optimizer_state_dict(module, optimizer), module, optimizer)
+    return in_unsharded_order(own_optimizer_state(module, optimizer), module, optimizer)

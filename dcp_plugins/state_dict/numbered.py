@@ -10,8 +10,8 @@ from torch.distributed.fsdp import FlatParameter
 from torch.optim import Optimizer
 
 from dcp_plugins.errors import PlanError
-from dcp_plugins.state_dict.api import get_optimizer_state_dict
 from dcp_plugins.state_dict.names import names_of
+from dcp_plugins.state_dict.owned import own_optimizer_state
 
 __all__ = ["by_name", "in_unsharded_order"]
 
@@ -66,5 +66,5 @@ def in_unsharded_order(state: dict[str, Any], model: nn.Module, optimizer: Optim
 
 def _names_in_order(model: nn.Module, optimizer: Optimizer) -> list[str]:
     """Name an optimizer's parameters in the order of its groups, as it would have them unsharded."""
-    state: dict[str, Any] = get_optimizer_state_dict(model, optimizer)
+    state = own_optimizer_state(model, optimizer)
     return [name for group in in_unsharded_order(state, model, optimizer)["param_groups"] for name in group["params"]]

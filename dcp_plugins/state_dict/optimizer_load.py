@@ -29,6 +29,7 @@ from dcp_plugins.state_dict.optimizer import check_membership
 from dcp_plugins.state_dict.optimizer_fsdp1 import is_memory_of, merge, piece_copy
 from dcp_plugins.state_dict.optimizer_install import install
 from dcp_plugins.state_dict.optimizer_names import all_fqns, by_fqn
+from dcp_plugins.state_dict.optimizer_shared import shared_state
 from dcp_plugins.state_dict.options import StateDictOptions
 from dcp_plugins.state_dict.problems import EmptyGroups, Problems, spellings
 from dcp_plugins.state_dict.together import optimizer_pairs, settled
@@ -149,36 +150,10 @@ def _plan_all(
     plans.extend(
         _Plan(optimizer, saved, names, options, problems, empty_groups, may_step_replica) for optimizer in optimizers
     )
-    _place_shared(optimizers, saved, names, plans, problems, strict=options.strict)
+    for at, key, value in shared_state(optimizers, saved, names, problems, strict=options.strict):
+        plans[at].place(key, value)
     problems.raise_any()
     problems.report(may_warn=may_step_replica)
-
-
-def _place_shared(
-    optimizers: tuple[Optimizer, ...],
-    saved: SavedState,
-    names: Names,
-    plans: list[_Plan],
-    problems: Problems,
-    *,
-    strict: bool,
-) -> None:
-    """Give state that belongs to no parameter to the optimizer that keeps it."""
-    known = {fqn for group in saved.groups for fqn in group.params}.union(spellings(names))
-    for key, value in saved.state.items():
-        if key in known:
-            continue
-        holders = [at for at, optimizer in enumerate(optimizers) if key in underlying(optimizer).state]
-        is_shared = key in saved.shared if saved.shared is not None else strict
-        if not holders and not is_shared:
-            continue
-        if not holders and len(optimizers) > 1:
-            problems.others.append(
-                f"The state {key!r} belongs to no parameter, and nothing tells of which of the {len(optimizers)}"
-                " optimizers it is. Get and set their states one by one."
-            )
-            continue
-        plans[holders[0] if holders else 0].place(key, value)
 
 
 class _Plan:

@@ -19,9 +19,10 @@ from dcp_plugins.manager import OptimizerState, RandomState, load_state
 from dcp_plugins.manager.agreement import deciding_ranks
 from dcp_plugins.plan.values import load_value
 from dcp_plugins.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from dcp_plugins.state_dict.owned import own_model_state
 from dcp_plugins.transformers.adapters import has_adapters, only_adapters
 from dcp_plugins.transformers.layout import MODEL, OPTIMIZER, RANDOM, TRAINER
-from dcp_plugins.transformers.save import FLAT, SCALER, SCHEDULER, bare_optimizer, model_of, scheduler_of
+from dcp_plugins.transformers.save import SCALER, SCHEDULER, bare_optimizer, model_of, scheduler_of
 
 __all__ = ["load_model", "load_optimizer_and_scheduler", "load_random_state", "names_in"]
 
@@ -45,10 +46,11 @@ def load_model(model: nn.Module, path: Path) -> None:
     for what, names in (("missing from", missing), ("unexpected in", unexpected)):
         if names and deciding_ranks().is_coordinator:
             warnings.warn(f"Keys {what} the checkpoint {path}, left as they are: {listing(names)}", stacklevel=2)
-    state = {MODEL: {name: value for name, value in wanted.items() if name in saved}}
+    options = StateDictOptions(strict=False)
+    state = {MODEL: own_model_state(model, options=options, values=wanted, hint=f"This is {path}.")}
     load_state(state, path)
     # Tensors are in place by now. This carries over what is not a tensor, and runs the modules' own load hooks.
-    set_model_state_dict(model, state[MODEL], options=StateDictOptions(strict=False))
+    set_model_state_dict(model, state[MODEL], options=options)
 
 
 def load_optimizer_and_scheduler(trainer: Trainer, path: Path, *, weights_only: bool) -> None:
@@ -63,7 +65,7 @@ def load_optimizer_and_scheduler(trainer: Trainer, path: Path, *, weights_only: 
     scaler: Any = getattr(trainer.accelerator, "scaler", None)
     rest = [SCHEDULER] if scaler is None or SCALER not in parts[TRAINER] else [SCHEDULER, SCALER]
     state: dict[str, Any] = {
-        OPTIMIZER: OptimizerState(model_of(trainer), [bare_optimizer(trainer)], options=FLAT),
+        OPTIMIZER: OptimizerState(model_of(trainer), [bare_optimizer(trainer)]),
         TRAINER: dict.fromkeys(rest, b""),
     }
     load_state(state, path)

@@ -39,7 +39,6 @@ from dcp_plugins.transformers.layout import (
 )
 
 __all__ = [
-    "FLAT",
     "SCALER",
     "SCHEDULER",
     "bare_optimizer",
@@ -53,9 +52,6 @@ log = logging.getLogger(__name__)
 
 SCHEDULER = "scheduler"
 SCALER = "scaler"
-
-# Flat, the state does not depend on how parameters are grouped.
-FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 def save_checkpoint(
@@ -189,7 +185,7 @@ def _state_of(trainer: Trainer, optimizer: Optimizer | None, text: str | None) -
     model = model_of(trainer)
     state: dict[str, Any] = {MODEL: only_adapters(model, get_model_state_dict(model)), TRAINER: rest}
     if optimizer is not None:
-        state[OPTIMIZER] = OptimizerState(model, [optimizer], options=FLAT)
+        state[OPTIMIZER] = OptimizerState(model, [optimizer])
         state[RANDOM] = RandomState()
         # Serialised whole: their keys need not be known to load them.
         rest[SCHEDULER] = dump_value(scheduler_of(trainer).state_dict()).getvalue()
