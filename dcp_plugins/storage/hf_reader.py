@@ -31,6 +31,7 @@ from dcp_plugins.format.safetensors_header import SUFFIX, Header, Placement, Ten
 from dcp_plugins.storage.arrays import ScratchPool, direct_range, read_box, read_into
 from dcp_plugins.storage.hf_index import read_index
 from dcp_plugins.storage.hf_writer import require_local_path
+from dcp_plugins.storage.local import is_local_path
 from dcp_plugins.storage.reader import FileSystemReader, resolve_target
 from dcp_plugins.storage.safetensors_file import read_header
 from dcp_plugins.storage.threads import run_all, split_by_bytes
@@ -294,5 +295,4 @@ class HuggingFaceStorageReader(FileSystemReader):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Whether an id is a directory with a safetensors file."""
-        path = os.fspath(checkpoint_id)
-        return "://" not in path and any(Path(path).glob(f"*{SUFFIX}"))
+        return is_local_path(checkpoint_id) and any(Path(checkpoint_id).glob(f"*{SUFFIX}"))

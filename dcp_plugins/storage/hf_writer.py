@@ -31,7 +31,7 @@ from dcp_plugins.format.safetensors_header import (
 from dcp_plugins.storage.hf_consolidate import consolidate
 from dcp_plugins.storage.hf_index import encode_index, read_index
 from dcp_plugins.storage.hf_layout import RankFiles, new_tensor, placement, split_by_file
-from dcp_plugins.storage.local import make_directory, publish, remove_files, sync_directory
+from dcp_plugins.storage.local import is_local_path, make_directory, publish, remove_files, sync_directory
 from dcp_plugins.storage.planned import item_bytes
 from dcp_plugins.storage.safetensors_file import NewFile, read_header, write_files
 from dcp_plugins.storage.threads import default_thread_count
@@ -275,7 +275,7 @@ def require_local_path(path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: ``path`` has a scheme.
     """
-    if "://" in os.fspath(path):
+    if not is_local_path(path):
         raise ValueError(
             f"expected a local directory, got {os.fspath(path)!r}: safetensors checkpoints on remote storage are not "
             "supported; save to a local directory and upload it, or download it first"

@@ -8,7 +8,16 @@ from pathlib import Path
 
 from dcp_plugins.format.names import is_stock_data_name, is_stock_temporary_name, is_temporary_name, save_id_of
 
-__all__ = ["litter", "make_directory", "publish", "remove_files", "sync_directory", "write_all"]
+__all__ = ["is_local_path", "litter", "make_directory", "publish", "remove_files", "sync_directory", "write_all"]
+
+
+def is_local_path(checkpoint_id: str | os.PathLike[str]) -> bool:
+    """Whether an id is a path; a URL, which has a scheme, is not.
+
+    The file system is not asked. Whether a directory can be made or written shows when a save makes it, and the error
+    of that attempt names the directory and the reason.
+    """
+    return "://" not in os.fspath(checkpoint_id)
 
 
 def write_all(fd: int, buffers: list[memoryview | bytes], nbytes: int) -> None:

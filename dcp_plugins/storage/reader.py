@@ -27,10 +27,10 @@ from dcp_plugins.errors import CheckpointNotFoundError, CorruptCheckpointError, 
 from dcp_plugins.format.container import SMALL_CONTAINER_BYTES, Layout, record_checksums
 from dcp_plugins.format.metadata import decode
 from dcp_plugins.format.names import metadata_name, new_save_id, safe_join
+from dcp_plugins.storage.local import is_local_path
 from dcp_plugins.storage.reads import DataFileReader, TensorRead, load_container
 from dcp_plugins.storage.threads import default_thread_count, run_all, split_by_bytes
 from dcp_plugins.storage.transforms import ExtensionRegistry, decode_stream
-from dcp_plugins.storage.writer import local_path_is_usable
 
 __all__ = ["FileSystemReader", "resolve_target"]
 
@@ -278,10 +278,7 @@ class FileSystemReader(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        if local_path_is_usable(checkpoint_id):
-            return True
-        # A checkpoint on a read-only file system can be read all the same.
-        return "://" not in os.fspath(checkpoint_id) and Path(checkpoint_id).is_dir()
+        return is_local_path(checkpoint_id)
 
 
 def resolve_target(item: ReadItem, planner: LoadPlanner) -> torch.Tensor:

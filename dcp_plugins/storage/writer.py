@@ -47,12 +47,12 @@ from dcp_plugins.pace import elsewhere, give_way
 from dcp_plugins.storage.datafile import DataFile
 from dcp_plugins.storage.detour import small_on_host
 from dcp_plugins.storage.host_blocks import host_blocks
-from dcp_plugins.storage.local import litter, make_directory, publish, remove_files, sync_directory
+from dcp_plugins.storage.local import is_local_path, litter, make_directory, publish, remove_files, sync_directory
 from dcp_plugins.storage.planned import Run, check_against_plan, in_runs, resolved_together, runs_of
 from dcp_plugins.storage.threads import SharedWork, default_thread_count, run_all, split_by_bytes
 from dcp_plugins.storage.transforms import encode_stream
 
-__all__ = ["DCP_VERSION", "FileSystemWriter", "local_path_is_usable"]
+__all__ = ["DCP_VERSION", "FileSystemWriter"]
 
 logger = logging.getLogger(__name__)
 
@@ -369,15 +369,7 @@ class FileSystemWriter(StorageWriter):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return local_path_is_usable(checkpoint_id)
-
-
-def local_path_is_usable(checkpoint_id: str | os.PathLike[str]) -> bool:
-    """Whether an id is a path (a URL is not) under some directory that may be written."""
-    if isinstance(checkpoint_id, Path):
-        return True
-    text = os.fspath(checkpoint_id)
-    return "://" not in text and any(parent.is_dir() and os.access(parent, os.W_OK) for parent in Path(text).parents)
+        return is_local_path(checkpoint_id)
 
 
 def _nothing() -> None:
