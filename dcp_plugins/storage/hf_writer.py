@@ -16,6 +16,7 @@ from dcp_plugins.errors import (
     CheckpointExistsError,
     CorruptCheckpointError,
     PlanError,
+    StorageWriteError,
     UnsupportedValueError,
     listing,
 )
@@ -208,9 +209,7 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         """Commit: rename the files into place and publish the index, then reclaim what they replaced."""
         written = [result for part in results for result in part]
         names = {result.storage_data.relative_path for result in written}
-        for name in sorted(names):
-            # Replaces one file in one step; of several files, see the class.
-            (self.path / temporary_name(name, self.save_id)).replace(self.path / name)
+        self._rename(names)
         if self.sync_files:
             sync_directory(self.path)
         metadata.storage_data = {result.index: result.storage_data for result in written}
@@ -224,6 +223,27 @@ class HuggingFaceStorageWriter(FileSystemWriter):
             self._publish_index(self.path, dict(sizes), names)
         else:
             self._clear(self.path, names)
+
+    def _rename(self, names: Collection[str]) -> None:
+        """Give the files that were written their final names; a subclass's ``write_data`` may have done so itself.
+
+        Raises:
+            StorageWriteError: A file is there under neither name.
+        """
+        missing = []
+        for name in sorted(names):
+            final = self.path / name
+            try:
+                # Replaces one file in one step; of several files, see the class.
+                (self.path / temporary_name(name, self.save_id)).replace(final)
+            except FileNotFoundError:
+                if not final.exists() or _is_of_another_save(final, self.save_id):
+                    missing.append(name)
+        if missing:
+            raise StorageWriteError(
+                f"{self.path}: write_data has reported files that are not there: {listing(missing)}. If every rank has "
+                "written its own, the ranks do not see one directory: save to storage that all of them share"
+            )
 
     def _consolidate(self, names: Collection[str]) -> None:
         assert self.consolidated_output_path is not None
@@ -288,6 +308,11 @@ def _needs_save_distributed(found: str) -> PlanError:
         "HuggingFaceStorageWriter, gather the full state dict on one rank and leave the others' empty, or, where all "
         "ranks have all of it, DefaultSavePlanner(dedup_save_to_lowest_rank=True) to save"
     )
+
+
+def _is_of_another_save(path: Path, save_id: str) -> bool:
+    found = save_of(read_header(path))
+    return found is not None and found[0] != save_id
 
 
 def _is_obsolete(directory: Path, name: str, kept: Collection[str]) -> bool:
