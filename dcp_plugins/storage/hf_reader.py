@@ -30,7 +30,7 @@ from dcp_plugins.format.memory import as_buffer
 from dcp_plugins.format.safetensors_header import SUFFIX, Header, Placement, TensorEntry, placements, save_of
 from dcp_plugins.storage.arrays import ScratchPool, direct_range, read_box, read_into
 from dcp_plugins.storage.hf_index import read_index
-from dcp_plugins.storage.hf_writer import require_local_path
+from dcp_plugins.storage.hf_writer import require_local_fs, require_local_path
 from dcp_plugins.storage.local import is_local_path
 from dcp_plugins.storage.reader import FileSystemReader, resolve_target
 from dcp_plugins.storage.safetensors_file import read_header
@@ -101,6 +101,7 @@ class HuggingFaceStorageReader(FileSystemReader):
             CheckpointNotFoundError: There is no safetensors file.
             CorruptCheckpointError: A file is damaged, or the files do not belong together.
         """
+        require_local_fs(self)
         headers = self._read_headers()
         chosen = self._of_one_save(headers)
         entries, places = self._chunks(chosen)

@@ -29,16 +29,18 @@ from dcp_plugins.format.safetensors_header import (
     is_conventional_name,
     save_of,
 )
+from dcp_plugins.storage.file_system import FileSystem
 from dcp_plugins.storage.hf_consolidate import consolidate
 from dcp_plugins.storage.hf_index import encode_index, read_index
 from dcp_plugins.storage.hf_layout import RankFiles, new_tensor, placement, split_by_file
 from dcp_plugins.storage.local import is_local_path, make_directory, publish, remove_files, sync_directory
 from dcp_plugins.storage.planned import item_bytes
+from dcp_plugins.storage.reader import FileSystemReader
 from dcp_plugins.storage.safetensors_file import NewFile, read_header, write_files
 from dcp_plugins.storage.threads import default_thread_count
 from dcp_plugins.storage.writer import FileSystemWriter
 
-__all__ = ["HuggingFaceStorageWriter", "require_local_path"]
+__all__ = ["HuggingFaceStorageWriter", "require_local_fs", "require_local_path"]
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +125,7 @@ class HuggingFaceStorageWriter(FileSystemWriter):
             )
         if not self.save_distributed and not self.use_collectives and self.rank:
             raise _needs_save_distributed("without collectives, several ranks save")
+        require_local_fs(self)
         self._check_values(plan)
         make_directory(self.path, sync=self.sync_files)
         existing = [name for name in os.listdir(self.path) if is_conventional_name(name)]
@@ -299,6 +302,20 @@ def require_local_path(path: str | os.PathLike[str]) -> None:
         raise ValueError(
             f"expected a local directory, got {os.fspath(path)!r}: safetensors checkpoints on remote storage are not "
             "supported; save to a local directory and upload it, or download it first"
+        )
+
+
+def require_local_fs(storage: FileSystemWriter | FileSystemReader) -> None:
+    """Refuse a storage that has been given another file system than local files.
+
+    Raises:
+        ValueError: Its ``fs`` is one of the user's, which would otherwise not be used.
+    """
+    if type(storage.fs) is not FileSystem:
+        raise ValueError(
+            f"expected {type(storage).__name__} on local files, found fs={type(storage.fs).__name__}: safetensors "
+            "checkpoints on other file systems are not supported; save with a subclass of FileSystemWriter, or to a "
+            "local directory"
         )
 
 
