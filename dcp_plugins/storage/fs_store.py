@@ -7,6 +7,7 @@ The verbs that it must have are those that torch asks for: ``create_stream`` ("w
 from __future__ import annotations
 
 import io
+import logging
 import os
 import threading
 from collections.abc import Collection, Iterable, Iterator
@@ -22,6 +23,8 @@ from dcp_plugins.storage.file_system import FileSystem
 from dcp_plugins.storage.store import LocalStore, NewFile, Store
 
 __all__ = ["FsStore", "store_of"]
+
+logger = logging.getLogger(__name__)
 
 # Smaller buffers are joined before they are written: a stream may send each write on its way by itself.
 _JOINED_BYTES = 64 * 1024
@@ -65,7 +68,8 @@ class FsStore:
     def open(self, name: str) -> Iterator[tuple[OpenFile, int]]:
         self._expect(name)
         with self._fs.create_stream(self._at(name), "rb") as stream:
-            yield _StreamReader(stream), stream.seek(0, os.SEEK_END)
+            stream.seek(0, os.SEEK_END)
+            yield _StreamReader(stream), stream.tell()
 
     @contextmanager
     def create(self, name: str) -> Iterator[NewFile]:
@@ -93,8 +97,15 @@ class FsStore:
             if not self._renamed(temporary, name):
                 self._replace(name, temporary)
         except BaseException:
-            self.remove([temporary])
+            self._discard(temporary)
             raise
+
+    def _discard(self, temporary: str) -> None:
+        try:
+            self.remove([temporary])
+        # Of two errors, the caller needs the one that made the save fail.
+        except Exception:
+            logger.warning("could not delete %s", self._at(temporary), exc_info=True)
 
     def _renamed(self, source: str, target: str) -> bool:
         """Rename a file; False if it was refused, or nothing happened, because there is such a file."""

@@ -369,8 +369,12 @@ class FileSystemWriter(StorageWriter):
 
     def abandon(self) -> None:
         """Delete the data files of a save that failed; what was committed before is not touched."""
-        store_of(self.fs, self.path).remove(self._written)
-        self._written = []
+        written, self._written = self._written, []
+        try:
+            store_of(self.fs, self.path).remove(written)
+        # Of two errors, the caller needs the one that made the save fail.
+        except Exception:
+            logger.warning("could not delete the files of a failed save in %s", self.path, exc_info=True)
 
     def retire_whole(self) -> None:
         """After all ranks of a save without collectives have committed: the whole checkpoint that was here is old.

@@ -244,6 +244,37 @@ def test_a_failed_overwrite_leaves_the_previous_checkpoint(kind: Any, verb: str,
     assert_state(load(fs), 3)
 
 
+class LostFs(MemoryFs):
+    """Loses its connection once it has written as many files as it is told to."""
+
+    left = 1_000
+
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Generator[io.IOBase, None, None]:
+        with super().create_stream(path, mode) as stream:
+            yield stream
+        if mode == "wb":
+            self.left -= 1
+            if self.left <= 0:
+                raise TimeoutError("the connection is lost")
+
+    def rm_file(self, path: Any) -> None:
+        if self.left <= 0:
+            raise OSError("not connected")
+        super().rm_file(path)
+
+
+@pytest.mark.parametrize("left", [1, 2], ids=["data", "metadata"])
+def test_the_error_that_made_a_save_fail_is_told_where_its_files_cannot_be_deleted(left: int) -> None:
+    fs = LostFs()
+    save(fs, 1)
+    fs.left = left
+    with pytest.raises(dcp.CheckpointException, match="the connection is lost") as caught:
+        save(fs, 2)
+    assert isinstance(caught.value.failures[0][0], TimeoutError)
+    assert_state(load(fs), 1)
+
+
 @pytest.mark.parametrize("kind", [MemoryFs, ListedMemoryFs])
 def test_a_rename_that_fails_once_is_made_by_way_of_a_third_name(kind: Any) -> None:
     fs = kind()
