@@ -6,6 +6,9 @@ names; see ``docs/concepts.md`` for what happens in a save and a load.
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING
+
 from dcp_plugins.contract import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -40,12 +43,17 @@ from dcp_plugins.storage import (
     QuantizedHuggingFaceStorageReader,
     register_storage,
 )
+from dcp_plugins.tensors import CheckpointableTensor
+
+if TYPE_CHECKING:
+    from types import ModuleType
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BytesStorageMetadata",
     "CheckpointException",
+    "CheckpointableTensor",
     "ChunkStorageMetadata",
     "DefaultLoadPlanner",
     "DefaultSavePlanner",
@@ -75,3 +83,41 @@ __all__ = [
     "save_state_dict",
     "start_async_process",
 ]
+
+# Torch's package has these as attributes once it is imported. Here they are imported when they are first asked for:
+# `state_dict` alone takes a quarter of a second.
+_SUBMODULES = frozenset(
+    (
+        "_extension",
+        "api",
+        "default_planner",
+        "filesystem",
+        "hf_storage",
+        "logger",
+        "logging_handlers",
+        "metadata",
+        "optimizer",
+        "planner",
+        "planner_helpers",
+        "protocol",
+        "quantized_hf_storage",
+        "resharding",
+        "staging",
+        "state_dict",
+        "state_dict_loader",
+        "state_dict_saver",
+        "stateful",
+        "storage",
+        "utils",
+    )
+)
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(_SUBMODULES.union(globals()))

@@ -19,6 +19,8 @@ from torch.distributed.checkpoint.filesystem import SerializationFormat as Seria
 from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo
 from torch.distributed.checkpoint.filesystem import _StoragePrefix as StoragePrefix
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING as MemoryFormatEncoding
+from torch.distributed.checkpoint.metadata import STATE_DICT_TYPE as STATE_DICT_TYPE
+from torch.distributed.checkpoint.metadata import STORAGE_TYPES as STORAGE_TYPES
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata as BytesStorageMetadata
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata as ChunkStorageMetadata
 from torch.distributed.checkpoint.metadata import Metadata as Metadata
@@ -44,6 +46,8 @@ from torch.distributed.checkpoint.storage import StorageWriter as StorageWriter
 from torch.distributed.checkpoint.storage import WriteResult as WriteResult
 
 __all__ = [
+    "STATE_DICT_TYPE",
+    "STORAGE_TYPES",
     "AsyncStager",
     "BytesIOWriteData",
     "BytesStorageMetadata",

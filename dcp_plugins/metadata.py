@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dcp_plugins.contract import (
+    STATE_DICT_TYPE,
+    STORAGE_TYPES,
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
@@ -13,6 +15,8 @@ from dcp_plugins.contract import (
 )
 
 __all__ = [
+    "STATE_DICT_TYPE",
+    "STORAGE_TYPES",
     "BytesStorageMetadata",
     "ChunkStorageMetadata",
     "Metadata",

@@ -51,6 +51,7 @@ FLOORS: dict[str, int] = {
 SURFACE_FLOOR = 4.5
 SURFACE = {
     "dcp_plugins": "what `import dcp_plugins as dcp` gives",
+    "dcp_plugins._extension": "torch's module path",
     "dcp_plugins.api": "torch's module path",
     "dcp_plugins.default_planner": "torch's module path",
     "dcp_plugins.filesystem": "torch's module path",
@@ -60,10 +61,14 @@ SURFACE = {
     "dcp_plugins.metadata": "torch's module path",
     "dcp_plugins.optimizer": "torch's module path",
     "dcp_plugins.planner": "torch's module path",
+    "dcp_plugins.planner_helpers": "torch's module path",
+    "dcp_plugins.protocol": "torch's module path, from torch 2.15 on",
     "dcp_plugins.quantized_hf_storage": "torch's module path",
+    "dcp_plugins.resharding": "torch's module path",
     "dcp_plugins.state_dict_loader": "torch's module path",
     "dcp_plugins.state_dict_saver": "torch's module path",
     "dcp_plugins.stateful": "torch's module path",
+    "dcp_plugins.utils": "torch's module path",
 }
 
 # Shipped for tests, ours and users'; imports what it helps to test and is imported by none of the floors.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -30,13 +32,25 @@ MODULES = [
     "metadata",
     "optimizer",
     "planner",
+    "planner_helpers",
     "quantized_hf_storage",
+    "resharding",
     "staging",
     "state_dict",
     "state_dict_loader",
     "state_dict_saver",
     "stateful",
     "storage",
+    "utils",
+]
+# Names without an `__all__` entry that programs and frameworks import from there.
+BESIDES_ALL = [
+    ("_extension", "StreamTransformExtension"),
+    ("_extension", "ZStandard"),
+    ("default_planner", "_EmptyStateDictLoadPlanner"),
+    ("metadata", "STATE_DICT_TYPE"),
+    ("metadata", "STORAGE_TYPES"),
+    ("state_dict_loader", "_load_state_dict"),
 ]
 # Ours differs from torch's on purpose; (call, parameter) -> reason.
 OTHER_DEFAULTS = dict.fromkeys(
@@ -73,6 +87,78 @@ def test_every_documented_module_path_resolves_with_torchs_names(module: str) ->
     ours = importlib.import_module(f"dcp_plugins.{module}")
     missing = [name for name in theirs.__all__ if not hasattr(ours, name)]
     assert not missing
+
+
+def fresh(program: str) -> list[str]:
+    """Return the words that a program prints, run by an interpreter that has imported nothing yet."""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return result.stdout.split()
+
+
+def test_every_attribute_of_torchs_package_is_one_of_ours_after_the_import_alone() -> None:
+    # Both in one interpreter, torch first: `import dcp_plugins` must not add to what is compared.
+    missing = fresh(
+        "import torch.distributed.checkpoint as theirs\n"
+        "names = [name for name in dir(theirs) if not name.startswith('_') or name == '_extension']\n"
+        "assert {'planner_helpers', 'state_dict_saver', 'utils', 'save'} <= set(names), names\n"
+        "import dcp_plugins as ours\n"
+        "print(*[name for name in names if not hasattr(ours, name) or name not in dir(ours)])"
+    )
+    assert missing == []
+
+
+def test_each_submodule_is_an_attribute_after_the_import_of_the_package_alone() -> None:
+    modules = [*MODULES, "protocol", "_extension"]
+    # Each in a child of its own: one of them imports others.
+    found = fresh(
+        "import os, dcp_plugins as dcp\n"
+        f"for name in {modules}:\n"
+        "    if os.fork() == 0:\n"
+        "        print(getattr(dcp, name).__name__, flush=True)\n"
+        "        os._exit(0)\n"
+        "    os.wait()"
+    )
+    assert found == [f"dcp_plugins.{module}" for module in modules]
+
+
+def test_a_submodule_that_takes_long_is_imported_when_it_is_asked_for() -> None:
+    listed = "print('dcp_plugins.state_dict' in sys.modules)"
+    assert fresh(f"import sys, dcp_plugins as dcp; dir(dcp); {listed}; dcp.state_dict; {listed}") == ["False", "True"]
+
+
+def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="'dcp_plugins' has no attribute 'state_dct'"):
+        dcp.state_dct  # noqa: B018
+    assert not hasattr(dcp, "no_such_module")
+
+
+@pytest.mark.parametrize(("module", "name"), BESIDES_ALL)
+def test_names_that_programs_import_from_a_module_are_there(module: str, name: str) -> None:
+    theirs = getattr(importlib.import_module(f"torch.distributed.checkpoint.{module}"), name)
+    ours = getattr(importlib.import_module(f"dcp_plugins.{module}"), name)
+    if inspect.isfunction(theirs):
+        assert_accepts(name, theirs, ours)
+
+
+def test_the_protocol_of_local_tensors_that_are_shards_is_exported() -> None:
+    from dcp_plugins.protocol import CheckpointableTensor
+
+    assert dcp.CheckpointableTensor is CheckpointableTensor
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("planner_helpers", "create_read_items_for_chunk_list"),
+        ("utils", "find_state_dict_object"),
+        ("utils", "find_tensor_shard"),
+    ],
+)
+def test_helpers_take_what_torchs_take(module: str, name: str) -> None:
+    theirs = getattr(importlib.import_module(f"torch.distributed.checkpoint.{module}"), name)
+    ours = getattr(importlib.import_module(f"dcp_plugins.{module}"), name)
+    assert ours.__module__.startswith("dcp_plugins.")
+    assert_accepts(name, theirs, ours)
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from dcp_plugins.events import record
 from dcp_plugins.plan import DefaultLoadPlanner, EmptyStateDictLoadPlanner
 from dcp_plugins.storage import FileSystemReader
 
-__all__ = ["load", "load_from_keys", "load_state_dict", "run_load"]
+__all__ = ["load", "load_from_keys", "load_state_dict", "load_with_reader", "run_load"]
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +94,24 @@ def load_state_dict(
         "load_state_dict is deprecated and will be removed in future versions; use load", FutureWarning, stacklevel=2
     )
     storage_reader.reset()
+    load_with_reader(state_dict, storage_reader, process_group, coordinator_rank, no_dist, planner)
+
+
+def load_with_reader(
+    state_dict: dict[str, Any],
+    storage_reader: StorageReader,
+    process_group: dist.ProcessGroup | None = None,
+    coordinator_rank: int = 0,
+    no_dist: bool = False,
+    planner: LoadPlanner | None = None,
+) -> None:
+    """Load through a storage reader as it is, into a dict without ``Stateful`` objects.
+
+    Lightning loads with torch's function of this signature, ``_load_state_dict``, although its name is private.
+
+    Args:
+        coordinator_rank: The rank, within the group, that sees all plans.
+    """
     ranks = Ranks(process_group, distributed=not no_dist, coordinator_rank=coordinator_rank)
     run_load(lambda: state_dict, storage_reader, planner or DefaultLoadPlanner(), ranks)
 

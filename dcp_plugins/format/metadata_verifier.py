@@ -46,6 +46,7 @@ _RECORDS = {
         TensorStorageMetadata,
     )
 }
+# The state of a TensorProperties as torch has pickled it since 1.12. Later versions append fields: torch 2.15, strides.
 _PROPERTIES = {
     "dtype": torch.dtype,
     "layout": torch.layout,
@@ -53,6 +54,7 @@ _PROPERTIES = {
     "memory_format": torch.memory_format,
     "pin_memory": bool,
 }
+_ALL_PROPERTIES = [field.name for field in dataclasses.fields(TensorProperties)]
 
 
 def verify(metadata: Any, source: str) -> Metadata:
@@ -159,22 +161,37 @@ class _Verifier:
         fields = vars(tensor)
         pickled = fields.get("properties")
         if self._expect(type(pickled) is PickledProperties, f"{where} properties", "a TensorProperties", pickled):
-            state = getattr(pickled, "state", None)
-            if (
-                type(state) is tuple
-                and len(state) == len(_PROPERTIES)
-                and all(type(value) is kind for value, kind in zip(state, _PROPERTIES.values(), strict=True))
-            ):
-                known = self._properties.setdefault(state, dict(zip(_PROPERTIES, state, strict=True)))
+            known = self._known_properties(getattr(pickled, "state", None), f"{where} properties")
+            if known is not None:
                 fields["properties"] = _new_properties(known)
-            else:
-                self._expect(False, f"{where} properties", "dtype, layout and three settings", state)
         size = self._size(fields, "size", where)
         chunks = fields.get("chunks")
         if self._expect(type(chunks) is list, f"{where} chunks", "a list", chunks) and size is not None:
             for chunk in chunks or ():
                 self._chunk(chunk, size, where)
         self._others(tensor, ("properties", "size", "chunks"), where)
+
+    def _known_properties(self, state: Any, where: str) -> dict[str, Any] | None:
+        """Return the fields that a pickled state stands for, and remember them for equal states; ``None`` if wrong."""
+        right = (
+            type(state) is tuple
+            and len(state) >= len(_PROPERTIES)
+            and all(type(value) is kind for value, kind in zip(state, _PROPERTIES.values(), strict=False))
+        )
+        if not self._expect(right, where, "dtype, layout and three settings, and plain data after them", state):
+            return None
+        num_problems = len(self.problems)
+        for value in state[len(_PROPERTIES) :]:
+            self._plain(value, where)
+        if len(self.problems) > num_problems:
+            return None
+        # The installed torch has no name, and so no use, for the fields of a newer one.
+        known = dict(zip(_ALL_PROPERTIES, state, strict=False))
+        try:
+            self._properties[state] = known
+        except TypeError:  # A list or a dict in a field of a newer torch.
+            return known
+        return known
 
     def _chunk(self, chunk: Any, size: torch.Size, where: str) -> None:
         where = f"a chunk of {where}"

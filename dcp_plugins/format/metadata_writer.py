@@ -12,6 +12,7 @@ state that BUILD copies from is shared.)
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 import os
 import pathlib
@@ -53,7 +54,8 @@ _PATHS = (
 _MAX_DEPTH = 16
 
 _get_tensor = operator.attrgetter("properties", "size", "chunks")
-_get_properties = operator.attrgetter("dtype", "layout", "requires_grad", "memory_format", "pin_memory")
+# Of torch 2.13: dtype, layout, requires_grad, memory_format, pin_memory. Later versions have more.
+_get_properties = operator.attrgetter(*[field.name for field in dataclasses.fields(TensorProperties)])
 _get_chunk = operator.attrgetter("offsets", "sizes")
 _get_index = operator.attrgetter("fqn", "offset", "index")
 _get_storage = operator.attrgetter("relative_path", "offset", "length", "transform_descriptors")
@@ -261,9 +263,12 @@ class Emitter:
         if type(properties) is not TensorProperties:
             return self.value(properties)
         key = _get_properties(properties)
-        emitted = self._properties.get(key)
+        try:
+            emitted = self._properties.get(key)
+        except TypeError:  # A list in a field of a newer torch.
+            return self.value(properties)
         if emitted is None:
-            dtype, layout, requires_grad, memory_format, pin_memory = key
+            dtype, layout, requires_grad, memory_format, pin_memory, *added = key
             encoding = _MEMORY_FORMATS.get(memory_format)
             if encoding is None:
                 raise UnsupportedValueError(
@@ -271,13 +276,16 @@ class Emitter:
                     f"{', '.join(map(str, _MEMORY_FORMATS))}"
                 )
             layout_name = self._strings[str(layout)]
-            state = (
+            state: tuple[bytes, ...] = (
                 self._class("torch", str(dtype).removeprefix("torch.")),
                 self._class("torch.serialization", "_get_layout") + layout_name + b"\x85R",
                 self.value(requires_grad),
                 self._type(MemoryFormatEncoding) + push_integer(encoding.value) + b"\x85R",
                 self.value(pin_memory),
             )
+            if any(value is not None for value in added):
+                # Torch 2.13 and older read no state but that of five fields: it is kept wherever five say everything.
+                state += tuple(map(self.value, added))
             reference = self.memoize(push_tuple(list(state)))
             emitted = self._properties[key] = self._type(TensorProperties) + b")\x81" + reference + b"b"
         return emitted

@@ -28,6 +28,7 @@ from dcp_plugins.staging.wrappers import is_plain_memory, parts
 from dcp_plugins.storage.companion import CompanionWriter
 from dcp_plugins.storage.datafile import DataFile
 from dcp_plugins.storage.local import make_directory
+from dcp_plugins.storage.store import LocalStore
 
 __all__ = ["Fingerprint", "write_twin"]
 
@@ -88,7 +89,7 @@ def write_twin(source: Path, writer: CompanionWriter, values: Mapping[str, Any])
     metadata = dcp.FileSystemReader(source).read_metadata()
     own = data_file_name("__0_", 0, writer.save_id)
     results = []
-    with DataFile(writer.path / own, sync=writer.sync_files) as file:
+    with LocalStore(writer.path).create(own) as opened, DataFile(opened, sync=writer.sync_files) as file:
         for index, info in (metadata.storage_data or {}).items():
             if index.fqn in values:
                 offset, length = file.write_bytes(dump_value(values[index.fqn]))

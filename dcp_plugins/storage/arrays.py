@@ -6,7 +6,7 @@ import math
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -15,7 +15,17 @@ from dcp_plugins.format.memory import as_buffer, is_directly_addressable
 from dcp_plugins.geometry import is_contiguous_range
 from dcp_plugins.storage.host_blocks import BLOCK_BYTES, scratch
 
-__all__ = ["ScratchPool", "direct_range", "read_box", "read_into", "row_reads", "write_at"]
+__all__ = [
+    "OpenFile",
+    "ReadsAt",
+    "ScratchPool",
+    "direct_range",
+    "read_box",
+    "read_bytes",
+    "read_into",
+    "row_reads",
+    "write_at",
+]
 
 
 class ScratchPool:
@@ -32,8 +42,27 @@ class ScratchPool:
         return buffer[:nbytes]
 
 
-def read_into(fd: int, buffers: list[Any], position: int, nbytes: int, where: str) -> None:
+class ReadsAt(Protocol):
+    """A file without a descriptor; any number of threads may read from it."""
+
+    def read_into(self, buffers: list[Any], position: int, nbytes: int, where: str) -> None:
+        """Fill all buffers, ``nbytes`` in total, from ``position``.
+
+        Raises:
+            CorruptCheckpointError: The file ends before; names it by ``where``.
+        """
+
+
+OpenFile = int | ReadsAt
+"""A file that is open for reading: a descriptor, where there is one."""
+
+
+def read_into(file: OpenFile, buffers: list[Any], position: int, nbytes: int, where: str) -> None:
     """Fill all buffers, ``nbytes`` in total, from ``position`` in the file."""
+    if not isinstance(file, int):
+        file.read_into(buffers, position, nbytes, where)
+        return
+    fd = file
     done = os.preadv(fd, buffers, position)
     while done < nbytes:
         if done == 0:
@@ -42,6 +71,16 @@ def read_into(fd: int, buffers: list[Any], position: int, nbytes: int, where: st
         nbytes -= done
         _drop(buffers, done)
         done = os.preadv(fd, buffers, position)
+
+
+def read_bytes(file: OpenFile, nbytes: int, position: int, where: str) -> bytes:
+    """Return ``nbytes`` from ``position`` in the file."""
+    content = os.pread(file, nbytes, position) if isinstance(file, int) else b""
+    if len(content) == nbytes:
+        return content
+    rest = bytearray(nbytes - len(content))
+    read_into(file, [memoryview(rest)], position + len(content), len(rest), where)
+    return content + bytes(rest)
 
 
 def write_at(fd: int, buffers: list[Any], position: int, nbytes: int) -> None:
@@ -81,7 +120,7 @@ def direct_range(
 
 
 def read_box(
-    fd: int,
+    file: OpenFile,
     position: int,
     shape: Sequence[int],
     dtype: torch.dtype,
@@ -108,14 +147,14 @@ def read_box(
     direct = direct_range(shape, dtype, offsets, lengths, target)
     if direct is not None:
         start, nbytes = direct
-        read_into(fd, [as_buffer(target)], position + start, nbytes, where)
+        read_into(file, [as_buffer(target)], position + start, nbytes, where)
         return
     if dtype == target.dtype and dtype.itemsize == 1:
         # Not every one-byte dtype has a copy of its own.
         dtype, target = torch.uint8, target.view(torch.uint8)
     for start, block_shape, source, destination in row_reads(shape, offsets, lengths, dtype.itemsize, BLOCK_BYTES):
         raw = pool.take(math.prod(block_shape) * dtype.itemsize, target.device)
-        read_into(fd, [as_buffer(raw)], position + start * dtype.itemsize, len(raw), where)
+        read_into(file, [as_buffer(raw)], position + start * dtype.itemsize, len(raw), where)
         target[destination].copy_(raw.view(dtype).view(block_shape)[source])
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import io
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -17,7 +15,7 @@ from dcp_plugins.format.container import ALIGNMENT_BYTES, Layout, crc32, predict
 from dcp_plugins.format.memory import PLAIN_TENSORS, as_buffer, is_directly_addressable
 from dcp_plugins.pace import elsewhere
 from dcp_plugins.storage.host_blocks import host_blocks
-from dcp_plugins.storage.local import write_all
+from dcp_plugins.storage.store import NewFile
 
 __all__ = ["DataFile"]
 
@@ -37,17 +35,15 @@ def _bytes(nbytes: int) -> type[ctypes.Array[ctypes.c_char]]:
 
 
 class DataFile:
-    """Appends containers and byte strings to a new file; a context manager that closes it, and syncs it if asked.
+    """Appends containers and byte strings to a new file; a context manager that at its end syncs the file if asked.
 
     Nothing is copied on the host: small buffers are collected and handed over in one system call, large ones are
     checksummed and written piece by piece. Used by one thread.
     """
 
-    def __init__(self, path: Path, *, sync: bool) -> None:
-        self.path = path
+    def __init__(self, file: NewFile, *, sync: bool) -> None:
+        self._file = file
         self._sync = sync
-        # O_EXCL: names are unique to the save, so that a file which exists already is a fault worth hearing of.
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self._pending: list[Any] = []
         # Of buffers among the pending ones.
         self._owners: list[Sequence[torch.Tensor]] = []
@@ -65,10 +61,9 @@ class DataFile:
             if kind is None:
                 self.flush()
                 if self._sync:
-                    os.fsync(self._fd)
+                    self._file.sync()
         finally:
             self._pending, self._owners = [], []
-            os.close(self._fd)
 
     def write(self, data: memoryview | bytes, nbytes: int) -> None:
         """Append a buffer of ``nbytes``; its memory must not change before the file is closed."""
@@ -167,5 +162,5 @@ class DataFile:
             pending, self._pending = self._pending, []
             nbytes, self._pending_bytes = self._pending_bytes, 0
             with elsewhere():
-                write_all(self._fd, pending, nbytes)
+                self._file.write_all(pending, nbytes)
             self._owners = []

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import cast
 
 from dcp_plugins.contract import FileSystemBase
-from dcp_plugins.storage.writer import local_path_is_usable
+from dcp_plugins.storage.local import is_local_path
 
 __all__ = ["FileSystem"]
 
@@ -44,7 +44,7 @@ class FileSystem(FileSystemBase):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return local_path_is_usable(checkpoint_id)
+        return is_local_path(checkpoint_id)
 
     def exists(self, path: str | os.PathLike[str]) -> bool:
         return Path(path).exists()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -18,8 +20,11 @@ __all__ = ["RankFiles", "new_tensor", "placement", "split_by_file"]
 
 
 @dataclass(frozen=True, slots=True)
-class RankFiles:
-    """What the coordinator tells a rank about its files; travels as the plan's ``storage_data``."""
+class RankFiles(Mapping[str, Any]):
+    """What the coordinator tells a rank about its files; travels as the plan's ``storage_data``.
+
+    As a mapping it has the keys of torch's ``storage_data``, for a ``write_data`` that was written for torch's writer.
+    """
 
     save_id: str
     num_files: int | None
@@ -29,6 +34,19 @@ class RankFiles:
     index_by_fqn: dict[str, int]
     """Number of the file, from 1, for each fqn of this rank; empty if all go to the first."""
     largest_index: int
+
+    def __getitem__(self, key: str) -> Any:
+        return self._as_torchs()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._as_torchs())
+
+    def __len__(self) -> int:
+        return len(self._as_torchs())
+
+    def _as_torchs(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"fqn_to_index_mapping": self.index_by_fqn} if self.index_by_fqn else {}
+        return found if self.shard is None else {**found, "shard_index": self.shard}
 
     def name(self, fqn: str, part: int) -> str:
         """Return the file for the ``part``-th chunk, from 1, of a tensor."""

@@ -30,7 +30,8 @@ from dcp_plugins.format.memory import as_buffer
 from dcp_plugins.format.safetensors_header import SUFFIX, Header, Placement, TensorEntry, placements, save_of
 from dcp_plugins.storage.arrays import ScratchPool, direct_range, read_box, read_into
 from dcp_plugins.storage.hf_index import read_index
-from dcp_plugins.storage.hf_writer import require_local_path
+from dcp_plugins.storage.hf_writer import require_local_fs, require_local_path
+from dcp_plugins.storage.local import is_local_path
 from dcp_plugins.storage.reader import FileSystemReader, resolve_target
 from dcp_plugins.storage.safetensors_file import read_header
 from dcp_plugins.storage.threads import run_all, split_by_bytes
@@ -83,12 +84,15 @@ class HuggingFaceStorageReader(FileSystemReader):
         require_local_path(path)
         super().__init__(path, thread_count=thread_count)
         self._pool = ScratchPool()
+        # Of the files that entries of torch's own class name.
+        self._headers: dict[str, Header] = {}
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin a new load, from another directory if one is given."""
         if checkpoint_id:
             require_local_path(checkpoint_id)
         super().reset(checkpoint_id)
+        self._headers.clear()
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Return what the files' headers say.
@@ -97,6 +101,7 @@ class HuggingFaceStorageReader(FileSystemReader):
             CheckpointNotFoundError: There is no safetensors file.
             CorruptCheckpointError: A file is damaged, or the files do not belong together.
         """
+        require_local_fs(self)
         headers = self._read_headers()
         chosen = self._of_one_save(headers)
         entries, places = self._chunks(chosen)
@@ -213,12 +218,30 @@ class HuggingFaceStorageReader(FileSystemReader):
 
     def _stored(self, item: ReadItem) -> StoredArray:
         info = self.storage_data.get(item.storage_index)
-        if not isinstance(info, StoredArray):
+        if isinstance(info, StoredArray):
+            return info
+        if isinstance(info, HFStorageInfo):
+            return self._located(item, info)
+        raise CorruptCheckpointError(
+            f"{self.path}: no file holds {item.storage_index.fqn} at offset {item.storage_index.offset}; found {info!r}"
+        )
+
+    def _located(self, item: ReadItem, info: HFStorageInfo) -> StoredArray:
+        """Return where a chunk lies in its file, which torch's entry, put there by a subclass, does not say."""
+        path = self.path / info.relative_path
+        header = self._headers.get(info.relative_path)
+        if header is None:
+            header = self._headers[info.relative_path] = read_header(path)
+        stored = header.tensors.get(item.storage_index.fqn)
+        if stored is None:
+            raise CorruptCheckpointError(f"{path} has no tensor {item.storage_index.fqn!r}, which its entry promises")
+        ends = [start + length for start, length in zip(item.storage_offsets, item.lengths, strict=True)]
+        if len(ends) != len(stored.shape) or any(end > extent for end, extent in zip(ends, stored.shape, strict=True)):
             raise CorruptCheckpointError(
-                f"{self.path}: no file holds {item.storage_index.fqn} at offset {item.storage_index.offset}; "
-                f"found {info!r}"
+                f"{path}: {item.storage_index.fqn} has shape {tuple(stored.shape)} in the file, the plan reads "
+                f"{tuple(item.lengths)} at {tuple(item.storage_offsets)}"
             )
-        return info
+        return StoredArray(info.relative_path, torch.Size(stored.shape), stored.dtype, stored.start, stored.end)
 
     def _array_read(self, item: ReadItem, planner: LoadPlanner) -> ArrayRead:
         return ArrayRead(item, self._stored(item), resolve_target(item, planner))
@@ -294,5 +317,4 @@ class HuggingFaceStorageReader(FileSystemReader):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Whether an id is a directory with a safetensors file."""
-        path = os.fspath(checkpoint_id)
-        return "://" not in path and any(Path(path).glob(f"*{SUFFIX}"))
+        return is_local_path(checkpoint_id) and any(Path(checkpoint_id).glob(f"*{SUFFIX}"))

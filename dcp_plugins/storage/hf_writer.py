@@ -16,6 +16,7 @@ from dcp_plugins.errors import (
     CheckpointExistsError,
     CorruptCheckpointError,
     PlanError,
+    StorageWriteError,
     UnsupportedValueError,
     listing,
 )
@@ -28,16 +29,18 @@ from dcp_plugins.format.safetensors_header import (
     is_conventional_name,
     save_of,
 )
+from dcp_plugins.storage.file_system import FileSystem
 from dcp_plugins.storage.hf_consolidate import consolidate
 from dcp_plugins.storage.hf_index import encode_index, read_index
 from dcp_plugins.storage.hf_layout import RankFiles, new_tensor, placement, split_by_file
-from dcp_plugins.storage.local import make_directory, publish, remove_files, sync_directory
+from dcp_plugins.storage.local import is_local_path, make_directory, publish, remove_files, sync_directory
 from dcp_plugins.storage.planned import item_bytes
+from dcp_plugins.storage.reader import FileSystemReader
 from dcp_plugins.storage.safetensors_file import NewFile, read_header, write_files
 from dcp_plugins.storage.threads import default_thread_count
 from dcp_plugins.storage.writer import FileSystemWriter
 
-__all__ = ["HuggingFaceStorageWriter", "require_local_path"]
+__all__ = ["HuggingFaceStorageWriter", "require_local_fs", "require_local_path"]
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +125,7 @@ class HuggingFaceStorageWriter(FileSystemWriter):
             )
         if not self.save_distributed and not self.use_collectives and self.rank:
             raise _needs_save_distributed("without collectives, several ranks save")
+        require_local_fs(self)
         self._check_values(plan)
         make_directory(self.path, sync=self.sync_files)
         existing = [name for name in os.listdir(self.path) if is_conventional_name(name)]
@@ -208,9 +212,7 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         """Commit: rename the files into place and publish the index, then reclaim what they replaced."""
         written = [result for part in results for result in part]
         names = {result.storage_data.relative_path for result in written}
-        for name in sorted(names):
-            # Replaces one file in one step; of several files, see the class.
-            (self.path / temporary_name(name, self.save_id)).replace(self.path / name)
+        self._rename(names)
         if self.sync_files:
             sync_directory(self.path)
         metadata.storage_data = {result.index: result.storage_data for result in written}
@@ -224,6 +226,27 @@ class HuggingFaceStorageWriter(FileSystemWriter):
             self._publish_index(self.path, dict(sizes), names)
         else:
             self._clear(self.path, names)
+
+    def _rename(self, names: Collection[str]) -> None:
+        """Give the files that were written their final names; a subclass's ``write_data`` may have done so itself.
+
+        Raises:
+            StorageWriteError: A file is there under neither name.
+        """
+        missing = []
+        for name in sorted(names):
+            final = self.path / name
+            try:
+                # Replaces one file in one step; of several files, see the class.
+                (self.path / temporary_name(name, self.save_id)).replace(final)
+            except FileNotFoundError:
+                if not final.exists() or _is_of_another_save(final, self.save_id):
+                    missing.append(name)
+        if missing:
+            raise StorageWriteError(
+                f"{self.path}: write_data has reported files that are not there: {listing(missing)}. If every rank has "
+                "written its own, the ranks do not see one directory: save to storage that all of them share"
+            )
 
     def _consolidate(self, names: Collection[str]) -> None:
         assert self.consolidated_output_path is not None
@@ -275,10 +298,24 @@ def require_local_path(path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: ``path`` has a scheme.
     """
-    if "://" in os.fspath(path):
+    if not is_local_path(path):
         raise ValueError(
             f"expected a local directory, got {os.fspath(path)!r}: safetensors checkpoints on remote storage are not "
             "supported; save to a local directory and upload it, or download it first"
+        )
+
+
+def require_local_fs(storage: FileSystemWriter | FileSystemReader) -> None:
+    """Refuse a storage that has been given another file system than local files.
+
+    Raises:
+        ValueError: Its ``fs`` is one of the user's, which would otherwise not be used.
+    """
+    if type(storage.fs) is not FileSystem:
+        raise ValueError(
+            f"expected {type(storage).__name__} on local files, found fs={type(storage.fs).__name__}: safetensors "
+            "checkpoints on other file systems are not supported; save with a subclass of FileSystemWriter, or to a "
+            "local directory"
         )
 
 
@@ -288,6 +325,11 @@ def _needs_save_distributed(found: str) -> PlanError:
         "HuggingFaceStorageWriter, gather the full state dict on one rank and leave the others' empty, or, where all "
         "ranks have all of it, DefaultSavePlanner(dedup_save_to_lowest_rank=True) to save"
     )
+
+
+def _is_of_another_save(path: Path, save_id: str) -> bool:
+    found = save_of(read_header(path))
+    return found is not None and found[0] != save_id
 
 
 def _is_obsolete(directory: Path, name: str, kept: Collection[str]) -> bool:

@@ -8,7 +8,25 @@ from pathlib import Path
 
 from dcp_plugins.format.names import is_stock_data_name, is_stock_temporary_name, is_temporary_name, save_id_of
 
-__all__ = ["litter", "make_directory", "publish", "remove_files", "sync_directory", "write_all"]
+__all__ = [
+    "is_local_path",
+    "litter",
+    "litter_among",
+    "make_directory",
+    "publish",
+    "remove_files",
+    "sync_directory",
+    "write_all",
+]
+
+
+def is_local_path(checkpoint_id: str | os.PathLike[str]) -> bool:
+    """Whether an id is a path; a URL, which has a scheme, is not.
+
+    The file system is not asked. Whether a directory can be made or written shows when a save makes it, and the error
+    of that attempt names the directory and the reason.
+    """
+    return "://" not in os.fspath(checkpoint_id)
 
 
 def write_all(fd: int, buffers: list[memoryview | bytes], nbytes: int) -> None:
@@ -80,9 +98,14 @@ def litter(path: Path, referenced: Collection[str]) -> list[str]:
         path: The directory.
         referenced: Names that committed metadata refers to.
     """
+    return litter_among(os.listdir(path), referenced)
+
+
+def litter_among(names: Iterable[str], referenced: Collection[str]) -> list[str]:
+    """Do as ``litter``, of a listing."""
     return sorted(
         name
-        for name in os.listdir(path)
+        for name in names
         if name not in referenced
         and (
             save_id_of(name) is not None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from dcp_plugins.format.containers import attach, encoded_of
 from dcp_plugins.format.metadata import decode_extras, decode_with_extras, encode
 from dcp_plugins.format.names import METADATA_NAME, temporary_name
 from dcp_plugins.storage.local import litter, make_directory, publish, remove_files, sync_directory
+from dcp_plugins.storage.store import Store
 from dcp_plugins.storage.writer import FileSystemWriter
 
 __all__ = ["PartsWriter", "is_foreign", "is_view", "publish_view"]
@@ -70,8 +71,8 @@ class PartsWriter(FileSystemWriter):
                     sync_directory(self.path / part)
         super().finish(metadata, results)
 
-    def _reclaim(self, referenced: set[str]) -> None:
-        super()._reclaim(referenced)
+    def _reclaim(self, store: Store, referenced: set[str], names: Collection[str]) -> None:
+        super()._reclaim(store, referenced, names)
         for part in self.parts:
             folder = self.path / part
             if folder.is_dir():

@@ -6,12 +6,13 @@ import io
 import os
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.futures import Future
 
 from dcp_plugins.contract import (
+    FileSystemBase,
     LoadItemType,
     LoadPlan,
     LoadPlanner,
@@ -26,11 +27,15 @@ from dcp_plugins.contract import (
 from dcp_plugins.errors import CheckpointNotFoundError, CorruptCheckpointError, listing
 from dcp_plugins.format.container import SMALL_CONTAINER_BYTES, Layout, record_checksums
 from dcp_plugins.format.metadata import decode
-from dcp_plugins.format.names import metadata_name, new_save_id, safe_join
+from dcp_plugins.format.names import metadata_name, new_save_id
+from dcp_plugins.storage.arrays import OpenFile, read_bytes
+from dcp_plugins.storage.file_system import FileSystem
+from dcp_plugins.storage.fs_store import store_of
+from dcp_plugins.storage.local import is_local_path
 from dcp_plugins.storage.reads import DataFileReader, TensorRead, load_container
+from dcp_plugins.storage.store import Store
 from dcp_plugins.storage.threads import default_thread_count, run_all, split_by_bytes
 from dcp_plugins.storage.transforms import ExtensionRegistry, decode_stream
-from dcp_plugins.storage.writer import local_path_is_usable
 
 __all__ = ["FileSystemReader", "resolve_target"]
 
@@ -47,6 +52,9 @@ class FileSystemReader(StorageReader):
             checkpoints that you trust as you trust a program.
     """
 
+    fs: FileSystemBase = FileSystem()
+    """The file system; a subclass may have another, with which it also makes ``path``."""
+
     def __init__(
         self,
         path: str | os.PathLike[str],
@@ -59,9 +67,10 @@ class FileSystemReader(StorageReader):
         super().__init__()
         if thread_count is not None and thread_count < 1:
             raise ValueError(f"thread_count must be at least 1, got {thread_count}")
-        self.path = Path(path)
+        self.path: Path = cast("Path", self.fs.init_path(path))
         self.extension_registry = _extension_registry or ExtensionRegistry()
         self.thread_count = default_thread_count() if thread_count is None else thread_count
+        self._asks_for_threads = thread_count is not None
         self.verify_checksums = verify_checksums
         self.trust_pickle = trust_pickle
         self.load_id = new_save_id()
@@ -73,7 +82,7 @@ class FileSystemReader(StorageReader):
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin a new load, from another path if one is given."""
         if checkpoint_id:
-            self.path = Path(checkpoint_id)
+            self.path = cast("Path", self.fs.init_path(checkpoint_id))
         self.load_id = new_save_id()
         self.storage_data = {}
         self.metadata = None
@@ -86,15 +95,15 @@ class FileSystemReader(StorageReader):
             CheckpointNotFoundError: There is none: no checkpoint was committed here.
             CorruptCheckpointError: It is damaged, or asks for what data must not do.
         """
-        path = self.path / metadata_name(kwargs.get("rank"))
+        name = metadata_name(kwargs.get("rank"))
         try:
-            content = path.read_bytes()
+            content = store_of(self.fs, self.path).read(name)
         except (FileNotFoundError, NotADirectoryError) as exc:
             raise CheckpointNotFoundError(
-                f"no committed checkpoint in {self.path}: it has no {path.name}. A save that was killed leaves a "
+                f"no committed checkpoint in {self.path}: it has no {name}. A save that was killed leaves a "
                 "directory without one; load an earlier checkpoint"
             ) from exc
-        metadata = decode(content, str(path), trust_pickle=self.trust_pickle)
+        metadata = decode(content, os.path.join(self.path, name), trust_pickle=self.trust_pickle)
         if metadata.storage_meta is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id
@@ -117,6 +126,7 @@ class FileSystemReader(StorageReader):
         Raises:
             CorruptCheckpointError: Some tensor is larger than its bytes on storage; lists all of them.
         """
+        store = store_of(self.fs, self.path)
         file_sizes: dict[str, int] = {}
         problems = []
         for fqn, entry in metadata.state_dict_metadata.items():
@@ -131,8 +141,7 @@ class FileSystemReader(StorageReader):
                     continue
                 name = info.relative_path
                 if name not in file_sizes:
-                    path = safe_join(self.path, name)
-                    file_sizes[name] = path.stat().st_size if path.exists() else 0
+                    file_sizes[name] = _size_of(store, name)
                 available = max(0, min(info.length, file_sizes[name] - info.offset))
                 stored += min(chunk.sizes.numel(), available // entry.properties.dtype.itemsize)
             if stored < entry.size.numel():
@@ -152,7 +161,8 @@ class FileSystemReader(StorageReader):
             files = self._open_files(located, stack)
             layouts: dict[Any, Layout] = {}
             readers = {
-                name: DataFileReader(fd, verify=self.verify_checksums, layouts=layouts) for name, fd in files.items()
+                name: DataFileReader(file, verify=self.verify_checksums, layouts=layouts)
+                for name, file in files.items()
             }
             reads: list[TensorRead] = []
             at_once = getattr(planner, "resolves_views", False)
@@ -175,25 +185,22 @@ class FileSystemReader(StorageReader):
         done.set_result(None)
         return done
 
-    def _open_files(self, located: list[tuple[ReadItem, StorageInfo]], stack: ExitStack) -> dict[str, int]:
+    def _open_files(self, located: list[tuple[ReadItem, StorageInfo]], stack: ExitStack) -> dict[str, OpenFile]:
         """Open every file the plan needs, and check all ranges against the files before anything is read."""
         needed: dict[str, int] = {}
         for _, info in located:
             end = info.offset + info.length
             if end > needed.get(info.relative_path, 0) or info.relative_path not in needed:
                 needed[info.relative_path] = end
-        files: dict[str, int] = {}
+        store = store_of(self.fs, self.path)
+        files: dict[str, OpenFile] = {}
         problems = []
         for name, end in sorted(needed.items()):
-            path = safe_join(self.path, name)
             try:
-                fd = os.open(path, os.O_RDONLY)
+                files[name], size = stack.enter_context(store.open(name))
             except FileNotFoundError:
                 problems.append(f"{name} is missing")
                 continue
-            stack.callback(os.close, fd)
-            files[name] = fd
-            size = os.fstat(fd).st_size
             if size < end:
                 problems.append(f"{name} has {size} bytes, the metadata names bytes up to {end}")
         if problems:
@@ -231,7 +238,9 @@ class FileSystemReader(StorageReader):
 
     def _read_tensors(self, reads: list[TensorRead], readers: dict[str, DataFileReader]) -> None:
         reads.sort(key=lambda read: (read.info.relative_path, read.info.offset))
-        parts = split_by_bytes(reads, [read.target.nbytes for read in reads], self.thread_count)
+        serves_threads = store_of(self.fs, self.path).serves_threads or self._asks_for_threads
+        thread_count = self.thread_count if serves_threads else 1
+        parts = split_by_bytes(reads, [read.target.nbytes for read in reads], thread_count)
 
         def read_part(part: list[TensorRead]) -> None:
             start = 0
@@ -243,9 +252,9 @@ class FileSystemReader(StorageReader):
 
         run_all(read_part, parts)
 
-    def _read_transformed(self, fd: int, info: StorageInfo, item: ReadItem, planner: LoadPlanner) -> None:
+    def _read_transformed(self, file: OpenFile, info: StorageInfo, item: ReadItem, planner: LoadPlanner) -> None:
         """Decode a whole item, whose stream went through extensions, and copy the wanted part."""
-        content = self._read_bytes(fd, info, item)
+        content = self._read_bytes(file, info, item)
         where = f"{info.relative_path} at {info.offset} ({item.dest_index.fqn})"
         loaded = load_container(content, self._chunk(item)[0], where)
         target = resolve_target(item, planner)
@@ -254,14 +263,9 @@ class FileSystemReader(StorageReader):
         target.copy_(loaded)
         planner.commit_tensor(item, target)
 
-    def _read_bytes(self, fd: int, info: StorageInfo, item: ReadItem) -> bytes:
+    def _read_bytes(self, file: OpenFile, info: StorageInfo, item: ReadItem) -> bytes:
         where = f"{info.relative_path} at {info.offset} ({item.dest_index.fqn})"
-        content = os.pread(fd, info.length, info.offset)
-        while len(content) < info.length:
-            more = os.pread(fd, info.length - len(content), info.offset + len(content))
-            if not more:
-                raise CorruptCheckpointError(f"{where}: the file was truncated while it was read")
-            content += more
+        content = read_bytes(file, info.length, info.offset, where)
         descriptors = getattr(info, "transform_descriptors", None)
         if descriptors:
             content = decode_stream(self.extension_registry.from_descriptor_list(descriptors), content, where)
@@ -278,10 +282,15 @@ class FileSystemReader(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        if local_path_is_usable(checkpoint_id):
-            return True
-        # A checkpoint on a read-only file system can be read all the same.
-        return "://" not in os.fspath(checkpoint_id) and Path(checkpoint_id).is_dir()
+        return is_local_path(checkpoint_id)
+
+
+def _size_of(store: Store, name: str) -> int:
+    try:
+        with store.open(name) as (_, size):
+            return size
+    except FileNotFoundError:
+        return 0
 
 
 def resolve_target(item: ReadItem, planner: LoadPlanner) -> torch.Tensor:

@@ -14,7 +14,7 @@ from dcp_plugins.errors import CorruptCheckpointError
 from dcp_plugins.format.container import Layout, crc32, parse_layout, predicted_layout, record_checksums
 from dcp_plugins.format.memory import PLAIN_TENSORS, as_buffer, is_directly_addressable
 from dcp_plugins.geometry import is_contiguous_range
-from dcp_plugins.storage.arrays import ScratchPool, read_into, row_reads
+from dcp_plugins.storage.arrays import OpenFile, ScratchPool, read_into, row_reads
 from dcp_plugins.storage.detour import copy_together, host_slots
 from dcp_plugins.storage.host_blocks import BLOCK_BYTES
 from dcp_plugins.storage.threads import MIN_PARALLEL_PIECE_BYTES
@@ -57,13 +57,13 @@ class DataFileReader:
     """Fills tensors from one open data file; any number of threads may use it at once.
 
     Args:
-        fd: Open for reading. Every read names its position, so the descriptor can be shared.
+        file: Open for reading. Every read names its position, so it can be shared.
         verify: Check the CRC-32 of each record that is read whole.
         layouts: Layouts learnt from containers of foreign writers, by (dtype, shape, length); shared between files.
     """
 
-    def __init__(self, fd: int, *, verify: bool, layouts: dict[Any, Layout]) -> None:
-        self._fd = fd
+    def __init__(self, file: OpenFile, *, verify: bool, layouts: dict[Any, Layout]) -> None:
+        self._file = file
         self._verify = verify
         self._layouts = layouts
         self._scratch = ScratchPool()
@@ -274,7 +274,7 @@ class DataFileReader:
 
     def _read_into(self, buffers: list[Any], position: int, nbytes: int, where: str) -> None:
         """Fill all buffers, ``nbytes`` in total, from ``position`` in the file."""
-        read_into(self._fd, buffers, position, nbytes, where)
+        read_into(self._file, buffers, position, nbytes, where)
 
 
 def _is_worth_a_detour(target: torch.Tensor) -> bool:

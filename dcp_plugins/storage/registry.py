@@ -72,6 +72,6 @@ def find_reader(checkpoint_id: CheckpointId) -> StorageReader:
 
 def _unclaimed(checkpoint_id: CheckpointId, argument: str) -> StorageDetectionError:
     return StorageDetectionError(
-        f"Cannot detect which storage to use for checkpoint_id {os.fspath(checkpoint_id)!r}: it is no path under a "
-        f"writable directory, and no registered storage claims it. Pass {argument}=, or use register_storage(...)"
+        f"Cannot detect which storage to use for checkpoint_id {os.fspath(checkpoint_id)!r}: it is a URL, and "
+        f"no registered storage claims it. Pass {argument}=, or use register_storage(...)"
     )

@@ -9,15 +9,16 @@ import logging
 import operator
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch.futures import Future
 
 from dcp_plugins.contract import (
+    FileSystemBase,
     Metadata,
     SavePlan,
     SavePlanner,
@@ -31,10 +32,10 @@ from dcp_plugins.contract import (
     WriteItemType,
     WriteResult,
 )
-from dcp_plugins.errors import CheckpointError, CheckpointExistsError, StorageWriteError
+from dcp_plugins.errors import CheckpointExistsError, StorageWriteError
 from dcp_plugins.format.container import crc32, predicted_layout
 from dcp_plugins.format.memory import as_buffer, is_directly_addressable
-from dcp_plugins.format.metadata import MetadataEncoder, decode
+from dcp_plugins.format.metadata import MetadataEncoder
 from dcp_plugins.format.names import (
     METADATA_NAME,
     data_file_name,
@@ -46,13 +47,16 @@ from dcp_plugins.format.names import (
 from dcp_plugins.pace import elsewhere, give_way
 from dcp_plugins.storage.datafile import DataFile
 from dcp_plugins.storage.detour import small_on_host
+from dcp_plugins.storage.file_system import FileSystem
+from dcp_plugins.storage.fs_store import store_of
 from dcp_plugins.storage.host_blocks import host_blocks
-from dcp_plugins.storage.local import litter, make_directory, publish, remove_files, sync_directory
+from dcp_plugins.storage.local import is_local_path, litter_among
 from dcp_plugins.storage.planned import Run, check_against_plan, in_runs, resolved_together, runs_of
+from dcp_plugins.storage.store import Store, files_named_by
 from dcp_plugins.storage.threads import SharedWork, default_thread_count, run_all, split_by_bytes
 from dcp_plugins.storage.transforms import encode_stream
 
-__all__ = ["DCP_VERSION", "FileSystemWriter", "local_path_is_usable"]
+__all__ = ["DCP_VERSION", "FileSystemWriter"]
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +74,12 @@ class FileSystemWriter(StorageWriter):
     checkpoint. Only after that is what it replaced deleted. Overwriting is therefore safe against a kill, a full disk
     and, with ``sync_files``, a loss of power.
 
+    A subclass may set ``fs``, a ``FileSystemBase``, and then ``path``, to ``fs.init_path(...)``: data and metadata go
+    through it alone, by default from one thread. The promise above then depends on its ``rename``: if that replaces a
+    file in one step, a kill is as harmless as on a local disk; if it refuses to replace one, a kill between the two
+    renames of the commit leaves the old metadata under a temporary name. Streams that have a descriptor are synced.
+    Without ``ls``, what killed saves have left is not deleted.
+
     Args:
         path: The checkpoint's directory; created if need be.
         single_file_per_rank: One file for each thread of each rank; False gives each item a file of its own.
@@ -86,6 +96,9 @@ class FileSystemWriter(StorageWriter):
 
     warns_of_replacing: ClassVar[bool] = True
     """Whether replacing a checkpoint is worth a warning; for subclasses that do so as a rule."""
+
+    fs: FileSystemBase = FileSystem()
+    """The file system; a subclass may have another, with which it also makes ``path``."""
 
     def __init__(
         self,
@@ -107,10 +120,11 @@ class FileSystemWriter(StorageWriter):
                 f"serialization_format must be TORCH_SAVE, got {serialization_format}: DCP's metadata cannot locate a "
                 "tensor inside a safetensors file; write safetensors directories with HuggingFaceStorageWriter"
             )
-        self.path = Path(path)
+        self.path: Path = cast("Path", self.fs.init_path(path))
         self.single_file_per_rank = single_file_per_rank
         self.sync_files = sync_files
         self.thread_count = default_thread_count() if thread_count is None else thread_count
+        self._asks_for_threads = thread_count is not None
         self.per_thread_copy_ahead = per_thread_copy_ahead
         self.cache_staged_state_dict = cache_staged_state_dict
         self.overwrite = overwrite
@@ -126,7 +140,7 @@ class FileSystemWriter(StorageWriter):
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin a new save, under another path if one is given."""
         if checkpoint_id:
-            self.path = Path(checkpoint_id)
+            self.path = cast("Path", self.fs.init_path(checkpoint_id))
         self.save_id = new_save_id()
         self._written = []
 
@@ -139,8 +153,9 @@ class FileSystemWriter(StorageWriter):
             self.reset()
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        make_directory(self.path, sync=self.sync_files)
-        if (self.path / metadata_name(None if self.use_collectives else 0)).exists():
+        store = store_of(self.fs, self.path)
+        store.make(sync=self.sync_files)
+        if store.exists(metadata_name(None if self.use_collectives else 0)):
             if not self.overwrite:
                 raise CheckpointExistsError(
                     f"Checkpoint already exists in {self.path} and overwrite=False: choose another checkpoint_id"
@@ -220,13 +235,15 @@ class FileSystemWriter(StorageWriter):
         self, runs: list[Run], sizes_bytes: list[int], new_name: Callable[[], str], planner: SavePlanner
     ) -> list[WriteResult]:
         """Write runs of items into files of one folder, each thread into its own."""
+        store = store_of(self.fs, self.path)
+        thread_count = self.thread_count if store.serves_threads or self._asks_for_threads else 1
         shares: list[list[Run]]
         if self.single_file_per_rank:
-            shares = split_by_bytes(runs, sizes_bytes, self.thread_count)
+            shares = split_by_bytes(runs, sizes_bytes, thread_count)
         else:
             # What counts then is the number of files that are synced at the same time.
             single = [Run((item,)) for run in runs for item in run.items]
-            num_shares = min(self.thread_count, len(single))
+            num_shares = min(thread_count, len(single))
             shares = [single[first::num_shares] for first in range(num_shares)]
         work = SharedWork(shares)
 
@@ -234,8 +251,8 @@ class FileSystemWriter(StorageWriter):
             taken = work.take(number)
             try:
                 if self.single_file_per_rank:
-                    return self._write_file(new_name, taken, planner)
-                return [result for run in taken for result in self._write_file(new_name, iter([run]), planner)]
+                    return self._write_file(store, new_name, taken, planner)
+                return [result for run in taken for result in self._write_file(store, new_name, iter([run]), planner)]
             except BaseException:
                 # Nothing will be committed: the other threads need not write what is left.
                 work.drop()
@@ -243,7 +260,9 @@ class FileSystemWriter(StorageWriter):
 
         return [result for part in run_all(write_share, range(len(shares))) for result in part]
 
-    def _write_file(self, new_name: Callable[[], str], runs: Iterator[Run], planner: SavePlanner) -> list[WriteResult]:
+    def _write_file(
+        self, store: Store, new_name: Callable[[], str], runs: Iterator[Run], planner: SavePlanner
+    ) -> list[WriteResult]:
         """Write items into a new file; make none if there are none."""
         first = next(runs, None)
         if first is None:
@@ -251,7 +270,7 @@ class FileSystemWriter(StorageWriter):
         name = new_name()
         self._written.append(name)
         results: list[WriteResult] = []
-        with DataFile(self.path / name, sync=self.sync_files) as file:
+        with store.create(name) as new_file, DataFile(new_file, sync=self.sync_files) as file:
             for run in itertools.chain([first], runs):
                 give_way()
                 infos = [StorageInfo(name, offset, length) for offset, length in self._append_run(file, run, planner)]
@@ -314,50 +333,57 @@ class FileSystemWriter(StorageWriter):
         give_way()
         name = metadata_name(None if self.use_collectives else self.rank)
         encoder, self._encoder = self._encoder, MetadataEncoder()
-        content = encoder.encode(
-            metadata,
-            extras={
-                "save_id": self.save_id,
-                "files": {name: (self.path / name).stat().st_size for name in sorted(referenced)},
-            },
-        )
-        temporary = self.path / temporary_name(name, self.save_id)
-        publish(self.path / name, content, temporary, sync=self.sync_files)
+        store = store_of(self.fs, self.path)
+        files = store.sizes(referenced, metadata.storage_data.values())
+        content = encoder.encode(metadata, extras={"save_id": self.save_id, "files": files})
+        # Without a listing, only the metadata that is about to be replaced tells what there is to reclaim.
+        replaced = None if store.can_list else self._replaced_files(store, name)
+        store.publish(name, content, temporary_name(name, self.save_id), sync=self.sync_files)
         try:
-            self._reclaim(referenced)
-        except (OSError, CheckpointError):
+            self._reclaim(store, referenced, store.names() if replaced is None else replaced)
+        # Whatever a file system of the user's raises.
+        except Exception:
             # The new checkpoint is committed: litter that stays must not make its save look failed.
             logger.warning(
                 "could not delete what %s no longer needs; the next save tries again", self.path, exc_info=True
             )
 
-    def _reclaim(self, referenced: set[str]) -> None:
+    def _replaced_files(self, store: Store, name: str) -> Collection[str]:
+        try:
+            return files_named_by(store, name)
+        # What cannot be read is about to be replaced, and must not keep the save from it.
+        except Exception:
+            logger.warning("could not read what %s in %s refers to: its files stay", name, self.path, exc_info=True)
+            return ()
+
+    def _reclaim(self, store: Store, referenced: set[str], names: Collection[str]) -> None:
         """Delete what no committed metadata names. Without collectives the other ranks' files are theirs."""
         if self.use_collectives:
             # The metadata of single ranks, from saves without collectives, is outdated by the whole one.
-            outdated = [name for name in os.listdir(self.path) if metadata_rank(name) is not None]
-            remove_files(self.path, outdated)
-            remove_files(self.path, litter(self.path, referenced))
+            outdated = [name for name in names if metadata_rank(name) is not None]
+            store.remove([*outdated, *litter_among(names, referenced)])
         else:
             own = f"__{self.rank}_"
-            kept = referenced | _files_named_by(self.path / METADATA_NAME)
-            remove_files(self.path, [name for name in litter(self.path, kept) if name.startswith(own)])
+            kept = referenced | files_named_by(store, METADATA_NAME)
+            store.remove([name for name in litter_among(names, kept) if name.startswith(own)])
 
     def abandon(self) -> None:
         """Delete the data files of a save that failed; what was committed before is not touched."""
-        remove_files(self.path, self._written)
-        self._written = []
+        written, self._written = self._written, []
+        try:
+            store_of(self.fs, self.path).remove(written)
+        # Of two errors, the caller needs the one that made the save fail.
+        except Exception:
+            logger.warning("could not delete the files of a failed save in %s", self.path, exc_info=True)
 
     def retire_whole(self) -> None:
         """After all ranks of a save without collectives have committed: the whole checkpoint that was here is old.
 
         A load prefers the whole checkpoint's metadata, so while it stands the new ones are not seen.
         """
-        whole = self.path / METADATA_NAME
-        if whole.exists():
-            whole.unlink()
-            if self.sync_files:
-                sync_directory(self.path)
+        store = store_of(self.fs, self.path)
+        if store.exists(METADATA_NAME):
+            store.remove([METADATA_NAME], sync=self.sync_files)
 
     def storage_meta(self) -> StorageMeta | None:
         return StorageMeta(checkpoint_id=self.checkpoint_id, save_id=self.save_id)
@@ -369,15 +395,7 @@ class FileSystemWriter(StorageWriter):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return local_path_is_usable(checkpoint_id)
-
-
-def local_path_is_usable(checkpoint_id: str | os.PathLike[str]) -> bool:
-    """Whether an id is a path (a URL is not) under some directory that may be written."""
-    if isinstance(checkpoint_id, Path):
-        return True
-    text = os.fspath(checkpoint_id)
-    return "://" not in text and any(parent.is_dir() and os.access(parent, os.W_OK) for parent in Path(text).parents)
+        return is_local_path(checkpoint_id)
 
 
 def _nothing() -> None:
@@ -397,10 +415,3 @@ def _container_parts(tensor: torch.Tensor) -> list[Any]:
     for block in blocks:
         crc = crc32(block, crc)
     return [layout.head, *blocks, layout.tail(crc)]
-
-
-def _files_named_by(path: Path) -> set[str]:
-    if not path.exists():
-        return set()
-    named = decode(path.read_bytes(), str(path)).storage_data or {}
-    return {info.relative_path for info in named.values() if isinstance(info, StorageInfo)}

@@ -117,34 +117,34 @@ def chunks(value: Any, fqn: str | None = None) -> list[ChunkStorageMetadata]:
     return [plain_chunk(value)]
 
 
-def find_shard(value: Any, index: MetadataIndex) -> torch.Tensor:
-    """Return the local tensor that is the box of ``value`` at ``index.offset``; writing to it writes to ``value``.
+def find_shard(tensor: Any, index: MetadataIndex) -> torch.Tensor:
+    """Return the local tensor that is the box of ``tensor`` at ``index.offset``; writing to it writes to ``tensor``.
 
     ``index.index`` is a hint and may be wrong. Without an offset, the only box that this rank holds is meant.
 
     Raises:
         PlanError: This rank holds no such box; names the fqn and the offset.
     """
-    if type(value) not in PLAIN_TENSORS:
-        if isinstance(value, DTensor):
-            hook = _dtensor_hook(value, _SHARD_HOOK)
-            return dtensor_shard(value, index) if hook is None else hook(index)
-        if hasattr(value, _SHARD_HOOK):
-            found: torch.Tensor = value.__get_tensor_shard__(index)
+    if type(tensor) not in PLAIN_TENSORS:
+        if isinstance(tensor, DTensor):
+            hook = _dtensor_hook(tensor, _SHARD_HOOK)
+            return dtensor_shard(tensor, index) if hook is None else hook(index)
+        if hasattr(tensor, _SHARD_HOOK):
+            found: torch.Tensor = tensor.__get_tensor_shard__(index)
             return found
-        if isinstance(value, ShardedTensor):
-            return sharded_shard(value, index)
-        if isinstance(value, AsyncCollectiveTensor):
-            value = value.wait()
-    if is_checkpointable(value):
-        return checkpointable_shard(value, index)
-    tensor: torch.Tensor = value
-    if index.offset is not None and index.offset != zeros(tensor.dim()):
+        if isinstance(tensor, ShardedTensor):
+            return sharded_shard(tensor, index)
+        if isinstance(tensor, AsyncCollectiveTensor):
+            tensor = tensor.wait()
+    if is_checkpointable(tensor):
+        return checkpointable_shard(tensor, index)
+    whole: torch.Tensor = tensor
+    if index.offset is not None and index.offset != zeros(whole.dim()):
         raise PlanError(
-            f"'{index.fqn}' is a tensor of shape {tuple(tensor.shape)} that is whole on this rank: expected offset "
-            f"{tuple(zeros(tensor.dim()))}, found {tuple(index.offset)}."
+            f"FQN '{index.fqn}' is no ShardedTensor but a tensor of shape {tuple(whole.shape)}, whole on this rank: "
+            f"expected offset {tuple(zeros(whole.dim()))}, found {tuple(index.offset)}."
         )
-    return tensor
+    return whole
 
 
 def find_object(state_dict: Mapping[str, Any], index: MetadataIndex) -> Any:
@@ -156,7 +156,7 @@ def find_object(state_dict: Mapping[str, Any], index: MetadataIndex) -> Any:
     try:
         value = state_dict[index.fqn]
     except KeyError:
-        raise PlanError(f"Could not find '{index.fqn}' in the state dict.") from None
+        raise PlanError(f"Could not find FQN '{index.fqn}' in the state dict.") from None
     if type(value) in PLAIN_TENSORS and index.offset == _ORIGINS.get(value.dim()) and not is_checkpointable(value):
         return value
     if isinstance(value, torch.Tensor):
@@ -165,8 +165,8 @@ def find_object(state_dict: Mapping[str, Any], index: MetadataIndex) -> Any:
         if hasattr(value, _SHARD_HOOK):
             return find_shard(value, index)
         raise PlanError(
-            f"'{index.fqn}' is of type {type(value).__name__}, which has no boxes, but offset {tuple(index.offset)} "
-            "is asked for."
+            f"FQN '{index.fqn}' is of type {type(value).__name__} and no ShardedTensor: expected an index without "
+            f"offset, found offset {tuple(index.offset)}."
         )
     return value
 

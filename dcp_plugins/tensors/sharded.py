@@ -68,8 +68,11 @@ def sharded_shard(value: ShardedTensor, index: MetadataIndex) -> torch.Tensor:
         matching = [shard for shard in shards if tuple(shard.metadata.shard_offsets) == index.offset]
     if not matching:
         held = listing(tuple(shard.metadata.shard_offsets) for shard in shards) or "none"
-        wanted = "without an offset" if index.offset is None else f"at offset {tuple(index.offset)}"
-        raise PlanError(f"This rank holds no shard of '{index.fqn}' {wanted}; offsets of the shards it holds: {held}.")
+        if index.offset is None:
+            problem = f"This rank holds {len(shards)} shards of '{index.fqn}', and no offset was provided"
+        else:
+            problem = f"Could not find shard of '{index.fqn}' at offset {tuple(index.offset)}"
+        raise PlanError(f"{problem}; offsets of the shards that this rank holds: {held}.")
     return matching[0].tensor
 
 

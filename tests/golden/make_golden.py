@@ -3,7 +3,7 @@
 They are made once, by the version that their folder is named after, and never again: what was readable must stay
 readable. Run it only to add a folder for a new version; it refuses to touch one that exists.
 
-    torch-2.13/<case>      written by stock torch
+    torch-<version>/<case> written by stock torch of that version, in an environment that has it
     torch-old/*.metadata   as older versions of torch wrote them, imitated
     ours-1/<case>          written by this package, first version of the trailer
 """
@@ -131,6 +131,7 @@ def _make(package: str, path: pathlib.Path) -> None:
 
 MAKERS: dict[str, Callable[[pathlib.Path], None]] = {
     "torch-2.13": lambda path: _make("stock", path),
+    "torch-2.15": lambda path: _make("stock", path),
     "torch-old": _old,
     "ours-1": lambda path: _make("ours", path),
 }

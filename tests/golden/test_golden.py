@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import pickle
 from typing import Any
@@ -12,18 +13,34 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as stock
 
 import dcp_plugins as dcp
+from dcp_plugins.contract import TensorProperties
 from dcp_plugins.format import metadata as codec
 from dcp_plugins.testing.ranks import run_ranks
 from tests.golden.make_golden import full_values, rank_local_values, sharded_values, values
 from tests.unit.format.samples import small_metadata
 
 FOLDER = pathlib.Path(__file__).parent
-WRITERS = ["torch-2.13", "ours-1"]
+WRITERS = ["torch-2.13", "torch-2.15", "ours-1"]
 PACKAGES = {"ours": dcp, "stock": stock}
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
-packages = pytest.mark.parametrize("package", PACKAGES)
 writers = pytest.mark.parametrize("writer", WRITERS)
+
+
+def installed_torch_reads(writer: str) -> bool:
+    """Whether stock torch reads the metadata; before 2.15 it refuses properties with a sixth field."""
+    return writer != "torch-2.15" or any(field.name == "strides" for field in dataclasses.fields(TensorProperties))
+
+
+both_packages = pytest.mark.parametrize(
+    ("package", "writer"),
+    [
+        (package, writer)
+        for package in PACKAGES
+        for writer in WRITERS
+        if package == "ours" or installed_torch_reads(writer)
+    ],
+)
 
 
 def blank(value: Any) -> Any:
@@ -58,8 +75,7 @@ def assert_same(found: Any, expected: Any) -> None:
         assert found == expected
 
 
-@packages
-@writers
+@both_packages
 @pytest.mark.parametrize("case", ["plain", "file_per_item"])
 def test_a_frozen_checkpoint_of_one_process_loads(package: str, writer: str, case: str) -> None:
     module: Any = PACKAGES[package]
@@ -68,8 +84,7 @@ def test_a_frozen_checkpoint_of_one_process_loads(package: str, writer: str, cas
     assert_same(target, values())
 
 
-@packages
-@writers
+@both_packages
 def test_a_frozen_sharded_checkpoint_loads_whole(package: str, writer: str) -> None:
     module: Any = PACKAGES[package]
     target = blank(full_values())
@@ -100,8 +115,7 @@ def _load_rank_local(package: str, path: str) -> None:
     assert_same(target, expected)
 
 
-@packages
-@writers
+@both_packages
 def test_a_frozen_checkpoint_without_collectives_loads(package: str, writer: str) -> None:
     run_ranks(2, _load_rank_local, package, str(FOLDER / writer / "rank_local"))
 
@@ -114,10 +128,12 @@ def test_frozen_metadata_is_read_as_pickle_reads_it(name: str) -> None:
     data = (FOLDER / name).read_bytes()
     decoded = codec.decode_with_extras(data, name)
     assert decoded.has_trailer is not name.startswith("torch-")
+    assert codec.decode(codec.encode(decoded.metadata), name) == decoded.metadata
+    if not installed_torch_reads(name.split("/")[0]):
+        return
     expected = pickle.loads(data)
     assert decoded.metadata == expected
     assert repr(decoded.metadata) == repr(expected)
-    assert codec.decode(codec.encode(decoded.metadata), name) == expected
 
 
 def test_there_is_frozen_metadata_of_every_writer() -> None:

@@ -154,7 +154,7 @@ def test_find_object_finds_tensors_by_offset_and_other_values_by_name():
     state = {"w": torch.ones(2), "step": 3}
     assert find_object(state, MetadataIndex("w", [0])) is state["w"]
     assert find_object(state, MetadataIndex("step")) == 3
-    with pytest.raises(ValueError, match="Could not find 'missing'"):
+    with pytest.raises(ValueError, match="Could not find FQN 'missing'"):
         find_object(state, MetadataIndex("missing"))
     with pytest.raises(ValueError, match="'step' is of type int.*offset"):
         find_object(state, MetadataIndex("step", [0]))

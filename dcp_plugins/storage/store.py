@@ -1,0 +1,146 @@
+"""Where the files of a checkpoint live: names in its directory, and bytes. The writer and the reader ask for no more.
+
+Local directories have their own store, which hands out file descriptors: nothing is copied on the way. Any other file
+system comes through ``fs_store``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from dcp_plugins.contract import StorageInfo
+from dcp_plugins.format.metadata import decode
+from dcp_plugins.format.names import safe_join
+from dcp_plugins.storage.arrays import OpenFile
+from dcp_plugins.storage.local import make_directory, publish, remove_files, sync_directory, write_all
+
+__all__ = ["LocalStore", "NewFile", "Store", "files_named_by"]
+
+
+class NewFile(Protocol):
+    """A file that is being written, by one thread, from its start to its end."""
+
+    def write_all(self, buffers: list[Any], nbytes: int) -> None:
+        """Append all buffers, ``nbytes`` in total; their memory may change afterwards."""
+
+    def sync(self) -> None:
+        """Make what was written survive a loss of power, as far as this kind of file can."""
+
+
+class Store(Protocol):
+    """The files of one checkpoint. A name may have ``/`` in it, and is never trusted to stay inside by itself."""
+
+    serves_threads: bool
+    """Whether several threads may use it at once."""
+    can_list: bool
+    """Whether ``names`` works."""
+
+    def make(self, *, sync: bool) -> None:
+        """Make the directory, unless it exists."""
+
+    def exists(self, name: str) -> bool:
+        """Whether there is such a file."""
+
+    def names(self) -> list[str]:
+        """List the files of the directory, if this store can list."""
+
+    def read(self, name: str) -> bytes:
+        """Return a whole file.
+
+        Raises:
+            FileNotFoundError: There is none.
+        """
+
+    def open(self, name: str) -> AbstractContextManager[tuple[OpenFile, int]]:
+        """Open a file for positioned reads, and tell its size in bytes.
+
+        Raises:
+            FileNotFoundError: There is none.
+            UnsafeCheckpointError: The name leads out of the checkpoint.
+        """
+
+    def create(self, name: str) -> AbstractContextManager[NewFile]:
+        """Open a new file for writing."""
+
+    def publish(self, name: str, content: bytes, temporary: str, *, sync: bool) -> None:
+        """Give a file its content in one step, as far as this store can, by way of a temporary name."""
+
+    def sizes(self, names: Collection[str], infos: Iterable[StorageInfo]) -> dict[str, int]:
+        """Return the size of each file in bytes; ``infos`` say what has been written into them."""
+
+    def remove(self, names: Iterable[str], *, sync: bool = False) -> None:
+        """Delete files; one that is gone already is no error."""
+
+
+class _LocalFile:
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def write_all(self, buffers: list[Any], nbytes: int) -> None:
+        write_all(self._fd, buffers, nbytes)
+
+    def sync(self) -> None:
+        os.fsync(self._fd)
+
+
+class LocalStore:
+    """A local directory."""
+
+    serves_threads = True
+    can_list = True
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def make(self, *, sync: bool) -> None:
+        make_directory(self._path, sync=sync)
+
+    def exists(self, name: str) -> bool:
+        return (self._path / name).exists()
+
+    def names(self) -> list[str]:
+        return os.listdir(self._path)
+
+    def read(self, name: str) -> bytes:
+        return (self._path / name).read_bytes()
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[tuple[OpenFile, int]]:
+        fd = os.open(safe_join(self._path, name), os.O_RDONLY)
+        try:
+            yield fd, os.fstat(fd).st_size
+        finally:
+            os.close(fd)
+
+    @contextmanager
+    def create(self, name: str) -> Iterator[NewFile]:
+        # O_EXCL: names are unique to the save, so that a file which exists already is a fault worth hearing of.
+        fd = os.open(self._path / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            yield _LocalFile(fd)
+        finally:
+            os.close(fd)
+
+    def publish(self, name: str, content: bytes, temporary: str, *, sync: bool) -> None:
+        publish(self._path / name, content, self._path / temporary, sync=sync)
+
+    def sizes(self, names: Collection[str], infos: Iterable[StorageInfo]) -> dict[str, int]:
+        # The files themselves are asked: one that another rank has written may not be visible here.
+        return {name: (self._path / name).stat().st_size for name in sorted(names)}
+
+    def remove(self, names: Iterable[str], *, sync: bool = False) -> None:
+        remove_files(self._path, names)
+        if sync:
+            sync_directory(self._path)
+
+
+def files_named_by(store: Store, name: str) -> set[str]:
+    """Return the data files that the metadata file ``name`` refers to; none if there is no such file."""
+    if not store.exists(name):
+        return set()
+    named = decode(store.read(name), name).storage_data or {}
+    return {info.relative_path for info in named.values() if isinstance(info, StorageInfo)}
