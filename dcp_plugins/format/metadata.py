@@ -32,6 +32,9 @@ class Decoded:
     has_trailer: bool
     """Whether the bytes were checked against a CRC-32; false for files of stock torch."""
 
+    newer_version: int | None = None
+    """Version of a trailer whose extras were skipped because a later version of this package wrote it."""
+
 
 def encode(metadata: Metadata, *, extras: Mapping[str, JSON] | None = None) -> bytes:
     """Return the bytes of a ``.metadata`` file.
@@ -85,19 +88,23 @@ def decode(data: bytes | bytearray | memoryview, source: str, *, trust_pickle: b
 
 def decode_with_extras(data: bytes | bytearray | memoryview, source: str, *, trust_pickle: bool = False) -> Decoded:
     """Do as ``decode``, and return the extras too."""
-    pickled, extras = split_trailer(bytes(data), source)
+    pickled, trailer = split_trailer(bytes(data), source)
     with collector_paused():
         if trust_pickle:
             metadata = read_trusted_pickle(pickled, source)
         else:
             metadata = verify(read_pickle(pickled, source), source)
-    return Decoded(metadata, extras if extras is not None else {}, extras is not None)
+    if trailer is None:
+        return Decoded(metadata, {}, has_trailer=False)
+    newer_version = trailer.version if trailer.is_newer else None
+    return Decoded(metadata, trailer.extras, has_trailer=True, newer_version=newer_version)
 
 
 def decode_extras(data: bytes | bytearray | memoryview, source: str) -> dict[str, JSON]:
-    """Return the extras alone, without unpickling; ``{}`` for a file of stock torch.
+    """Return the extras alone, without unpickling; ``{}`` for a file of stock torch or of a later version of ours.
 
     Raises:
         CorruptCheckpointError: The trailer is there and does not fit the bytes before it.
     """
-    return split_trailer(bytes(data), source)[1] or {}
+    trailer = split_trailer(bytes(data), source)[1]
+    return trailer.extras if trailer is not None else {}

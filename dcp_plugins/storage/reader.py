@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ from dcp_plugins.contract import (
 )
 from dcp_plugins.errors import CheckpointNotFoundError, CorruptCheckpointError, listing
 from dcp_plugins.format.container import SMALL_CONTAINER_BYTES, Layout, record_checksums
-from dcp_plugins.format.metadata import decode
-from dcp_plugins.format.names import metadata_name, new_save_id, safe_join
+from dcp_plugins.format.metadata import decode_with_extras
+from dcp_plugins.format.metadata_trailer import TRAILER_VERSION
+from dcp_plugins.format.names import METADATA_NAME, metadata_name, new_save_id, safe_join
 from dcp_plugins.storage.reads import DataFileReader, TensorRead, load_container
 from dcp_plugins.storage.threads import default_thread_count, run_all, split_by_bytes
 from dcp_plugins.storage.transforms import ExtensionRegistry, decode_stream
@@ -67,6 +69,7 @@ class FileSystemReader(StorageReader):
         self.load_id = new_save_id()
         self.storage_data: dict[MetadataIndex, Any] = {}
         self.metadata: Metadata | None = None
+        self._newer_trailer: int | None = None
         # Small containers whose checksums were right: a flattened optimizer's numbers are nearly all the same few.
         self._verified: set[bytes] = set()
 
@@ -94,7 +97,9 @@ class FileSystemReader(StorageReader):
                 f"no committed checkpoint in {self.path}: it has no {path.name}. A save that was killed leaves a "
                 "directory without one; load an earlier checkpoint"
             ) from exc
-        metadata = decode(content, str(path), trust_pickle=self.trust_pickle)
+        decoded = decode_with_extras(content, str(path), trust_pickle=self.trust_pickle)
+        metadata = decoded.metadata
+        self._newer_trailer = decoded.newer_version
         if metadata.storage_meta is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id
@@ -103,6 +108,15 @@ class FileSystemReader(StorageReader):
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         self.metadata = metadata
         self.storage_data = metadata.storage_data
+        if self._newer_trailer is not None and is_coordinator:
+            warnings.warn(
+                f"{self.path} was written by a later version of dcp_plugins: this version understands trailers of "
+                f"{METADATA_NAME} up to version {TRAILER_VERSION}, and skipped one of version {self._newer_trailer}. "
+                "The checkpoint is loaded as stock torch loads it; upgrade dcp_plugins to use all that was recorded",
+                stacklevel=2,
+            )
+            # Said once for each time the metadata is read.
+            self._newer_trailer = None
         if not isinstance(self.storage_data, dict):
             raise CorruptCheckpointError(
                 f"{self.path}: the metadata has no storage data, only {type(self.storage_data).__name__}: it does not "
