@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import warnings
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -25,6 +24,7 @@ from dcp_plugins.errors import CheckpointNotFoundError, PlanError, listing
 from dcp_plugins.events import record
 from dcp_plugins.plan import DefaultLoadPlanner, EmptyStateDictLoadPlanner
 from dcp_plugins.storage import FileSystemReader
+from dcp_plugins.user_warnings import warn_user
 
 __all__ = ["load", "load_from_keys", "load_state_dict", "run_load"]
 
@@ -80,9 +80,7 @@ def load_state_dict(
     Args:
         coordinator_rank: The rank, within the group, that sees all plans.
     """
-    warnings.warn(
-        "load_state_dict is deprecated and will be removed in future versions; use load", FutureWarning, stacklevel=2
-    )
+    warn_user("load_state_dict is deprecated and will be removed in future versions; use load", FutureWarning)
     storage_reader.reset()
     ranks = Ranks(process_group, distributed=not no_dist, coordinator_rank=coordinator_rank)
     run_load(lambda: state_dict, storage_reader, planner or DefaultLoadPlanner(), ranks)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import warnings
 from collections.abc import Hashable
 from typing import Any
 
@@ -23,6 +22,7 @@ from dcp_plugins.plan.cache import CachedPlan, lookup, new_generation, store
 from dcp_plugins.plan.codec import PackedChoice, PackedPlan, choose, chosen, pack, unpack
 from dcp_plugins.storage import FileSystemWriter
 from dcp_plugins.storage.planned import check_results
+from dcp_plugins.user_warnings import warn_user
 
 __all__ = ["run_save", "save", "save_state_dict"]
 
@@ -83,9 +83,7 @@ def save_state_dict(
     Args:
         coordinator_rank: The rank, within the group, that agrees the plan and commits.
     """
-    warnings.warn(
-        "save_state_dict is deprecated and will be removed in future versions; use save", FutureWarning, stacklevel=2
-    )
+    warn_user("save_state_dict is deprecated and will be removed in future versions; use save", FutureWarning)
     storage_writer.reset()
     ranks = Ranks(process_group, distributed=not no_dist, coordinator_rank=coordinator_rank)
     return run_save(state_dict, storage_writer, planner or DefaultSavePlanner(), ranks, use_collectives=True)
@@ -200,10 +198,9 @@ class _Save:
                 state_dict=state_dict, storage_meta=storage_meta, is_coordinator=ranks.is_coordinator
             )
         else:
-            warnings.warn(
+            warn_user(
                 f"{type(planner).__name__}.set_up_planner does not take storage_meta; planners written for torch 2.3 "
-                "and later do",
-                stacklevel=2,
+                "and later do"
             )
             planner.set_up_planner(state_dict, ranks.is_coordinator)  # type: ignore[arg-type]
         if accepts(writer.set_up_storage_writer, "kwargs"):

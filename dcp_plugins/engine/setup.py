@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, ParamSpec, TypeVar, cast
@@ -16,6 +15,7 @@ import torch.distributed as dist
 from dcp_plugins.contract import Stateful, StorageReader, StorageWriter
 from dcp_plugins.coord import Ranks
 from dcp_plugins.storage import find_reader, find_writer
+from dcp_plugins.user_warnings import warn_user
 
 __all__ = [
     "accepts",
@@ -38,9 +38,8 @@ def ranks_of(process_group: dist.ProcessGroup | None, *, no_dist: bool, verb: st
     """Return the ranks of a call; a single one, with a warning, where there is no distribution."""
     distributed = not no_dist and dist.is_available() and dist.is_initialized()
     if not distributed:
-        warnings.warn(
-            f"torch.distributed is disabled, unavailable or uninitialized: this process alone {verb}s the checkpoint",
-            stacklevel=5,
+        warn_user(
+            f"torch.distributed is disabled, unavailable or uninitialized: this process alone {verb}s the checkpoint"
         )
     return Ranks(process_group, distributed=distributed, coordinator_rank=coordinator_rank)
 
@@ -80,10 +79,9 @@ def storage_second(argument: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         @functools.wraps(function)
         def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
             if len(args) == 2 and argument not in kwargs:
-                warnings.warn(
+                warn_user(
                     f"The argument order of {function.__name__} has been changed: pass the storage as {argument}=",
                     UserWarning,
-                    stacklevel=2,
                 )
                 kwargs[argument] = args[1]
                 return cast("Callable[..., R]", function)(args[0], **kwargs)

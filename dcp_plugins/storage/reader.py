@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import warnings
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from dcp_plugins.storage.reads import DataFileReader, TensorRead, load_container
 from dcp_plugins.storage.threads import default_thread_count, run_all, split_by_bytes
 from dcp_plugins.storage.transforms import ExtensionRegistry, decode_stream
 from dcp_plugins.storage.writer import local_path_is_usable
+from dcp_plugins.user_warnings import warn_user
 
 __all__ = ["FileSystemReader", "resolve_target"]
 
@@ -109,11 +109,10 @@ class FileSystemReader(StorageReader):
         self.metadata = metadata
         self.storage_data = metadata.storage_data
         if self._newer_trailer is not None and is_coordinator:
-            warnings.warn(
+            warn_user(
                 f"{self.path} was written by a later version of dcp_plugins: this version understands trailers of "
                 f"{METADATA_NAME} up to version {TRAILER_VERSION}, and skipped one of version {self._newer_trailer}. "
-                "The checkpoint is loaded as stock torch loads it; upgrade dcp_plugins to use all that was recorded",
-                stacklevel=2,
+                "The checkpoint is loaded as stock torch loads it; upgrade dcp_plugins to use all that was recorded"
             )
             # Said once for each time the metadata is read.
             self._newer_trailer = None
