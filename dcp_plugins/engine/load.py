@@ -11,8 +11,9 @@ import torch.distributed as dist
 
 from dcp_plugins.collector import collector_paused
 from dcp_plugins.contract import LoadPlan, LoadPlanner, Metadata, StorageReader
-from dcp_plugins.coord import Ranks
+from dcp_plugins.coord import Ranks, Sealed
 from dcp_plugins.engine.setup import (
+    Opening,
     accepts,
     open_reader,
     put_back,
@@ -62,8 +63,9 @@ def load(
     """
     with record("load", checkpoint_id=checkpoint_id):
         ranks = ranks_of(process_group, no_dist=no_dist, verb="load")
-        reader = open_reader(storage_reader, checkpoint_id)
-        plain = run_load(lambda: to_plain(state_dict), reader, planner or DefaultLoadPlanner(), ranks)
+        opening = Opening(lambda: open_reader(storage_reader, checkpoint_id))
+        with opening.unwrapped():
+            plain = run_load(lambda: to_plain(state_dict), opening, planner or DefaultLoadPlanner(), ranks)
         ranks.settle("apply", lambda: put_back(state_dict, plain))
 
 
@@ -81,9 +83,15 @@ def load_state_dict(
         coordinator_rank: The rank, within the group, that sees all plans.
     """
     warn_user("load_state_dict is deprecated and will be removed in future versions; use load", FutureWarning)
-    storage_reader.reset()
+
+    def reset() -> StorageReader:
+        storage_reader.reset()
+        return storage_reader
+
     ranks = Ranks(process_group, distributed=not no_dist, coordinator_rank=coordinator_rank)
-    run_load(lambda: state_dict, storage_reader, planner or DefaultLoadPlanner(), ranks)
+    opening = Opening(reset)
+    with opening.unwrapped():
+        run_load(lambda: state_dict, opening, planner or DefaultLoadPlanner(), ranks)
 
 
 def load_from_keys(
@@ -109,25 +117,29 @@ def load_from_keys(
     wanted = {keys} if isinstance(keys, str) else keys
     reader = open_reader(storage_reader, checkpoint_id)
     planner = planner or EmptyStateDictLoadPlanner(wanted)
-    return run_load(dict, reader, planner, Ranks(None, distributed=False))
+    return run_load(dict, lambda: reader, planner, Ranks(None, distributed=False))
 
 
 def run_load(
-    describe: Callable[[], dict[str, Any]], reader: StorageReader, planner: LoadPlanner, ranks: Ranks
+    describe: Callable[[], dict[str, Any]],
+    open_storage: Callable[[], StorageReader],
+    planner: LoadPlanner,
+    ranks: Ranks,
 ) -> dict[str, Any]:
     """Run the phases of a load; everything a rank can fail in is inside an exchange that tells the others.
 
     Args:
-        describe: Returns the dict to fill, without ``Stateful`` objects in it.
+        describe: Returns the dict to fill, without ``Stateful`` objects in it; called inside of the first exchange.
+        open_storage: Returns the reader, reset; called once, after ``describe``.
 
     Returns:
         That dict, filled.
     """
-    step = _Load(describe, reader, planner, ranks)
+    step = _Load(describe, open_storage, planner, ranks)
     with record("plan"):
         plan = step.agreed_plan()
     with record("read"):
-        ranks.settle("read", lambda: step.read(plan))
+        ranks.settle("read", lambda: step.read(plan.open()))
     return step.state_dict
 
 
@@ -135,17 +147,25 @@ class _Load:
     """The state of one load on one rank."""
 
     def __init__(
-        self, describe: Callable[[], dict[str, Any]], reader: StorageReader, planner: LoadPlanner, ranks: Ranks
+        self,
+        describe: Callable[[], dict[str, Any]],
+        open_storage: Callable[[], StorageReader],
+        planner: LoadPlanner,
+        ranks: Ranks,
     ) -> None:
         self._describe = describe
         self.state_dict: dict[str, Any] = {}
-        self._reader = reader
+        self._open_storage = open_storage
+        self._reader: StorageReader
         self._planner = planner
         self._ranks = ranks
         self._plan: LoadPlan | None = None
 
-    def agreed_plan(self) -> LoadPlan:
-        """Return what this rank reads; plans travel only where planner or reader wants to see them all."""
+    def agreed_plan(self) -> Sealed[LoadPlan]:
+        """Return what this rank reads; plans travel only where planner or reader wants to see them all.
+
+        To be opened inside of the next exchange, because that may fail.
+        """
         whole = self._ranks.all_gather("plan", self._prepare)
         if len(set(whole)) > 1:
             raise PlanError(
@@ -157,7 +177,7 @@ class _Load:
             # Saved without collectives: each rank's metadata is all there is, so there is nothing to agree.
             return self._ranks.settle("plan", lambda: self._globally([self._local_plan()])[0])
         if self._plans_stay_local():
-            return self._plan
+            return Sealed(self._plan, "plan")
         return self._ranks.reduce_scatter("plan", self._local_plan, self._globally)
 
     def read(self, plan: LoadPlan) -> None:
@@ -168,7 +188,9 @@ class _Load:
 
     def _prepare(self) -> bool:
         """Read metadata and plan this rank's reads; True if the metadata is the whole checkpoint's."""
+        # Before all that may fail: a Stateful may run collectives of its own, in which no rank may be missing.
         self.state_dict = self._describe()
+        self._reader = self._open_storage()
         metadata, whole = self._read_metadata()
         planner, reader, ranks = self._planner, self._reader, self._ranks
         if isinstance(planner, EmptyStateDictLoadPlanner) and isinstance(reader, FileSystemReader):
@@ -213,5 +235,6 @@ class _Load:
         assert self._plan is not None
         return self._plan
 
-    def _globally(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        return self._reader.prepare_global_plan(self._planner.create_global_plan(plans))
+    def _globally(self, plans: list[LoadPlan]) -> list[Sealed[LoadPlan]]:
+        whole = self._reader.prepare_global_plan(self._planner.create_global_plan(plans))
+        return [Sealed(plan, "plan") for plan in whole]
