@@ -27,6 +27,7 @@ FLOORS: dict[str, int] = {
     "dcp_plugins.collector": 0,
     "dcp_plugins.forks": 0,
     "dcp_plugins.pace": 0,
+    "dcp_plugins.user_warnings": 0,
     "dcp_plugins.config": 0,
     "dcp_plugins.format": 1,
     "dcp_plugins.geometry": 1,

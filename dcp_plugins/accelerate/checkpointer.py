@@ -6,7 +6,6 @@ import logging
 import os
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -39,6 +38,7 @@ from dcp_plugins.manager.record import RECORD_KEY, record_item
 from dcp_plugins.state_dict import StateDictOptions, set_model_state_dict
 from dcp_plugins.state_dict.owned import restore_optimizer_state
 from dcp_plugins.storage.parts import PartsWriter
+from dcp_plugins.user_warnings import warn_user
 
 __all__ = ["Checkpointer"]
 
@@ -268,7 +268,7 @@ class Checkpointer:
                 f"Expected a committed checkpoint in {self._folder}, found {reasons or 'none'}"
             )
         if skipped:
-            warnings.warn(f"Loading {newest[0]}: newer ones are no good checkpoints: {reasons}", stacklevel=2)
+            warn_user(f"Loading {newest[0]}: newer ones are no good checkpoints: {reasons}")
         return newest
 
     def _call_load_hooks(self, models: list[nn.Module], path: Path) -> None:

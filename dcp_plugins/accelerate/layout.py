@@ -18,7 +18,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from dcp_plugins.format.names import METADATA_NAME, save_id_of
 from dcp_plugins.manager import StepNames, is_committed, verify_checkpoint
 from dcp_plugins.storage.local import remove_files
 from dcp_plugins.storage.parts import is_foreign, is_view, publish_view
+from dcp_plugins.user_warnings import warn_user
 
 __all__ = [
     "AUTOMATIC_NAMES",
@@ -250,9 +250,7 @@ def newest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     newest, skipped = newest_of(numbered(Path(folder)))
     damaged = [f"{path.name} ({reason})" for path, reason in skipped.items() if reason != _NEVER_COMMITTED]
     if damaged:
-        warnings.warn(
-            f"Skipped in {os.fspath(folder)}, which are no good checkpoints: {listing(damaged)}", stacklevel=2
-        )
+        warn_user(f"Skipped in {os.fspath(folder)}, which are no good checkpoints: {listing(damaged)}")
     return newest[0] if newest is not None else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from dcp_plugins.coord.group import Ranks, portable, stack_of
+from dcp_plugins.coord.group import Ranks
+from dcp_plugins.coord.outcomes import Sealed, portable, stack_of
 
-__all__ = ["Ranks", "portable", "stack_of"]
+__all__ = ["Ranks", "Sealed", "portable", "stack_of"]

@@ -3,33 +3,27 @@
 Every exchange carries outcomes, not values: a rank that failed takes part in the exchange with its exception, so no
 rank waits for one that has given up, and all of them raise the same ``CheckpointException``. Exchanges are torch's
 object collectives on the caller's process group; their deadline is the group's timeout.
+
+A reply that holds objects of plugins is sent ``Sealed``, and opened by each rank inside of its next exchange. Other
+replies, such as numbers and paths, are plain data that every rank can unpickle.
 """
 
 from __future__ import annotations
 
-import pickle
-import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
-from dcp_plugins.errors import CheckpointException, LostContactError, WrappedException
+from dcp_plugins.coord.outcomes import Failure, dumps, failures_in, loads, outcome_of, stack_of
+from dcp_plugins.coord.roll_call import exchanges_of
+from dcp_plugins.errors import CheckpointException, LostContactError, WrappedException, listing
 
-__all__ = ["Ranks", "portable", "stack_of"]
+__all__ = ["Ranks"]
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-@dataclass(frozen=True, slots=True)
-class _Failure:
-    """What a failed rank sends instead of a value."""
-
-    exception: BaseException
-    stack: traceback.StackSummary
 
 
 class Ranks:
@@ -57,30 +51,39 @@ class Ranks:
 
     def settle(self, step: str, local: Callable[[], T]) -> T:
         """Run ``local`` on every rank and return its result here, once it is known that no rank failed."""
-        outcome = _outcome(local)
+        outcome = outcome_of(local)
         # A failure is exchanged, a result stays here: only whether there is one travels.
-        outcomes = self._all_gather(step, outcome if isinstance(outcome, _Failure) else None)
+        outcomes = self._all_gather(step, outcome if isinstance(outcome, Failure) else None)
         _raise_failures(step, outcomes)
         return cast("T", outcome)
 
     def all_gather(self, step: str, local: Callable[[], T]) -> list[T]:
-        """Run ``local`` on every rank and return all results, indexed by rank, on every rank."""
-        outcomes = self._all_gather(step, _outcome(local))
+        """Run ``local`` on every rank and return all results, indexed by rank, on every rank.
+
+        The results are plain data or ``Sealed``: a rank that could not unpickle one would raise alone.
+        """
+        outcomes = self._all_gather(step, outcome_of(local))
         _raise_failures(step, outcomes)
         return cast("list[T]", outcomes)
 
     def reduce_scatter(self, step: str, local: Callable[[], T], reduce: Callable[[list[T]], list[R]]) -> R:
-        """Run ``local`` on every rank, ``reduce`` on the coordinator over all results; each rank gets its entry."""
-        outcomes = self._gather(step, _outcome(local))
-        replies: list[R | CheckpointException] | None = None
+        """Run ``local`` on every rank, ``reduce`` on the coordinator over all results; each rank gets its entry.
+
+        An entry that holds objects of plugins is ``Sealed``, to be opened inside of the next exchange.
+        """
+        outcomes = self._gather(step, outcome_of(local))
+        replies: list[Any] | None = None
         if outcomes is not None:
-            reduced = self._reduce(step, outcomes, reduce)
-            replies = [reduced] * self.world_size if isinstance(reduced, CheckpointException) else list(reduced)
+            reduced = self._reduce(step, outcomes, lambda found: self._one_each(reduce(cast("list[T]", found))))
+            replies = [reduced] * self.world_size if isinstance(reduced, CheckpointException) else reduced
         return cast("R", _value(self._scatter(step, replies)))
 
     def all_reduce(self, step: str, local: Callable[[], T], reduce: Callable[[list[T]], R]) -> R:
-        """Run ``local`` on every rank, ``reduce`` on the coordinator over all results; every rank gets the value."""
-        outcomes = self._gather(step, _outcome(local))
+        """Run ``local`` on every rank, ``reduce`` on the coordinator over all results; every rank gets the value.
+
+        A value that holds objects of plugins is ``Sealed``, to be opened inside of the next exchange.
+        """
+        outcomes = self._gather(step, outcome_of(local))
         reply = self._reduce(step, outcomes, reduce) if outcomes is not None else None
         return _value(cast("R | CheckpointException", self._broadcast(step, reply)))
 
@@ -92,169 +95,162 @@ class Ranks:
         if not self.distributed:
             return list(flags)
         votes = torch.tensor(flags, dtype=torch.uint8)
+        self._begin()
         self._exchange(step, lambda: dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.group))
         return [bool(vote) for vote in votes.tolist()]
 
     def barrier(self) -> None:
         """Wait until every rank has come this far."""
         if self.distributed:
+            self._begin()
             self._exchange("barrier", lambda: dist.barrier(group=self.group))
 
     def _reduce(self, step: str, outcomes: list[Any], reduce: Callable[[list[T]], R]) -> R | CheckpointException:
-        failures = _failures(outcomes)
+        failures = failures_in(outcomes)
         if not failures:
-            result = _outcome(lambda: reduce(outcomes))
-            if not isinstance(result, _Failure):
+            result = outcome_of(lambda: reduce(outcomes))
+            if not isinstance(result, Failure):
                 return result
             failures = {self.rank: (result.exception, result.stack)}
         return CheckpointException(step, failures)
+
+    def _one_each(self, replies: list[R]) -> list[R]:
+        """Refuse replies of which there is not one for each rank, while that can still be told to all."""
+        if not isinstance(replies, Sequence) or len(replies) != self.world_size:
+            found = f"{len(replies)} in a list" if isinstance(replies, Sequence) else f"a {type(replies).__name__}"
+            raise ValueError(f"expected {self.world_size} replies, one for each rank, found {found}")
+        return list(replies)
 
     def _all_gather(self, step: str, value: Any) -> list[Any]:
         if not self.distributed:
             return [value]
         gathered: list[Any] = [None] * self.world_size
-        self._exchange(step, lambda: dist.all_gather_object(gathered, _dumps(value), group=self.group))
-        return [_loads(item) for item in gathered]
+        self._begin()
+        self._exchange(step, lambda: dist.all_gather_object(gathered, _packed(value), group=self.group))
+        return [loads(item) for item in gathered]
 
     def _gather(self, step: str, value: Any) -> list[Any] | None:
         if not self.distributed:
             return [value]
         gathered: list[Any] | None = [None] * self.world_size if self.is_coordinator else None
-        payload = None if self.is_coordinator else _dumps(value)
+        payload = None if self.is_coordinator else _packed(value)
+        self._begin()
         self._exchange(
             step, lambda: dist.gather_object(payload, gathered, group=self.group, group_dst=self.coordinator_rank)
         )
         if gathered is None:
             return None
-        return [value if rank == self.coordinator_rank else _loads(item) for rank, item in enumerate(gathered)]
+        return [value if rank == self.coordinator_rank else loads(item) for rank, item in enumerate(gathered)]
 
     def _scatter(self, step: str, values: list[Any] | None) -> Any:
+        """Send each rank its reply; None is passed on all ranks but the coordinator."""
         if not self.distributed:
             assert values is not None
             return values[0]
         received: list[Any] = [None]
         payloads: list[Any] | None = None
+        own: Any = None
         if values is not None:
-            entries = values
-            packed = _outcome(lambda: self._pack(entries))
-            if isinstance(packed, _Failure):
-                # What one rank cannot be told, none may act on.
-                error = CheckpointException(step, {self.rank: (packed.exception, packed.stack)})
-                values = [error] * self.world_size
-                packed = self._pack(values)
-            payloads = packed
+            payloads = self._packed_replies(step, values, [rank != self.rank for rank in range(self.world_size)])
+            own = values[self.rank]
         self._exchange(
             step,
             lambda: dist.scatter_object_list(received, payloads, group=self.group, group_src=self.coordinator_rank),
         )
-        return values[self.rank] if values is not None else pickle.loads(received[0])
-
-    def _pack(self, values: list[Any]) -> list[bytes | None]:
-        """Pickle an entry for each rank but the coordinator, whose own does not travel."""
-        return [
-            None
-            if rank == self.rank
-            else _dumps(value)
-            if isinstance(value, CheckpointException)
-            else pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
-            for rank, value in enumerate(values)
-        ]
+        return own if values is not None else self._unpacked_reply(step, received[0])
 
     def _broadcast(self, step: str, value: Any) -> Any:
+        """Send all ranks the same reply, which is passed on the coordinator."""
         if not self.distributed:
             return value
-        payload: list[Any] = [_dumps(value) if self.is_coordinator and self.world_size > 1 else None]
+        values = [value]
+        payload: list[Any] = self._packed_replies(step, values, [True]) if self.is_coordinator else [None]
         self._exchange(
             step,
             lambda: dist.broadcast_object_list(payload, group=self.group, group_src=self.coordinator_rank),
         )
-        return value if self.is_coordinator else pickle.loads(payload[0])
+        return values[0] if self.is_coordinator else self._unpacked_reply(step, payload[0])
+
+    def _packed_replies(self, step: str, values: list[Any], travels: Sequence[bool]) -> list[bytes | None]:
+        """Pickle the replies that travel; where one cannot be, replace all in ``values`` by that failure.
+
+        A rank that cannot be told what to do would be missing in the next exchange: then no rank may act on its reply.
+        """
+
+        def pack() -> list[bytes | None]:
+            return [dumps(value) if goes else None for value, goes in zip(values, travels, strict=True)]
+
+        packed = outcome_of(pack)
+        if isinstance(packed, Failure):
+            error = CheckpointException(step, {self.rank: (packed.exception, packed.stack)})
+            values[:] = [error] * len(values)
+            packed = pack()
+        return packed
+
+    def _unpacked_reply(self, step: str, payload: bytes) -> Any:
+        reply = loads(payload)
+        if isinstance(reply, Failure):
+            # Plain data and sealed values always come whole: this is a fault of the caller, who has to seal the reply.
+            raise CheckpointException(step, {self.rank: (reply.exception, reply.stack)}) from reply.exception
+        return reply
+
+    def _begin(self) -> None:
+        exchanges_of(self.group).begin()
 
     def _exchange(self, step: str, collective: Callable[[], object]) -> None:
-        """Run a collective; a transport failure (a peer died, or missed the deadline) is reported as this rank's."""
+        """Run a collective; after a failure of the transport, raise an error that names the ranks that are gone."""
         try:
             collective()
         except Exception as exc:
+            raise self._lost_contact(step, exc) from exc
+
+    def _lost_contact(self, step: str, cause: Exception) -> CheckpointException:
+        missing = exchanges_of(self.group).who_is_missing()
+        stack = stack_of(cause)
+        lost = f"rank {self.rank} of {self.world_size} lost contact with the other ranks in step {step!r}"
+        advice = (
+            "The process group cannot be used any more: start the job again, which goes on from the last committed "
+            f"checkpoint. The transport says: {cause}"
+        )
+        failures: dict[int, WrappedException] = {}
+        for rank, why in missing.gone.items():
             error = LostContactError(
-                f"rank {self.rank} of {self.world_size} lost contact with the other ranks in step {step!r}: {exc}. "
-                "A peer has died or did not answer within the process group's timeout; see its own log"
+                f"rank {rank} of {self.world_size} is gone, it has died or was killed: {why}. See its own log, or the "
+                f"system's. {lost}. {advice}"
             )
-            raise CheckpointException(step, {self.rank: (error, traceback.extract_tb(exc.__traceback__))}) from exc
+            failures[rank] = (error, stack)
+        if failures:
+            return CheckpointException(step, failures)
+        late = "has died or did not come within the process group's timeout"
+        if len(missing.silent) == 1:
+            (culprit,) = missing.silent
+            who = f"rank {culprit} does not answer: it {late}; see its own log"
+        elif missing.silent:
+            culprit = self.rank
+            who = f"of ranks {listing(missing.silent)}, which do not answer, one {late}; see their own logs"
+        else:
+            culprit = self.rank
+            who = f"one of them {late}; see their own logs"
+        failures[culprit] = (LostContactError(f"{lost}: {who}. {advice}"), stack)
+        return CheckpointException(step, failures)
 
 
-def _outcome(function: Callable[[], T]) -> T | _Failure:
+def _packed(value: Any) -> bytes:
+    """Pickle a request; a value that cannot be pickled is replaced by that failure."""
     try:
-        return function()
-    # Everything, KeyboardInterrupt too: the other ranks are waiting for this rank's answer and must hear of it.
-    except BaseException as exc:
-        return _Failure(exc, stack_of(exc))
-
-
-def stack_of(exc: BaseException) -> traceback.StackSummary:
-    """Return where an exception was raised, in a form that can be pickled."""
-    stack = traceback.extract_tb(exc.__traceback__)
-    for frame in stack:
-        # From Python 3.13 on a frame summary holds its code object, which cannot be pickled.
-        if hasattr(frame, "_code"):
-            frame._code = None
-    return stack
-
-
-def _failures(outcomes: list[Any]) -> dict[int, WrappedException]:
-    return {
-        rank: (outcome.exception, outcome.stack)
-        for rank, outcome in enumerate(outcomes)
-        if isinstance(outcome, _Failure)
-    }
+        return dumps(value)
+    # Whatever a plugin put into its plan may fail to pickle in its own way; the other ranks must hear of it.
+    except Exception as exc:
+        return dumps(Failure(exc, stack_of(exc)))
 
 
 def _raise_failures(step: str, outcomes: list[Any]) -> None:
-    failures = _failures(outcomes)
+    failures = failures_in(outcomes)
     if failures:
         raise CheckpointException(step, failures) from next(iter(failures.values()))[0]
 
 
 def _value(reply: R | CheckpointException) -> R:
-    if isinstance(reply, _Failure):
-        # The coordinator's entry for this rank could not be pickled.
-        raise CheckpointException("reply", {0: (reply.exception, reply.stack)}) from reply.exception
     if isinstance(reply, CheckpointException):
         raise reply from next(iter(reply.failures.values()))[0]
     return reply
-
-
-def portable(exc: CheckpointException) -> CheckpointException:
-    """Return the exception with the failures in it replaced by their description where they cannot be pickled."""
-    failures = {rank: (_portable(failure), stack) for rank, (failure, stack) in exc.failures.items()}
-    return CheckpointException(exc.args[0], failures)
-
-
-def _dumps(value: Any) -> bytes:
-    """Pickle an outcome; an exception that does not survive the journey is replaced by its description."""
-    if isinstance(value, CheckpointException):
-        return pickle.dumps(portable(value))
-    if isinstance(value, _Failure):
-        return pickle.dumps(_Failure(_portable(value.exception), value.stack))
-    try:
-        return pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
-    # Whatever a plugin put into its plan may fail to pickle in its own way; the other ranks must hear of it.
-    except Exception as exc:
-        return pickle.dumps(_Failure(_portable(exc), stack_of(exc)))
-
-
-def _loads(payload: bytes) -> Any:
-    """Unpickle an outcome; where that fails, it counts as a failure of the rank that sent it."""
-    try:
-        return pickle.loads(payload)
-    # A plugin's class may fail to unpickle in its own way; raising here would leave the other ranks waiting.
-    except Exception as exc:
-        return _Failure(exc, stack_of(exc))
-
-
-def _portable(exc: BaseException) -> BaseException:
-    try:
-        pickle.loads(pickle.dumps(exc))
-    # An exception class may refuse either direction with any error; its text is what is left then.
-    except Exception:
-        return RuntimeError(f"{type(exc).__qualname__}: {exc}")
-    return exc

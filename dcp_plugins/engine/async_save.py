@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import weakref
@@ -20,7 +21,8 @@ from dcp_plugins.engine.save import run_save
 from dcp_plugins.engine.setup import open_writer, ranks_of, to_plain
 from dcp_plugins.engine.side_group import side_group
 from dcp_plugins.engine.snapshot import Snapshot
-from dcp_plugins.engine.thread_runner import PackedMetadata, thread_runner
+from dcp_plugins.engine.thread_runner import PackedMetadata, is_ending, thread_runner
+from dcp_plugins.errors import CheckpointException
 from dcp_plugins.events import record
 from dcp_plugins.pace import hurry
 from dcp_plugins.plan import DefaultSavePlanner
@@ -96,6 +98,8 @@ def async_save(
     Raises:
         CheckpointException: The previous save failed, and nobody has asked its future.
         UnsupportedValueError: A value cannot be copied. The other ranks learn of it from their futures.
+        RuntimeError: The main thread has ended, so that nothing would wait for the save; the process then exits with
+            status 1.
     """
     return begin_save(
         state_dict,
@@ -132,13 +136,14 @@ def begin_save(
             save in flight.
     """
     in_process = kind is AsyncCheckpointerType.PROCESS
-    working_directory = str(Path.cwd()) if in_process else ""
     with thread_runner.turn, record("async_save", checkpoint_id=checkpoint_id):
         ranks = ranks_of(process_group, no_dist=no_dist, verb="save")
         in_group = not no_dist and dist.is_available() and dist.is_initialized()
         if ranks.distributed:
             ranks = Ranks(side_group(process_group), distributed=True)
         try:
+            thread_runner.check_can_start()
+            working_directory = str(Path.cwd()) if in_process else ""
             previous_failure = None if is_queued else thread_runner.finish_previous()
             if previous_failure is not None:
                 logger.error("an asynchronous save failed, and nobody asked for its result: raised at the next one")
@@ -185,7 +190,9 @@ def begin_save(
                 staged = ranks.settle("stage", ready)
                 if snapshot.is_original is not None and isinstance(writer, FileSystemWriter):
                     writer.write_first(snapshot.is_original, snapshot.release)
-                return run_save(staged, writer, planner or DefaultSavePlanner(), ranks, use_collectives=use_collectives)
+                return run_save(
+                    staged, lambda: writer, planner or DefaultSavePlanner(), ranks, use_collectives=use_collectives
+                )
 
         upload = thread_runner.start(save_staged, then=snapshot.written)
         if snapshot.completion is not None:
@@ -227,7 +234,12 @@ def _join_as_failed(ranks: Ranks, failure: BaseException) -> None:
         raise failure
 
     # This rank raises the failure itself, now.
-    thread_runner.start(lambda: ranks.settle("stage", fail)).disown()
+    if is_ending():
+        # No thread would do it.
+        with contextlib.suppress(CheckpointException):
+            ranks.settle("stage", fail)
+    else:
+        thread_runner.start(lambda: ranks.settle("stage", fail)).disown()
 
 
 def _synchronize(stager: AsyncStager) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from dcp_plugins.contract import Metadata, StorageWriter
-from dcp_plugins.coord import Ranks
+from dcp_plugins.coord import Ranks, Sealed
+from dcp_plugins.errors import UnsupportedValueError
 from dcp_plugins.events import record
+from dcp_plugins.user_warnings import warn_user
 
 __all__ = ["commit", "commit_alone"]
 
@@ -23,11 +26,18 @@ def commit(writer: StorageWriter, ranks: Ranks, metadata: Metadata | None, write
         The metadata as published, on every rank.
     """
 
-    def finish(results: list[Any]) -> Metadata:
+    def finish(results: list[Any]) -> Sealed[Metadata]:
         assert metadata is not None, "the coordinator commits what it has planned"
-        return commit_alone(writer, metadata, *results)
+        return Sealed(commit_alone(writer, metadata, *results), "write")
 
-    return ranks.all_reduce("write", write, finish)
+    reply = ranks.all_reduce("write", write, finish)
+    try:
+        return reply.open()
+    except UnsupportedValueError as exc:
+        # The checkpoint exists, and no exchange follows in which the others could be told: this rank must not be the
+        # only one to raise.
+        warn_user(f"the save is complete, but its metadata cannot be returned on rank {ranks.rank}: {exc}")
+        return _UnavailableMetadata(str(exc))
 
 
 def commit_alone(writer: StorageWriter, metadata: Metadata, *results: Any) -> Metadata:
@@ -35,3 +45,24 @@ def commit_alone(writer: StorageWriter, metadata: Metadata, *results: Any) -> Me
     with record("commit"):
         writer.finish(metadata=metadata, results=list(results))
     return metadata
+
+
+class _UnavailableMetadata(Metadata):
+    """Metadata that could not be unpickled on this rank: reading any field of it says so."""
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    def __repr__(self) -> str:
+        return f"<metadata that is not available: {self._reason}>"
+
+
+def _refusing(name: str) -> property:
+    def refuse(self: _UnavailableMetadata) -> NoReturn:
+        raise UnsupportedValueError(f"{name} of the metadata is not available on this rank: {self._reason}")
+
+    return property(refuse)
+
+
+for _field in dataclasses.fields(Metadata):
+    setattr(_UnavailableMetadata, _field.name, _refusing(_field.name))

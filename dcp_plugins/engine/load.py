@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import warnings
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -12,8 +11,9 @@ import torch.distributed as dist
 
 from dcp_plugins.collector import collector_paused
 from dcp_plugins.contract import LoadPlan, LoadPlanner, Metadata, StorageReader
-from dcp_plugins.coord import Ranks
+from dcp_plugins.coord import Ranks, Sealed
 from dcp_plugins.engine.setup import (
+    Opening,
     accepts,
     open_reader,
     put_back,
@@ -33,6 +33,7 @@ from dcp_plugins.errors import CheckpointNotFoundError, PlanError, listing
 from dcp_plugins.events import record
 from dcp_plugins.plan import DefaultLoadPlanner, EmptyStateDictLoadPlanner
 from dcp_plugins.storage import FileSystemReader
+from dcp_plugins.user_warnings import warn_user
 
 __all__ = ["load", "load_from_keys", "load_state_dict", "load_with_reader", "run_load"]
 
@@ -70,10 +71,11 @@ def load(
     """
     with record("load", checkpoint_id=checkpoint_id):
         ranks = ranks_of(process_group, no_dist=no_dist, verb="load")
-        reader = open_reader(storage_reader, checkpoint_id)
-        plain = run_load(
-            lambda: to_plain(state_dict, keep_completing=True), reader, planner or DefaultLoadPlanner(), ranks
-        )
+        opening = Opening(lambda: open_reader(storage_reader, checkpoint_id))
+        with opening.unwrapped():
+            plain = run_load(
+                lambda: to_plain(state_dict, keep_completing=True), opening, planner or DefaultLoadPlanner(), ranks
+            )
         ranks.settle("apply", lambda: put_back(state_dict, plain))
 
 
@@ -90,11 +92,13 @@ def load_state_dict(
     Args:
         coordinator_rank: The rank, within the group, that sees all plans.
     """
-    warnings.warn(
-        "load_state_dict is deprecated and will be removed in future versions; use load", FutureWarning, stacklevel=2
-    )
-    storage_reader.reset()
-    load_with_reader(state_dict, storage_reader, process_group, coordinator_rank, no_dist, planner)
+    warn_user("load_state_dict is deprecated and will be removed in future versions; use load", FutureWarning)
+
+    def reset() -> StorageReader:
+        storage_reader.reset()
+        return storage_reader
+
+    _load_opened(state_dict, reset, process_group, coordinator_rank, no_dist, planner)
 
 
 def load_with_reader(
@@ -112,8 +116,21 @@ def load_with_reader(
     Args:
         coordinator_rank: The rank, within the group, that sees all plans.
     """
+    _load_opened(state_dict, lambda: storage_reader, process_group, coordinator_rank, no_dist, planner)
+
+
+def _load_opened(
+    state_dict: dict[str, Any],
+    open_storage: Callable[[], StorageReader],
+    process_group: dist.ProcessGroup | None,
+    coordinator_rank: int,
+    no_dist: bool,
+    planner: LoadPlanner | None,
+) -> None:
     ranks = Ranks(process_group, distributed=not no_dist, coordinator_rank=coordinator_rank)
-    run_load(lambda: state_dict, storage_reader, planner or DefaultLoadPlanner(), ranks)
+    opening = Opening(open_storage)
+    with opening.unwrapped():
+        run_load(lambda: state_dict, opening, planner or DefaultLoadPlanner(), ranks)
 
 
 def load_from_keys(
@@ -139,25 +156,29 @@ def load_from_keys(
     wanted = {keys} if isinstance(keys, str) else keys
     reader = open_reader(storage_reader, checkpoint_id)
     planner = planner or EmptyStateDictLoadPlanner(wanted)
-    return run_load(dict, reader, planner, Ranks(None, distributed=False))
+    return run_load(dict, lambda: reader, planner, Ranks(None, distributed=False))
 
 
 def run_load(
-    describe: Callable[[], dict[str, Any]], reader: StorageReader, planner: LoadPlanner, ranks: Ranks
+    describe: Callable[[], dict[str, Any]],
+    open_storage: Callable[[], StorageReader],
+    planner: LoadPlanner,
+    ranks: Ranks,
 ) -> dict[str, Any]:
     """Run the phases of a load; everything a rank can fail in is inside an exchange that tells the others.
 
     Args:
-        describe: Returns the dict to fill, without ``Stateful`` objects in it.
+        describe: Returns the dict to fill, without ``Stateful`` objects in it; called inside of the first exchange.
+        open_storage: Returns the reader, reset; called once, after ``describe``.
 
     Returns:
         That dict, filled.
     """
-    step = _Load(describe, reader, planner, ranks)
+    step = _Load(describe, open_storage, planner, ranks)
     with record("plan"):
         plan = step.agreed_plan()
     with record("read"):
-        ranks.settle("read", lambda: step.read(plan))
+        ranks.settle("read", lambda: step.read(plan.open()))
     return step.state_dict
 
 
@@ -165,11 +186,16 @@ class _Load:
     """The state of one load on one rank."""
 
     def __init__(
-        self, describe: Callable[[], dict[str, Any]], reader: StorageReader, planner: LoadPlanner, ranks: Ranks
+        self,
+        describe: Callable[[], dict[str, Any]],
+        open_storage: Callable[[], StorageReader],
+        planner: LoadPlanner,
+        ranks: Ranks,
     ) -> None:
         self._describe = describe
         self.state_dict: dict[str, Any] = {}
-        self._reader = reader
+        self._open_storage = open_storage
+        self._reader: StorageReader
         self._planner = planner
         self._ranks = ranks
         self._plan: LoadPlan | None = None
@@ -177,8 +203,11 @@ class _Load:
         self._read: set[str] = set()
         self._unread: set[str] = set()
 
-    def agreed_plan(self) -> LoadPlan:
-        """Return what this rank reads; plans travel only where planner or reader wants to see them all."""
+    def agreed_plan(self) -> Sealed[LoadPlan]:
+        """Return what this rank reads; plans travel only where planner or reader wants to see them all.
+
+        To be opened inside of the next exchange, because that may fail.
+        """
         prepared = self._ranks.all_gather("plan", self._prepare)
         whole = [is_whole for is_whole, _ in prepared]
         if len(set(whole)) > 1:
@@ -193,7 +222,7 @@ class _Load:
             # Saved without collectives: each rank's metadata is all there is, so there is nothing to agree.
             return self._ranks.settle("plan", lambda: self._globally([self._local_plan()])[0])
         if self._plans_stay_local():
-            return self._plan
+            return Sealed(self._plan, "plan")
         return self._ranks.reduce_scatter("plan", self._local_plan, self._globally)
 
     def read(self, plan: LoadPlan) -> None:
@@ -209,9 +238,11 @@ class _Load:
             Whether the metadata is the whole checkpoint's, and whether it tells of values that lie below a container
             of this rank's state dict and that this rank does not read.
         """
+        # Before all that may fail: a Stateful may run collectives of its own, in which no rank may be missing.
         self.state_dict = self._describe()
         # Before the planner completes it: an empty container is one that was given.
         given = containers_given(self.state_dict)
+        self._reader = self._open_storage()
         metadata, whole = self._read_metadata()
         planner, reader, ranks = self._planner, self._reader, self._ranks
         if isinstance(planner, EmptyStateDictLoadPlanner) and isinstance(reader, FileSystemReader):
@@ -287,5 +318,6 @@ class _Load:
         assert self._plan is not None
         return self._plan
 
-    def _globally(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        return self._reader.prepare_global_plan(self._planner.create_global_plan(plans))
+    def _globally(self, plans: list[LoadPlan]) -> list[Sealed[LoadPlan]]:
+        whole = self._reader.prepare_global_plan(self._planner.create_global_plan(plans))
+        return [Sealed(plan, "plan") for plan in whole]

@@ -26,6 +26,7 @@ from dcp_plugins.contract import (
 )
 from dcp_plugins.coord import Ranks
 from dcp_plugins.engine.load import run_load
+from dcp_plugins.engine.setup import Opening
 from dcp_plugins.errors import PlanError, UnsupportedValueError, listing
 from dcp_plugins.plan import (
     DefaultLoadPlanner,
@@ -66,6 +67,19 @@ def load_sharded_optimizer_state_dict(
         raise ValueError(
             "load_sharded_optimizer_state_dict needs an initialised process group: it shards over its ranks"
         )
+    ranks = Ranks(None, distributed=True)
+    # Told to all: a rank that cannot read the metadata would be missing when the others agree on their plans.
+    describing = Opening(lambda: _describe(model_state_dict, optimizer_key, storage_reader, planner))
+    with describing.unwrapped():
+        flat, paths, own_planner = ranks.settle("describe", describing)
+    run_load(lambda: flat, lambda: storage_reader, own_planner, ranks)
+    return unflatten_state_dict(flat, dict(paths))
+
+
+def _describe(
+    model_state_dict: dict[str, Any], optimizer_key: str, storage_reader: StorageReader, planner: LoadPlanner | None
+) -> tuple[dict[str, Any], Mapping[str, tuple[str | int, ...]], LoadPlanner]:
+    """Return empty tensors for what the checkpoint has of the optimizer, the paths of its keys, and the planner."""
     metadata = storage_reader.read_metadata()
     paths: Mapping[str, tuple[str | int, ...]] = metadata.planner_data or {}
     parts, group = _parts_by_fqn(model_state_dict)
@@ -95,10 +109,7 @@ def load_sharded_optimizer_state_dict(
         first = {path[0] for path in paths.values()}
         raise PlanError(f"no key of the checkpoint begins with {optimizer_key!r}, found {listing(first) or 'no paths'}")
     storage_reader.reset()
-    if group is not None:
-        planner = _PartLoadPlanner(offsets)
-    run_load(lambda: flat, storage_reader, planner or DefaultLoadPlanner(), Ranks(None, distributed=True))
-    return unflatten_state_dict(flat, dict(paths))
+    return flat, paths, planner or DefaultLoadPlanner() if group is None else _PartLoadPlanner(offsets)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

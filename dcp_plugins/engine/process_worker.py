@@ -163,6 +163,7 @@ class _Server:
         buffers = of_skeleton.tensors + of_values.tensors
 
         def receive() -> tuple[Any, Any, Any]:
+            os.chdir(request.working_directory)
             if request.skeleton is not None:
                 skeleton = unpack_skeleton(request.skeleton, buffers, _loads)
                 self._states[request.state_number] = _State(skeleton, of_skeleton)
@@ -173,11 +174,10 @@ class _Server:
         unsubscribe = subscribe(self._send_event) if request.wants_events else None
         ranks = Ranks(None, distributed=request.in_group, coordinator_rank=request.coordinator_rank)
         try:
-            os.chdir(request.working_directory)
             with collector_paused(), beside_training(self._is_awaited):
                 state_dict, writer, planner = ranks.settle("receive", receive)
                 metadata: Metadata = run_save(
-                    state_dict, writer, planner, ranks, use_collectives=request.use_collectives
+                    state_dict, lambda: writer, planner, ranks, use_collectives=request.use_collectives
                 )
                 return "saved", self._metadata_writer.write(metadata)
         except CheckpointException as exc:

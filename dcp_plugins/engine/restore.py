@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from typing import Any
 
 import torch.distributed as dist
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 def restore(
     state: dict[str, Any],
     *,
-    storage_reader: StorageReader,
+    open_storage: Callable[[], StorageReader],
     process_group: dist.ProcessGroup | None = None,
     no_dist: bool = False,
     allow_partial_load: bool = False,
@@ -40,7 +40,7 @@ def restore(
 
     Args:
         state: As it was given to the save, perhaps in part. Every rank of the group passes its own.
-        storage_reader: Reads the checkpoint.
+        open_storage: Returns the reader of the checkpoint, reset; called once.
         process_group: The ranks that load; None takes the default group.
         no_dist: Load into this process alone.
         allow_partial_load: Leave what the checkpoint lacks as it is, and what has no place in the state unread.
@@ -55,7 +55,7 @@ def restore(
         planner = RestoringLoadPlanner(
             _outline_of(state), allow_partial_load=allow_partial_load, weights_only=weights_only
         )
-        plain = run_load(lambda: to_plain(state, keep_completing=True), storage_reader, planner, ranks)
+        plain = run_load(lambda: to_plain(state, keep_completing=True), open_storage, planner, ranks)
         ranks.settle("apply", lambda: _put_back(state, plain))
 
 

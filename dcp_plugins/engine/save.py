@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import warnings
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch.distributed as dist
 
 from dcp_plugins.collector import collector_paused
 from dcp_plugins.contract import Metadata, SavePlan, SavePlanner, StorageWriter
-from dcp_plugins.coord import Ranks
+from dcp_plugins.coord import Ranks, Sealed
 from dcp_plugins.engine.commit import commit, commit_alone
-from dcp_plugins.engine.setup import accepts, open_writer, ranks_of, storage_second, to_plain
+from dcp_plugins.engine.setup import Opening, accepts, open_writer, ranks_of, storage_second, to_plain
 from dcp_plugins.engine.thread_runner import thread_runner
 from dcp_plugins.events import record
 from dcp_plugins.format.containers import attach, encoded_of
@@ -24,6 +23,7 @@ from dcp_plugins.plan.cache import CachedPlan, lookup, new_generation, store
 from dcp_plugins.plan.codec import PackedChoice, PackedPlan, choose, chosen, pack, unpack
 from dcp_plugins.storage import FileSystemWriter
 from dcp_plugins.storage.planned import check_results
+from dcp_plugins.user_warnings import warn_user
 
 __all__ = ["run_save", "save", "save_state_dict"]
 
@@ -67,8 +67,11 @@ def save(
         ranks = ranks_of(process_group, no_dist=no_dist, verb="save")
         # One save at a time: this one would take the files of one that is still being written for litter.
         thread_runner.wait()
-        writer = open_writer(storage_writer, checkpoint_id)
-        return run_save(state_dict, writer, planner or DefaultSavePlanner(), ranks, use_collectives=use_collectives)
+        opening = Opening(lambda: open_writer(storage_writer, checkpoint_id))
+        with opening.unwrapped():
+            return run_save(
+                state_dict, opening, planner or DefaultSavePlanner(), ranks, use_collectives=use_collectives
+            )
 
 
 def save_state_dict(
@@ -84,25 +87,39 @@ def save_state_dict(
     Args:
         coordinator_rank: The rank, within the group, that agrees the plan and commits.
     """
-    warnings.warn(
-        "save_state_dict is deprecated and will be removed in future versions; use save", FutureWarning, stacklevel=2
-    )
-    storage_writer.reset()
+    warn_user("save_state_dict is deprecated and will be removed in future versions; use save", FutureWarning)
+
+    def reset() -> StorageWriter:
+        storage_writer.reset()
+        return storage_writer
+
     ranks = Ranks(process_group, distributed=not no_dist, coordinator_rank=coordinator_rank)
-    return run_save(state_dict, storage_writer, planner or DefaultSavePlanner(), ranks, use_collectives=True)
+    # As in `save`.
+    thread_runner.wait()
+    opening = Opening(reset)
+    with opening.unwrapped():
+        return run_save(state_dict, opening, planner or DefaultSavePlanner(), ranks, use_collectives=True)
 
 
 def run_save(
-    state_dict: dict[str, Any], writer: StorageWriter, planner: SavePlanner, ranks: Ranks, *, use_collectives: bool
+    state_dict: dict[str, Any],
+    open_storage: Callable[[], StorageWriter],
+    planner: SavePlanner,
+    ranks: Ranks,
+    *,
+    use_collectives: bool,
 ) -> Metadata:
-    """Run the phases of a save; everything a rank can fail in is inside an exchange that tells the others."""
-    step = _Save(state_dict, writer, planner, ranks, use_collectives)
+    """Run the phases of a save; everything a rank can fail in is inside an exchange that tells the others.
+
+    Args:
+        open_storage: Returns the writer, reset; called once, inside of the first exchange.
+    """
+    step = _Save(state_dict, open_storage, planner, ranks, use_collectives)
     if not use_collectives:
         return step.save_alone()
     with record("plan"):
-        plan = step.agreed_plan()
-    step.hand_over_encoder()
-    return commit(writer, ranks, step.metadata, lambda: step.write(plan))
+        final_plan = step.agreed_plan()
+    return commit(step.writer, ranks, step.metadata, lambda: step.write(final_plan()))
 
 
 class _Save:
@@ -111,13 +128,13 @@ class _Save:
     def __init__(
         self,
         state_dict: dict[str, Any],
-        writer: StorageWriter,
+        open_storage: Callable[[], StorageWriter],
         planner: SavePlanner,
         ranks: Ranks,
         use_collectives: bool,
     ) -> None:
         self._state_dict = state_dict
-        self._writer = writer
+        self._open_storage = open_storage
         self._planner = planner
         self._ranks = ranks
         self._use_collectives = use_collectives
@@ -126,85 +143,97 @@ class _Save:
         self._earlier: CachedPlan | None = None
         self._proposed: SavePlan | None = None
         self._encoder: MetadataEncoder | None = None
+        self.writer: StorageWriter
+        """Set in the first exchange."""
         self.metadata: Metadata | None = None
         """Of the whole checkpoint; on the coordinator only, once the plan is agreed."""
 
-    def agreed_plan(self) -> SavePlan:
-        """Return what this rank writes, agreed among all; plans are only exchanged if some rank's has changed."""
-        cached = self._ranks.reduce_scatter("plan", self._propose, self._answer)
-        if isinstance(cached, _Reuse):
-            assert self._earlier is not None, "only what every rank has offered is reused"
-            return self._earlier.final_plan
-        if isinstance(cached, _Resend):
-            # Some ranks' plans are unchanged, the coordinator has lost them: all send theirs.
-            cached = self._ranks.reduce_scatter("plan", self._packed_plan, self._plan_globally)
-            assert isinstance(cached, _NewPlan)
-        assert self._proposed is not None
-        final_plan = chosen(self._proposed, cached.plan)
-        if self._description is not None:
-            kept = None
-            if self.metadata is not None:
-                # Storage is about to add its part to the metadata, which belongs to this save alone.
-                kept = _copy_of(self.metadata)
-                self._encoder = MetadataEncoder()
-            store(self._cache_key, CachedPlan(cached.generation, self._description, final_plan, kept, self._encoder))
-        return final_plan
+    def agreed_plan(self) -> Callable[[], SavePlan]:
+        """Agree with all ranks on what each writes; plans are only exchanged if some rank's has changed.
 
-    def hand_over_encoder(self) -> None:
-        """On the coordinator: let the writer encode the metadata as it did at the last save of the same plan."""
-        if self._encoder is not None and isinstance(self._writer, FileSystemWriter):
-            self._writer.encode_with(self._encoder)
+        Returns:
+            Returns what this rank writes; to be called inside of the next exchange, because it may fail.
+        """
+        answer = self._ranks.reduce_scatter("plan", self._propose, self._answer)
+        if isinstance(answer, _Resend):
+            # Some ranks' plans are unchanged, the coordinator has lost them: all send theirs.
+            answer = self._ranks.reduce_scatter("plan", self._packed_plan, self._plan_globally)
+        return lambda: self._final_plan(answer)
+
+    def _final_plan(self, answer: _Reuse | _Resend | _NewPlan) -> SavePlan:
+        """Return what this rank writes by the coordinator's answer, and keep it for the next save."""
+        if isinstance(answer, _Reuse):
+            assert self._earlier is not None, "only what every rank has offered is reused"
+            final_plan = self._earlier.final_plan
+        else:
+            assert isinstance(answer, _NewPlan)
+            assert self._proposed is not None
+            final_plan = chosen(self._proposed, answer.plan.open())
+            if self._description is not None:
+                kept = None
+                if self.metadata is not None:
+                    # Storage is about to add its part to the metadata, which belongs to this save alone.
+                    kept = _copy_of(self.metadata)
+                    self._encoder = MetadataEncoder()
+                store(
+                    self._cache_key, CachedPlan(answer.generation, self._description, final_plan, kept, self._encoder)
+                )
+        if self._encoder is not None and isinstance(self.writer, FileSystemWriter):
+            # The coordinator's writer encodes the metadata as it did at the last save of the same plan.
+            self.writer.encode_with(self._encoder)
+        return final_plan
 
     def save_alone(self) -> Metadata:
         """Save without agreement: this rank's plan is the whole plan, and its metadata a file of its own."""
 
         def local() -> Metadata:
             self._describe()
-            local_plan = self._writer.prepare_local_plan(self._planner.create_local_plan())
+            local_plan = self.writer.prepare_local_plan(self._planner.create_local_plan())
             plans, metadata = self._planner.create_global_plan([local_plan])
-            plan = self._writer.prepare_global_plan(plans)[0]
-            return commit_alone(self._writer, metadata, self.write(plan))
+            plan = self.writer.prepare_global_plan(plans)[0]
+            return commit_alone(self.writer, metadata, self.write(plan))
 
         metadata = self._ranks.settle("save", local)
         self._ranks.settle("commit", self._retire_whole)
         return metadata
 
     def _retire_whole(self) -> None:
-        if isinstance(self._writer, FileSystemWriter) and self._ranks.is_coordinator:
-            self._writer.retire_whole()
+        if isinstance(self.writer, FileSystemWriter) and self._ranks.is_coordinator:
+            self.writer.retire_whole()
 
     def write(self, plan: SavePlan) -> Any:
         """Write this rank's part and return storage's results, opaque but for our own writer's."""
         with record("write"):
             final_plan = self._planner.finish_plan(plan)
             try:
-                pending = self._writer.write_data(final_plan, self._planner)
+                pending = self.writer.write_data(final_plan, self._planner)
                 pending.wait()
                 results = pending.value()
-                if isinstance(self._writer, FileSystemWriter):
+                if isinstance(self.writer, FileSystemWriter):
                     check_results(results, final_plan)
             except BaseException:
                 # Only here, where this rank itself has failed, is it certain that nothing will be committed. Of a
                 # failure elsewhere this rank cannot know whether it came before or after the commit.
-                if isinstance(self._writer, FileSystemWriter):
-                    self._writer.abandon()
+                if isinstance(self.writer, FileSystemWriter):
+                    self.writer.abandon()
                 raise
             return results
 
     def _describe(self) -> None:
         """Turn objects into values and let the planner and the writer see them."""
-        planner, writer, ranks = self._planner, self._writer, self._ranks
+        # Before all that may fail: a Stateful may run collectives of its own, in which no rank may be missing.
         state_dict = to_plain(self._state_dict)
+        self.writer = self._open_storage()
+        planner, writer, ranks = self._planner, self.writer, self._ranks
         storage_meta = writer.storage_meta()
         if accepts(planner.set_up_planner, "storage_meta"):
             planner.set_up_planner(
                 state_dict=state_dict, storage_meta=storage_meta, is_coordinator=ranks.is_coordinator
             )
         else:
-            warnings.warn(
+            warn_user(
                 f"{type(planner).__name__}.set_up_planner does not take storage_meta; planners written for torch 2.3 "
-                "and later do",
-                stacklevel=2,
+                "and later do"
             )
             planner.set_up_planner(state_dict, ranks.is_coordinator)  # type: ignore[arg-type]
         if accepts(writer.set_up_storage_writer, "kwargs"):
@@ -214,7 +243,7 @@ class _Save:
 
     def _find_earlier_plan(self) -> None:
         planner = self._planner
-        if isinstance(planner, DefaultSavePlanner) and _plans_are_reusable(self._writer):
+        if isinstance(planner, DefaultSavePlanner) and _plans_are_reusable(self.writer):
             self._description = planner.describe_state_dict()
             if self._description is not None:
                 self._cache_key = self._key_for(planner)
@@ -225,13 +254,13 @@ class _Save:
         self._describe()
         self._find_earlier_plan()
         if self._earlier is not None:
-            self._writer.prepare_local_plan(self._earlier.final_plan)
+            self.writer.prepare_local_plan(self._earlier.final_plan)
             return _Reuse(self._earlier.generation)
         return self._packed_plan()
 
     def _packed_plan(self) -> PackedPlan | SavePlan:
         """Plan, keep the plan, and return it as it travels; alone, it does not travel."""
-        self._proposed = self._writer.prepare_local_plan(self._planner.create_local_plan())
+        self._proposed = self.writer.prepare_local_plan(self._planner.create_local_plan())
         return pack(self._proposed) if self._ranks.world_size > 1 else self._proposed
 
     def _answer(self, proposals: list[PackedPlan | SavePlan | _Reuse]) -> list[_Reuse | _Resend | _NewPlan]:
@@ -252,10 +281,10 @@ class _Save:
         """Coordinator: decide who writes what, and check that the parts make up the whole."""
         plans = [unpack(plan) for plan in packed]
         global_plans, self.metadata = self._planner.create_global_plan(plans)
-        global_plans = self._writer.prepare_global_plan(global_plans)
+        global_plans = self.writer.prepare_global_plan(global_plans)
         generation = new_generation()
         return [
-            _NewPlan(choose(proposed, final) if len(plans) > 1 else final, generation)
+            _NewPlan(Sealed(choose(proposed, final) if len(plans) > 1 else final, "plan"), generation)
             for proposed, final in zip(plans, global_plans, strict=True)
         ]
 
@@ -265,7 +294,7 @@ class _Save:
         return (
             hash(tuple(planner.state_dict)),
             type(planner),
-            type(self._writer),
+            type(self.writer),
             id(ranks.group),
             ranks.world_size,
             ranks.rank,
@@ -289,7 +318,7 @@ class _Resend:
 class _NewPlan:
     """Answer: what this rank writes from now on."""
 
-    plan: PackedChoice | SavePlan
+    plan: Sealed[PackedChoice | SavePlan]
     generation: str
 
 

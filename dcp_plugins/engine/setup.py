@@ -5,20 +5,23 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, MutableMapping
-from typing import Any, ParamSpec, TypeVar, cast
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from dcp_plugins.contract import Stateful, StorageReader, StorageWriter
 from dcp_plugins.coord import Ranks
+from dcp_plugins.errors import CheckpointException
 from dcp_plugins.storage import find_reader, find_writer
 from dcp_plugins.templates import CompletingDict, take_over
+from dcp_plugins.user_warnings import warn_user
 
 __all__ = [
+    "Opening",
     "accepts",
     "holds_stateful",
     "is_stateful",
@@ -39,9 +42,8 @@ def ranks_of(process_group: dist.ProcessGroup | None, *, no_dist: bool, verb: st
     """Return the ranks of a call; a single one, with a warning, where there is no distribution."""
     distributed = not no_dist and dist.is_available() and dist.is_initialized()
     if not distributed:
-        warnings.warn(
-            f"torch.distributed is disabled, unavailable or uninitialized: this process alone {verb}s the checkpoint",
-            stacklevel=5,
+        warn_user(
+            f"torch.distributed is disabled, unavailable or uninitialized: this process alone {verb}s the checkpoint"
         )
     return Ranks(process_group, distributed=distributed, coordinator_rank=coordinator_rank)
 
@@ -54,6 +56,35 @@ def open_writer(storage: StorageWriter | None, checkpoint_id: str | os.PathLike[
 def open_reader(storage: StorageReader | None, checkpoint_id: str | os.PathLike[str] | None) -> StorageReader:
     """Return the reader to use, reset for a new load."""
     return _open(storage, checkpoint_id, find_reader, "storage_reader")
+
+
+class Opening(Generic[R]):
+    """Opens or describes something inside of an exchange, so that a rank that cannot is heard of by the others.
+
+    A rank that raised before its first exchange would leave them waiting there.
+    """
+
+    def __init__(self, open_storage: Callable[[], R]) -> None:
+        self._open_storage = open_storage
+        self._failure: BaseException | None = None
+
+    def __call__(self) -> R:
+        try:
+            return self._open_storage()
+        except BaseException as exc:
+            self._failure = exc
+            raise
+
+    @contextmanager
+    def unwrapped(self) -> Iterator[None]:
+        """Raise its failure as it is on this rank; the other ranks raise a ``CheckpointException``."""
+        try:
+            yield
+        except CheckpointException:
+            failure, self._failure = self._failure, None
+            if failure is not None:
+                raise failure from None
+            raise
 
 
 def _open(
@@ -81,10 +112,9 @@ def storage_second(argument: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         @functools.wraps(function)
         def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
             if len(args) == 2 and argument not in kwargs:
-                warnings.warn(
+                warn_user(
                     f"The argument order of {function.__name__} has been changed: pass the storage as {argument}=",
                     UserWarning,
-                    stacklevel=2,
                 )
                 kwargs[argument] = args[1]
                 return cast("Callable[..., R]", function)(args[0], **kwargs)

@@ -21,7 +21,7 @@ from dcp_plugins.forks import in_forked_child
 from dcp_plugins.pace import Awaited, paced
 from dcp_plugins.storage.threads import beside_training
 
-__all__ = ["PackedMetadata", "SaveFuture", "ThreadRunner", "await_saves", "thread_runner"]
+__all__ = ["PackedMetadata", "SaveFuture", "ThreadRunner", "await_saves", "is_ending", "thread_runner"]
 
 
 class PackedMetadata:
@@ -146,6 +146,22 @@ class ThreadRunner:
         """Wait for all saves in flight, whatever comes of them; their failures stay to be reported."""
         await_saves(list(self._saves))
 
+    def check_can_start(self) -> None:
+        """Refuse a save that nothing would wait for, and let the process end with status 1.
+
+        Raises:
+            RuntimeError: The main thread has ended.
+        """
+        if not is_ending():
+            return
+        # The exception may end a thread only, of which the status of the process would not tell.
+        atexit.register(_exit_with_failure)
+        raise RuntimeError(
+            f"async_save was called on thread {threading.current_thread().name!r} after the main thread had ended: the "
+            "interpreter does not wait for saves any more, and may start no thread. Nothing was saved, and the process "
+            "will exit with status 1. Join your threads before the main thread ends, or call save"
+        )
+
     def start(
         self,
         job: Callable[[], Metadata | PackedMetadata],
@@ -215,6 +231,12 @@ def _run(
     finally:
         # As in SaveFuture.result.
         del future
+
+
+def is_ending() -> bool:
+    """Whether the main thread has ended, so that the interpreter ends with the last thread."""
+    # The private flag is set a little earlier: before the exit hooks run, on the main thread.
+    return getattr(threading, "_SHUTTING_DOWN", False) or not threading.main_thread().is_alive()
 
 
 def _register_exit_hook(hook: Callable[[], None]) -> None:

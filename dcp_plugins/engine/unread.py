@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from dcp_plugins.contract import LoadPlan, Metadata
 from dcp_plugins.errors import UnreadValuesWarning, listing
+from dcp_plugins.user_warnings import warn_user
 
 __all__ = ["as_flags", "containers_given", "read_by", "unread_below", "unread_by_all", "warn_of_unread"]
 
@@ -66,10 +66,9 @@ def unread_by_all(fqns: list[str], found: list[tuple[bytes, bytes]]) -> list[str
 
 def warn_of_unread(names: list[str]) -> None:
     """Warn of saved values that no rank reads."""
-    warnings.warn(
+    warn_user(
         f"{len(names)} saved value(s) lie below the state dict's containers and were not loaded: {listing(names)}. A"
         " load asks for what the state dict has. To load them, put them into it; to hide this, pass"
         " planner=DefaultLoadPlanner(unread='ignore')",
         UnreadValuesWarning,
-        stacklevel=2,
     )

@@ -33,6 +33,9 @@ class Decoded:
     has_trailer: bool
     """Whether the bytes were checked against a CRC-32; false for files of stock torch."""
 
+    newer_version: int | None = None
+    """Version of a trailer whose extras were skipped because a later version of this package wrote it."""
+
 
 def encode(metadata: Metadata, *, extras: Mapping[str, JSON] | None = None) -> bytes:
     """Return the bytes of a ``.metadata`` file.
@@ -88,22 +91,27 @@ def decode(data: bytes | bytearray | memoryview, source: str, *, trust_pickle: b
 
 def decode_with_extras(data: bytes | bytearray | memoryview, source: str, *, trust_pickle: bool = False) -> Decoded:
     """Do as ``decode``, and return the extras too."""
-    pickled, extras = split_trailer(bytes(data), source)
+    pickled, trailer = split_trailer(bytes(data), source)
     with collector_paused():
         if trust_pickle:
             metadata = read_trusted_pickle(pickled, source)
         else:
             metadata = verify(read_pickle(pickled, source), source)
-    if extras is not None and isinstance(extras.get(EXTRA), list):
-        attach(metadata, extras[EXTRA])
+    if trailer is None:
+        return Decoded(metadata, {}, has_trailer=False)
+    if isinstance(trailer.extras.get(EXTRA), list):
+        attach(metadata, trailer.extras[EXTRA])
+        # Malformed, it is found now and not in the midst of a load.
         containers_of(metadata)
-    return Decoded(metadata, extras if extras is not None else {}, extras is not None)
+    newer_version = trailer.version if trailer.is_newer else None
+    return Decoded(metadata, trailer.extras, has_trailer=True, newer_version=newer_version)
 
 
 def decode_extras(data: bytes | bytearray | memoryview, source: str) -> dict[str, JSON]:
-    """Return the extras alone, without unpickling; ``{}`` for a file of stock torch.
+    """Return the extras alone, without unpickling; ``{}`` for a file of stock torch or of a later version of ours.
 
     Raises:
         CorruptCheckpointError: The trailer is there and does not fit the bytes before it.
     """
-    return split_trailer(bytes(data), source)[1] or {}
+    trailer = split_trailer(bytes(data), source)[1]
+    return trailer.extras if trailer is not None else {}

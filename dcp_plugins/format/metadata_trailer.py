@@ -5,7 +5,7 @@ Layout, little-endian::
     pickle                as torch reads it
     extras                UTF-8 JSON object
     magic         8 bytes
-    version       u32     of the meaning of the extras; this layout never changes
+    version       u32     of the extras; this layout is the same in every version
     extras_length u32
     pickle_length u64
     pickle_crc    u32     CRC-32 of the pickle
@@ -14,6 +14,9 @@ Layout, little-endian::
 
 It is found from the end of the file. A file that ends with the pickle has no trailer; a pickle followed by anything
 else is refused (by the reader), so that a damaged magic cannot pass for a file of stock torch.
+
+A later version of this package may record extras that mean something else. It then writes a higher version, and this
+reader skips the extras: the pickle, whose checksum is compared all the same, is enough to load the checkpoint.
 """
 
 from __future__ import annotations
@@ -22,22 +25,39 @@ import json
 import struct
 import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from dcp_plugins.errors import CorruptCheckpointError, UnsupportedValueError
 
-__all__ = ["JSON", "add_trailer", "split_trailer"]
+__all__ = ["JSON", "TRAILER_VERSION", "Trailer", "add_trailer", "split_trailer"]
 
 JSON = Any  # None | bool | int | float | str | list[JSON] | dict[str, JSON]
 
+TRAILER_VERSION = 1
+"""Of the extras that this package writes, and the highest that it understands."""
+
 _MAGIC = b"DCPPmeta"
-_VERSION = 1
 _FIELDS = struct.Struct("<8sIIQII")
 _CRC = struct.Struct("<I")
 _LENGTH = _FIELDS.size + _CRC.size
 
 
-def add_trailer(pickled: bytes, extras: Mapping[str, JSON]) -> bytes:
+@dataclass(frozen=True, slots=True)
+class Trailer:
+    """The trailer of a file, its checksums compared."""
+
+    version: int
+    extras: dict[str, JSON]
+    """Empty where the version is newer than this package understands."""
+
+    @property
+    def is_newer(self) -> bool:
+        """Whether a later version of this package wrote it, so that its extras were skipped."""
+        return self.version > TRAILER_VERSION
+
+
+def add_trailer(pickled: bytes, extras: Mapping[str, JSON], *, version: int = TRAILER_VERSION) -> bytes:
     """Return ``pickled`` followed by a trailer that holds ``extras``."""
     try:
         encoded = json.dumps(dict(extras), separators=(",", ":"), allow_nan=False).encode()
@@ -45,12 +65,12 @@ def add_trailer(pickled: bytes, extras: Mapping[str, JSON]) -> bytes:
         raise UnsupportedValueError(
             f"extras of the metadata must be a mapping of strings to JSON values: {exc}"
         ) from exc
-    fields = _FIELDS.pack(_MAGIC, _VERSION, len(encoded), len(pickled), zlib.crc32(pickled), zlib.crc32(encoded))
+    fields = _FIELDS.pack(_MAGIC, version, len(encoded), len(pickled), zlib.crc32(pickled), zlib.crc32(encoded))
     return b"".join((pickled, encoded, fields, _CRC.pack(zlib.crc32(fields))))
 
 
-def split_trailer(data: bytes, source: str) -> tuple[bytes, dict[str, JSON] | None]:
-    """Return the pickle and the extras of ``data``; without a trailer, ``data`` itself and ``None``.
+def split_trailer(data: bytes, source: str) -> tuple[bytes, Trailer | None]:
+    """Return the pickle and the trailer of ``data``; without a trailer, ``data`` itself and ``None``.
 
     Raises:
         CorruptCheckpointError: There is a trailer, and the bytes are not those it was written for.
@@ -58,7 +78,7 @@ def split_trailer(data: bytes, source: str) -> tuple[bytes, dict[str, JSON] | No
     fields = data[-_LENGTH : -_CRC.size]
     if len(data) < _LENGTH or not fields.startswith(_MAGIC):
         return data, None
-    _, _, extras_length, pickle_length, pickle_crc, extras_crc = _FIELDS.unpack(fields)
+    _, version, extras_length, pickle_length, pickle_crc, extras_crc = _FIELDS.unpack(fields)
     if zlib.crc32(fields) != _CRC.unpack(data[-_CRC.size :])[0]:
         raise _damaged(source, "the trailer's own checksum does not match")
     if pickle_length + extras_length + _LENGTH != len(data):
@@ -71,13 +91,16 @@ def split_trailer(data: bytes, source: str) -> tuple[bytes, dict[str, JSON] | No
     encoded = data[pickle_length : pickle_length + extras_length]
     if zlib.crc32(encoded) != extras_crc:
         raise _damaged(source, f"CRC-32 of the extras is {zlib.crc32(encoded):08x}, was written as {extras_crc:08x}")
+    if version > TRAILER_VERSION:
+        # A later version may encode its extras otherwise, or give known names another meaning.
+        return pickled, Trailer(version, {})
     try:
         extras = json.loads(encoded)
     except (ValueError, RecursionError) as exc:
         raise _damaged(source, f"the extras are no JSON ({exc})") from exc
     if not isinstance(extras, dict):
         raise _damaged(source, f"the extras are a JSON {type(extras).__name__}, not an object")
-    return pickled, extras
+    return pickled, Trailer(version, extras)
 
 
 def _damaged(source: str, what: str) -> CorruptCheckpointError:

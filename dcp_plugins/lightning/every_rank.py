@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +37,7 @@ from dcp_plugins.lightning.twin import Fingerprint
 from dcp_plugins.manager import SaveOptions, is_committed, remove_if_uncommitted
 from dcp_plugins.manager.agreement import deciding_ranks
 from dcp_plugins.state_dict import get_model_state_dict
+from dcp_plugins.user_warnings import warn_user
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -285,10 +285,7 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
         newest = _newest_of_run(beside, trainer) if is_fitting else beside
         if path.is_dir() and _is_looked_for(path, trainer) and (newest is not None or is_fitting):
             instead = f"Going on from {newest}, the newest there is." if newest is not None else "Starting anew."
-            warnings.warn(
-                f"{path} is not a checkpoint: the save into it was killed before it was committed. {instead}",
-                stacklevel=2,
-            )
+            warn_user(f"{path} is not a checkpoint: the save into it was killed before it was committed. {instead}")
             if is_fitting:
                 # So that the name is free for the next checkpoint that is to have it.
                 remove_if_uncommitted(path, META_FILES)

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import io
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from dcp_plugins.contract import BytesStorageMetadata, Metadata
 from dcp_plugins.errors import PlanError, UnsupportedValueError, listing
 from dcp_plugins.manager import is_committed, remove_if_uncommitted
 from dcp_plugins.storage.companion import replaced_name
+from dcp_plugins.user_warnings import warn_user
 
 __all__ = [
     "META_FILE",
@@ -225,7 +225,7 @@ def last_checkpoint(dirpath: str | os.PathLike[str]) -> Path | None:
         try:
             step = saved_step(candidate)
         except Exception as exc:  # a damaged checkpoint must not hide the good ones
-            warnings.warn(f"Skipped the checkpoint {candidate}: {type(exc).__name__}: {exc}", stacklevel=2)
+            warn_user(f"Skipped the checkpoint {candidate}: {type(exc).__name__}: {exc}")
             continue
         if best is None or step > best[0]:
             best = (step, candidate)

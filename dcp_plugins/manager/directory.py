@@ -10,7 +10,6 @@ import logging
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from dcp_plugins.errors import CheckpointError, CheckpointNotFoundError, Corrupt
 from dcp_plugins.format.metadata import decode_with_extras
 from dcp_plugins.format.names import METADATA_NAME, metadata_rank, safe_join
 from dcp_plugins.storage.local import litter, sync_directory
+from dcp_plugins.user_warnings import warn_user
 
 __all__ = [
     "StepNames",
@@ -143,7 +143,7 @@ def good_steps(root: _PathLike, names: StepNames = StepNames()) -> Iterator[int]
         try:
             verify_checkpoint(path)
         except (CheckpointError, OSError) as exc:
-            warnings.warn(f"Skipped {path}, which is no good checkpoint: {exc}", stacklevel=2)
+            warn_user(f"Skipped {path}, which is no good checkpoint: {exc}")
             continue
         yield step
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -36,6 +35,7 @@ from dcp_plugins.manager.rank_bound import load_state
 from dcp_plugins.manager.record import RECORD_KEY, SaveRecord, record_item
 from dcp_plugins.manager.retention import KeepPolicy
 from dcp_plugins.manager.saver import Saver
+from dcp_plugins.user_warnings import warn_user
 
 __all__ = ["CheckpointManager"]
 
@@ -365,7 +365,7 @@ class CheckpointManager:
     def _choose(self, step: int | None, candidates: Iterator[int], skipped: str) -> int | None:
         """Return the step to load. Runs on rank 0."""
         if skipped:
-            warnings.warn(skipped, stacklevel=2)
+            warn_user(skipped)
         if step is not None:
             if not self.path(step).is_dir():
                 raise self._not_found(step)

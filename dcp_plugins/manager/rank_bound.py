@@ -12,7 +12,6 @@ import hashlib
 import io
 import os
 import random
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +28,7 @@ from dcp_plugins.plan import DefaultLoadPlanner
 from dcp_plugins.plan.flatten import Path
 from dcp_plugins.plan.values import dump_value, load_value
 from dcp_plugins.templates import CompletingDict
+from dcp_plugins.user_warnings import warn_user
 
 __all__ = ["PER_RANK", "PerRank", "RandomState", "RankBoundLoadPlanner", "load_state"]
 
@@ -64,7 +64,7 @@ def load_state(
     with expected_warnings():
         restore(
             state_dict,
-            storage_reader=open_reader(storage_reader, path),
+            open_storage=lambda: open_reader(storage_reader, path),
             process_group=process_group,
             no_dist=is_alone(no_dist=no_dist),
             allow_partial_load=allow_partial_load,
@@ -125,10 +125,9 @@ class PerRank:
         if own is not None:
             self.value.load_state_dict(own)
         elif rank == 0:
-            warnings.warn(
+            warn_user(
                 f"{self.name} was saved by {state_dict[_WORLD_SIZE]} ranks and this is a run of {world_size}: its state"
-                " is bound to a rank, and was not restored. It begins anew.",
-                stacklevel=2,
+                " is bound to a rank, and was not restored. It begins anew."
             )
 
 
@@ -169,10 +168,9 @@ class RandomState:
         stream = rank if self.stream is None else self.stream
         _seed_generators(hashlib.sha256(f"{state_dict[_ENTROPY]}:{stream}".encode()).digest())
         if rank == 0:
-            warnings.warn(
+            warn_user(
                 f"The random states were saved by {state_dict[_WORLD_SIZE]} ranks and this is a run of {world_size}:"
-                " every rank has seeded its generators anew, from what was saved and its number.",
-                stacklevel=2,
+                " every rank has seeded its generators anew, from what was saved and its number."
             )
 
 

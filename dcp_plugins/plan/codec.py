@@ -55,7 +55,9 @@ class PackedChoice:
     hints: bytes
     """Hint of each item's index, as int64; -1 for none."""
     rest: SavePlan
-    """The final plan without its items."""
+    """The final plan without its items; without its planner data too where the rank keeps its own."""
+    keeps_planner_data: bool
+    """Whether the final plan has the proposed plan's planner data."""
 
 
 def pack(plan: SavePlan) -> PackedPlan | SavePlan:
@@ -137,13 +139,12 @@ def choose(proposed: SavePlan, final: SavePlan) -> PackedChoice | SavePlan:
         positions.append(position)
         hints.append(_NONE if item.index.index is None else item.index.index)
     rest = dataclasses.replace(final, items=[])
-    if rest.planner_data is proposed.planner_data:
-        # The rank has this already; the paths of all its fqns need not travel back.
-        rest = dataclasses.replace(rest, planner_data=_SAME)
-    return PackedChoice(positions.tobytes(), hints.tobytes(), rest)
-
-
-_SAME = "the proposed plan's"
+    # The rank has this already; the paths of all its fqns need not travel back. A field says so: a mark in the data's
+    # place would have to be told from data of a plugin, which may equal anything or refuse to be compared.
+    keeps_planner_data = rest.planner_data is proposed.planner_data
+    if keeps_planner_data:
+        rest = dataclasses.replace(rest, planner_data=None)
+    return PackedChoice(positions.tobytes(), hints.tobytes(), rest, keeps_planner_data)
 
 
 def chosen(proposed: SavePlan, choice: PackedChoice | SavePlan) -> SavePlan:
@@ -158,5 +159,5 @@ def chosen(proposed: SavePlan, choice: PackedChoice | SavePlan) -> SavePlan:
         if item.index.index != wanted:
             item = dataclasses.replace(item, index=MetadataIndex(item.index.fqn, item.index.offset, wanted))
         items.append(item)
-    planner_data = proposed.planner_data if choice.rest.planner_data == _SAME else choice.rest.planner_data
+    planner_data = proposed.planner_data if choice.keeps_planner_data else choice.rest.planner_data
     return dataclasses.replace(choice.rest, items=items, planner_data=planner_data)

@@ -6,7 +6,6 @@ import difflib
 import io
 import math
 import re
-import warnings
 from collections.abc import Collection, Sequence
 from typing import Any, Literal, cast, get_args
 
@@ -38,6 +37,7 @@ from dcp_plugins.plan.values import load_value
 from dcp_plugins.tensors import chunks, find_object, flatten_sharded_tensors, is_whole, materialize_meta
 from dcp_plugins.tensors.checkpointable import is_checkpointable
 from dcp_plugins.tensors.sharded import ShardedTensor
+from dcp_plugins.user_warnings import warn_user
 
 __all__ = [
     "DefaultLoadPlanner",
@@ -312,7 +312,7 @@ def create_default_local_load_plan(
         more = [f"... and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
         raise PlanError("\n".join(["the checkpoint does not fit the state dict:", *shown, *more]))
     if casts:
-        warnings.warn(f"tensors are converted while loading, their dtypes differ: {listing(casts)}", stacklevel=2)
+        warn_user(f"tensors are converted while loading, their dtypes differ: {listing(casts)}")
     return LoadPlan(items)
 
 

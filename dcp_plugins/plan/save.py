@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +28,7 @@ from dcp_plugins.plan.replicas import assign_replicas
 from dcp_plugins.plan.validate import plan_problems
 from dcp_plugins.plan.values import dump_value
 from dcp_plugins.tensors import find_object, find_objects, flatten_sharded_tensors, signatures, write_items
+from dcp_plugins.user_warnings import warn_user
 
 __all__ = ["DefaultSavePlanner", "create_default_global_save_plan", "create_default_local_save_plan"]
 
@@ -63,10 +63,9 @@ class DefaultSavePlanner(SavePlanner):
         self.mappings = {}
         self._enable_plan_caching = enable_plan_caching
         if dedup_replicated_tensors is not None:
-            warnings.warn(
+            warn_user(
                 "dedup_replicated_tensors is deprecated and has no effect: replicated values are always written once",
                 FutureWarning,
-                stacklevel=2,
             )
 
     def set_up_planner(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -20,6 +19,7 @@ from dcp_plugins.state_dict.module_save import module_state
 from dcp_plugins.state_dict.names import Names
 from dcp_plugins.state_dict.options import StateDictOptions
 from dcp_plugins.state_dict.types import ValueType
+from dcp_plugins.user_warnings import warn_user
 
 __all__ = ["get_model", "own_state", "warn_about_submodules"]
 
@@ -27,11 +27,10 @@ __all__ = ["get_model", "own_state", "warn_about_submodules"]
 def warn_about_submodules(submodules: set[nn.Module] | None) -> None:
     """Warn the caller's caller if ``submodules`` is given."""
     if submodules:
-        warnings.warn(
+        warn_user(
             "`submodules` is deprecated: get the state dict of the whole model and keep the keys you want, or call "
             "the getter on the submodule.",
             FutureWarning,
-            stacklevel=4,
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -35,6 +34,7 @@ from dcp_plugins.state_dict.options import StateDictOptions
 from dcp_plugins.state_dict.together import model_pairs, relaid, settled
 from dcp_plugins.tensors import chunks
 from dcp_plugins.tensors.sharded import size_of
+from dcp_plugins.user_warnings import warn_user
 
 __all__ = ["IncompatibleKeys", "ModelPlan", "load_model", "load_planned", "plan_model", "warn_about_module_keys"]
 
@@ -44,11 +44,7 @@ IncompatibleKeys = _IncompatibleKeys
 def warn_about_module_keys(state_dict: Mapping[Any, Any]) -> None:
     """Warn the caller's caller if a state dict is keyed by submodules."""
     if _has_module_keys(state_dict):
-        warnings.warn(
-            "A model state dict keyed by submodules is deprecated: key it by canonical names.",
-            FutureWarning,
-            stacklevel=4,
-        )
+        warn_user("A model state dict keyed by submodules is deprecated: key it by canonical names.", FutureWarning)
 
 
 def _has_module_keys(state_dict: object) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from typing import Any
 
 from torch.optim import Optimizer
@@ -12,6 +11,7 @@ from dcp_plugins.errors import PlanError, listing
 from dcp_plugins.state_dict.flatten import PARAMS, SavedState
 from dcp_plugins.state_dict.keys import suggestion
 from dcp_plugins.state_dict.names import Names
+from dcp_plugins.user_warnings import warn_user
 
 __all__ = ["EmptyGroups", "Problems", "spellings"]
 
@@ -77,10 +77,9 @@ class Problems:
         if self.kept:
             log.info("group options that the saved state lacks keep the optimizer's values: %s", listing(self.kept))
         if may_warn and self._unrecorded and self._saved.state:
-            warnings.warn(
+            warn_user(
                 f"The optimizer state dict has no state for {listing(self._unrecorded)}, and does not tell whether"
-                " there was any: such parameters begin anew. A state dict of get_optimizer_state_dict tells.",
-                stacklevel=2,
+                " there was any: such parameters begin anew. A state dict of get_optimizer_state_dict tells."
             )
 
     def raise_any(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -39,6 +38,7 @@ from dcp_plugins.storage.reader import FileSystemReader
 from dcp_plugins.storage.safetensors_file import NewFile, read_header, write_files
 from dcp_plugins.storage.threads import default_thread_count
 from dcp_plugins.storage.writer import FileSystemWriter
+from dcp_plugins.user_warnings import warn_user
 
 __all__ = ["HuggingFaceStorageWriter", "require_local_fs", "require_local_path"]
 
@@ -134,10 +134,9 @@ class HuggingFaceStorageWriter(FileSystemWriter):
                 raise CheckpointExistsError(
                     f"Checkpoint already exists in {self.path} and overwrite=False: choose another path"
                 )
-            warnings.warn(
+            warn_user(
                 f"Detected an existing checkpoint in {self.path}: its files are replaced when this save is complete. "
-                "Pass overwrite=False to the writer to make this an error",
-                stacklevel=2,
+                "Pass overwrite=False to the writer to make this an error"
             )
         return plan
 

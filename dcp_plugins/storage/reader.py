@@ -26,8 +26,9 @@ from dcp_plugins.contract import (
 )
 from dcp_plugins.errors import CheckpointNotFoundError, CorruptCheckpointError, listing
 from dcp_plugins.format.container import SMALL_CONTAINER_BYTES, Layout, record_checksums
-from dcp_plugins.format.metadata import decode
-from dcp_plugins.format.names import metadata_name, new_save_id
+from dcp_plugins.format.metadata import decode_with_extras
+from dcp_plugins.format.metadata_trailer import TRAILER_VERSION
+from dcp_plugins.format.names import METADATA_NAME, metadata_name, new_save_id
 from dcp_plugins.storage.arrays import OpenFile, read_bytes
 from dcp_plugins.storage.file_system import FileSystem
 from dcp_plugins.storage.fs_store import store_of
@@ -36,6 +37,7 @@ from dcp_plugins.storage.reads import DataFileReader, TensorRead, load_container
 from dcp_plugins.storage.store import Store
 from dcp_plugins.storage.threads import default_thread_count, run_all, split_by_bytes
 from dcp_plugins.storage.transforms import ExtensionRegistry, decode_stream
+from dcp_plugins.user_warnings import warn_user
 
 __all__ = ["FileSystemReader", "resolve_target"]
 
@@ -76,6 +78,7 @@ class FileSystemReader(StorageReader):
         self.load_id = new_save_id()
         self.storage_data: dict[MetadataIndex, Any] = {}
         self.metadata: Metadata | None = None
+        self._newer_trailer: int | None = None
         # Small containers whose checksums were right: a flattened optimizer's numbers are nearly all the same few.
         self._verified: set[bytes] = set()
 
@@ -103,7 +106,9 @@ class FileSystemReader(StorageReader):
                 f"no committed checkpoint in {self.path}: it has no {name}. A save that was killed leaves a "
                 "directory without one; load an earlier checkpoint"
             ) from exc
-        metadata = decode(content, os.path.join(self.path, name), trust_pickle=self.trust_pickle)
+        decoded = decode_with_extras(content, os.path.join(self.path, name), trust_pickle=self.trust_pickle)
+        metadata = decoded.metadata
+        self._newer_trailer = decoded.newer_version
         if metadata.storage_meta is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id
@@ -112,6 +117,14 @@ class FileSystemReader(StorageReader):
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         self.metadata = metadata
         self.storage_data = metadata.storage_data
+        if self._newer_trailer is not None and is_coordinator:
+            warn_user(
+                f"{self.path} was written by a later version of dcp_plugins: this version understands trailers of "
+                f"{METADATA_NAME} up to version {TRAILER_VERSION}, and skipped one of version {self._newer_trailer}. "
+                "The checkpoint is loaded as stock torch loads it; upgrade dcp_plugins to use all that was recorded"
+            )
+            # Said once for each time the metadata is read.
+            self._newer_trailer = None
         if not isinstance(self.storage_data, dict):
             raise CorruptCheckpointError(
                 f"{self.path}: the metadata has no storage data, only {type(self.storage_data).__name__}: it does not "

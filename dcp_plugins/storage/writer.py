@@ -8,7 +8,6 @@ import itertools
 import logging
 import operator
 import os
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -55,6 +54,7 @@ from dcp_plugins.storage.planned import Run, check_against_plan, in_runs, resolv
 from dcp_plugins.storage.store import Store, files_named_by
 from dcp_plugins.storage.threads import SharedWork, default_thread_count, run_all, split_by_bytes
 from dcp_plugins.storage.transforms import encode_stream
+from dcp_plugins.user_warnings import warn_user
 
 __all__ = ["DCP_VERSION", "FileSystemWriter"]
 
@@ -161,10 +161,9 @@ class FileSystemWriter(StorageWriter):
                     f"Checkpoint already exists in {self.path} and overwrite=False: choose another checkpoint_id"
                 )
             if self.warns_of_replacing:
-                warnings.warn(
+                warn_user(
                     f"Detected an existing checkpoint in {self.path}: it is replaced when this save is complete. "
-                    "Pass overwrite=False to the writer to make this an error",
-                    stacklevel=2,
+                    "Pass overwrite=False to the writer to make this an error"
                 )
         if self.rank is not None and not self.use_collectives:
             return dataclasses.replace(plan, storage_data=StoragePrefix(f"__{self.rank}_"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from dcp_plugins.manager.options import Asynchronous
 from dcp_plugins.transformers import load, seam, stock
 from dcp_plugins.transformers.layout import find_checkpoint, forget_states_but, restore_state
 from dcp_plugins.transformers.save import model_of, save_checkpoint
+from dcp_plugins.user_warnings import warn_user
 
 __all__ = ["DCPCallback"]
 
@@ -89,10 +89,9 @@ class DCPCallback(TrainerCallback):
             raise _moved(f"train() did not load the model of {self._resuming} through Trainer._load_from_checkpoint")
         if "optimizer" not in self._loaded:
             # It may be meant: somebody else's code decides to begin with a fresh optimizer.
-            warnings.warn(
+            warn_user(
                 f"DCPCallback: the optimizer's state in {self._resuming} was not loaded, as a subclass of Trainer"
-                " overrides _load_optimizer_and_scheduler and did not call super().",
-                stacklevel=2,
+                " overrides _load_optimizer_and_scheduler and did not call super()."
             )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import warnings
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
@@ -35,6 +34,7 @@ from dcp_plugins.manager import (
     verify_checkpoint,
 )
 from dcp_plugins.storage.local import sync_directory
+from dcp_plugins.user_warnings import warn_user
 
 __all__ = [
     "MODEL",
@@ -93,7 +93,7 @@ def last_checkpoint(output_dir: _PathLike) -> Path | None:
         try:
             _verify(path)
         except (CheckpointError, OSError) as exc:
-            warnings.warn(f"Skipped {path}, which is no good checkpoint: {exc}", stacklevel=2)
+            warn_user(f"Skipped {path}, which is no good checkpoint: {exc}")
             continue
         return path
     return None
@@ -129,7 +129,7 @@ def find_checkpoint(requested: str | bool | None, output_dir: _PathLike) -> Path
         if newest == path or (newest is None and isinstance(exc, CorruptCheckpointError)):
             raise
         instead = "Starting anew." if newest is None else f"Going on from {newest}, the newest good one beside it."
-        warnings.warn(f"{exc}. {instead}", stacklevel=2)
+        warn_user(f"{exc}. {instead}")
         return newest
     return path
 

@@ -6,7 +6,6 @@ The Trainer asks for them one after another, at the points of its set-up where e
 from __future__ import annotations
 
 import io
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from dcp_plugins.state_dict.owned import own_model_state
 from dcp_plugins.transformers.adapters import has_adapters, only_adapters
 from dcp_plugins.transformers.layout import MODEL, OPTIMIZER, RANDOM, TRAINER
 from dcp_plugins.transformers.save import SCALER, SCHEDULER, bare_optimizer, model_of, scheduler_of
+from dcp_plugins.user_warnings import warn_user
 
 __all__ = ["load_model", "load_optimizer_and_scheduler", "load_random_state", "names_in"]
 
@@ -45,7 +45,7 @@ def load_model(model: nn.Module, path: Path) -> None:
         )
     for what, names in (("missing from", missing), ("unexpected in", unexpected)):
         if names and deciding_ranks().is_coordinator:
-            warnings.warn(f"Keys {what} the checkpoint {path}, left as they are: {listing(names)}", stacklevel=2)
+            warn_user(f"Keys {what} the checkpoint {path}, left as they are: {listing(names)}")
     options = StateDictOptions(strict=False)
     state = {MODEL: own_model_state(model, options=options, values=wanted, hint=f"This is {path}.")}
     load_state(state, path)
@@ -58,9 +58,7 @@ def load_optimizer_and_scheduler(trainer: Trainer, path: Path, *, weights_only: 
     parts = names_in(path)
     if OPTIMIZER not in parts:
         if trainer.is_world_process_zero():
-            warnings.warn(
-                f"{path} was saved with save_only_model: optimizer and learning-rate schedule begin anew.", stacklevel=2
-            )
+            warn_user(f"{path} was saved with save_only_model: optimizer and learning-rate schedule begin anew.")
         return
     scaler: Any = getattr(trainer.accelerator, "scaler", None)
     rest = [SCHEDULER] if scaler is None or SCALER not in parts[TRAINER] else [SCHEDULER, SCALER]

@@ -6,6 +6,7 @@ readable. Run it only to add a folder for a new version; it refuses to touch one
     torch-<version>/<case> written by stock torch of that version, in an environment that has it
     torch-old/*.metadata   as older versions of torch wrote them, imitated
     ours-1/<case>          written by this package, first version of the trailer
+    ours-2/<case>.tar.xz   written by this package, same trailer: what each surface writes, with what was saved
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import pathlib
 import pickle
 import shutil
 import sys
+import tarfile
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +30,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import dcp_plugins as dcp
 from dcp_plugins.testing.ranks import run_ranks
+from tests.golden.surfaces import SURFACES, run_save
 from tests.unit.format.samples import small_metadata
 
 FOLDER = pathlib.Path(__file__).parent
@@ -129,11 +132,21 @@ def _make(package: str, path: pathlib.Path) -> None:
             shutil.move(os.path.join(folder, case), path / case)
 
 
+def _make_surfaces(path: pathlib.Path) -> None:
+    path.mkdir()
+    for name in SURFACES:
+        with tempfile.TemporaryDirectory() as folder:
+            run_ranks(1, run_save, name, pathlib.Path(folder))
+            with tarfile.open(path / f"{name}.tar.xz", "w:xz") as archive:
+                archive.add(folder, ".")
+
+
 MAKERS: dict[str, Callable[[pathlib.Path], None]] = {
     "torch-2.13": lambda path: _make("stock", path),
     "torch-2.15": lambda path: _make("stock", path),
     "torch-old": _old,
     "ours-1": lambda path: _make("ours", path),
+    "ours-2": _make_surfaces,
 }
 
 

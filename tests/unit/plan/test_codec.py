@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+from typing import Any
+from unittest import mock
 
+import numpy as np
+import pytest
 import torch
 
 from dcp_plugins.contract import (
@@ -85,3 +89,36 @@ def test_planner_data_that_the_coordinator_changed_is_kept() -> None:
     choice = choose(proposed, final)
     assert isinstance(choice, PackedChoice)
     assert chosen(proposed, choice).planner_data == {"else": 1}
+
+
+class _Incomparable:
+    """Data of a plugin that refuses to be compared, but can be sent."""
+
+    def __eq__(self, other: object) -> bool:
+        raise TypeError("do not compare me")
+
+    __hash__ = object.__hash__
+
+
+def _content(planner_data: Any) -> Any:
+    if isinstance(planner_data, (torch.Tensor, np.ndarray)):
+        return planner_data.tolist()
+    return planner_data if isinstance(planner_data, str) else None
+
+
+@pytest.mark.parametrize(
+    "planner_data",
+    [torch.arange(3), np.arange(3), torch.tensor(True), "the proposed plan's", _Incomparable(), mock.ANY, None],
+    ids=repr,
+)
+def test_planner_data_of_any_kind_arrives_and_is_compared_with_nothing(planner_data: Any) -> None:
+    proposed = _plan()
+    choice = choose(proposed, dataclasses.replace(proposed, planner_data=planner_data))
+    assert isinstance(choice, PackedChoice)
+    arrived = chosen(proposed, pickle.loads(pickle.dumps(choice))).planner_data
+    assert type(arrived) is type(planner_data)
+    assert _content(arrived) == _content(planner_data)
+    own = dataclasses.replace(proposed, planner_data=planner_data)
+    choice = choose(own, own)
+    assert isinstance(choice, PackedChoice)
+    assert chosen(own, pickle.loads(pickle.dumps(choice))).planner_data is planner_data

@@ -1,0 +1,213 @@
+"""Finding out which rank is gone, after the transport has failed.
+
+The transport tells a rank that some connection broke or that its deadline passed, not whose fault it was: a rank that
+waits for the coordinator loses contact with it although a third one has died. The process group's own store helps. Each
+rank leaves a record of its process there when it first talks in a group, and, after a failure, an answer. A rank that
+has answered lives, or did when the failure was found. A rank without an answer is gone if its process, on the same
+machine, has ended. A rank without an answer on another machine, or without a record, cannot be told from one that has
+not noticed the failure yet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+import time
+import weakref
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+__all__ = ["Exchanges", "Missing", "exchanges_of"]
+
+_PREFIX = "dcp_plugins/ranks"
+_DEADLINE_SECONDS = 5.0
+# A killed process closes its connections a moment before the system says that it has ended.
+_SETTLING_SECONDS = 1.0
+_POLL_SECONDS = 0.05
+# Several ranks may have been killed at once.
+_MORE_DEATHS_SECONDS = 0.3
+
+
+@dataclass(slots=True)
+class Missing:
+    """The result of a roll call."""
+
+    gone: dict[int, str] = field(default_factory=dict)
+    """Ranks whose process has ended, and how that is known."""
+    silent: list[int] = field(default_factory=list)
+    """Ranks that did not answer, of which nothing more is known."""
+
+
+class Exchanges:
+    """Counts the exchanges in a process group, and takes a roll call where one has failed."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._store = _store_of(group)
+        self._rank = dist.get_rank(group)
+        self._world_size = dist.get_world_size(group)
+        ranks = dist.get_process_group_ranks(group)
+        # Of the default group, whose first rank usually keeps the store.
+        self._first_rank = ranks.index(0) if 0 in ranks else None
+        self._count = 0
+
+    def begin(self) -> None:
+        """Note that this rank comes to its next exchange; before the first one it leaves its record."""
+        self._count += 1
+        if self._count == 1 and self._store is not None:
+            # A store that does not answer is found out by the exchange itself.
+            with contextlib.suppress(RuntimeError, OSError):
+                self._store.set(f"{_PREFIX}/record/{self._rank}", json.dumps(_own_record()))
+
+    def who_is_missing(self) -> Missing:
+        """Find out, within a few seconds, which ranks are gone."""
+        if self._store is None:
+            return Missing()
+        calls: list[_RollCall] = [_RollCall(self._store, self._rank, self._world_size, self._count)]
+        # On a thread: a store whose machine is gone answers at its own timeout only, which may be half an hour.
+        thread = threading.Thread(target=calls[0].take, name="dcp-roll-call", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            # The interpreter is ending, and starts no more threads.
+            return Missing()
+        thread.join(_DEADLINE_SECONDS + 1)
+        return calls[0].result(is_over=not thread.is_alive(), keeper=self._keeper())
+
+    def _keeper(self) -> int | None:
+        """Return the rank whose process keeps the store, if one does and it is another one in this group."""
+        store: Any = self._store
+        while isinstance(store, dist.PrefixStore):
+            store = store.underlying_store
+        by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        if not isinstance(store, dist.TCPStore) or by_launcher or self._first_rank == self._rank:
+            return None
+        return self._first_rank
+
+
+class _RollCall:
+    def __init__(self, store: dist.Store, rank: int, world_size: int, count: int) -> None:
+        self._store = store
+        self._rank = rank
+        self._count = count
+        self._unknown = set(range(world_size)) - {rank}
+        self._missing = Missing()
+        self._store_failure: str | None = None
+        # Processes of this machine that have not ended.
+        self._running: set[int] = set()
+
+    def take(self) -> None:
+        """Answer, and read the other ranks' answers until all are known, one is gone, or the deadline has passed."""
+        began = time.monotonic()
+        try:
+            self._store.set(f"{_PREFIX}/answer/{self._rank}", str(self._count))
+            while self._unknown - self._running or time.monotonic() < began + _SETTLING_SECONDS:
+                self._read_all(began + _DEADLINE_SECONDS)
+                elapsed = time.monotonic() - began
+                is_found = bool(self._missing.gone) and elapsed >= _MORE_DEATHS_SECONDS
+                if not self._unknown or is_found or elapsed >= _DEADLINE_SECONDS:
+                    break
+                time.sleep(_POLL_SECONDS)
+        # A store fails with an error of the transport, of several classes; it is the answer.
+        except Exception as exc:
+            self._store_failure = f"{type(exc).__name__}: {exc}"
+
+    def result(self, *, is_over: bool, keeper: int | None) -> Missing:
+        missing = Missing(dict(self._missing.gone), sorted(self._unknown - self._running - self._missing.gone.keys()))
+        if self._store_failure is not None or not is_over:
+            if keeper is not None and not missing.gone:
+                why = self._store_failure or "it did not answer in time"
+                missing.gone[keeper] = f"its process kept the store of the process group, which is lost: {why}"
+            if keeper in missing.silent:
+                missing.silent.remove(keeper)
+        return missing
+
+    def _read_all(self, deadline: float) -> None:
+        for rank in sorted(self._unknown):
+            if time.monotonic() >= deadline:
+                return
+            answer = self._read(f"{_PREFIX}/answer/{rank}")
+            # A rank that came through the same exchange fails in the next one, and the reverse.
+            if answer is not None and int(answer) >= self._count - 1:
+                self._unknown.discard(rank)
+                continue
+            record = self._read(f"{_PREFIX}/record/{rank}")
+            if record is None:
+                continue
+            process = json.loads(record)
+            if process["machine"] != _machine():
+                continue
+            if _is_running(process["pid"], process["started"]):
+                self._running.add(rank)
+            else:
+                self._running.discard(rank)
+                self._unknown.discard(rank)
+                self._missing.gone[rank] = f"its process {process['pid']} on host {process['host']} has ended"
+
+    def _read(self, key: str) -> bytes | None:
+        # Getting a key that is not there would wait for it.
+        return self._store.get(key) if self._store.check([key]) else None
+
+
+def exchanges_of(group: dist.ProcessGroup | None) -> Exchanges:
+    """Return the count of a group's exchanges, None for the default group."""
+    chosen = dist.group.WORLD if group is None else group
+    assert chosen is not None
+    found = _by_group.get(chosen)
+    if found is None:
+        found = _by_group[chosen] = Exchanges(chosen)
+    return found
+
+
+_by_group: weakref.WeakKeyDictionary[dist.ProcessGroup, Exchanges] = weakref.WeakKeyDictionary()
+
+
+def _store_of(group: dist.ProcessGroup) -> dist.Store | None:
+    try:
+        # There is no public way to ask for it.
+        found: dist.Store = distributed_c10d._world.pg_map[group][1]
+    except (AttributeError, KeyError):
+        return None
+    return found
+
+
+def _own_record() -> dict[str, Any]:
+    pid = os.getpid()
+    return {"pid": pid, "started": _start_of(pid), "machine": _machine(), "host": os.uname().nodename}
+
+
+def _machine() -> str:
+    """Identify what numbers of processes belong to: a boot of a machine, and a namespace on it."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot}/{Path('/proc/self/ns/pid').stat().st_ino}"
+    except OSError:
+        return os.uname().nodename
+
+
+def _start_of(pid: int) -> str | None:
+    """Return when a process began, in ticks since the boot; None if it has ended, or cannot be asked."""
+    try:
+        # Behind the name, which may hold anything: state first, the start as the twentieth field.
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
+
+
+def _is_running(pid: int, started: str | None) -> bool:
+    if started is not None:
+        # The number alone may be another process's by now.
+        return _start_of(pid) == started
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
