@@ -7,7 +7,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Container, Sequence
 from typing import Any, cast
 
 import torch
@@ -22,12 +22,14 @@ from dcp_plugins.contract import (
     TensorStorageMetadata,
 )
 from dcp_plugins.errors import PlanError, listing
+from dcp_plugins.format.subclasses import handles_operators, moved, narrow_view
 from dcp_plugins.plan.flatten import FlattenMapping, flatten_state_dict, set_element
 from dcp_plugins.plan.reshard import bytes_read_item, create_read_items_for_chunk_list, whole_read_item
 from dcp_plugins.plan.validate import box_of, coverage_problems, overlap_problems
 from dcp_plugins.plan.values import load_value
 from dcp_plugins.tensors import chunks, find_object, flatten_sharded_tensors, is_whole, materialize_meta
 from dcp_plugins.tensors.checkpointable import is_checkpointable
+from dcp_plugins.tensors.dtensor import like_sharded
 from dcp_plugins.tensors.sharded import ShardedTensor
 
 __all__ = [
@@ -58,6 +60,8 @@ class DefaultLoadPlanner(LoadPlanner):
 
     original_state_dict: dict[str, Any]
     mappings: FlattenMapping
+    adopted_keys: Container[str] = frozenset()
+    """Keys of plain tensors that only give a size: a saved tensor that is a subclass, or quantised, replaces one."""
 
     def __init__(
         self,
@@ -129,6 +133,31 @@ class DefaultLoadPlanner(LoadPlanner):
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
         """Nothing is left to do: ``resolve_tensor`` returned a view of the state dict's own tensor."""
 
+    def adopt_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> bool:
+        """Put a whole saved tensor, of a class of its own, in the place of a plain one that was only allocated for it.
+
+        Called by readers of this package, from any thread, before they would convert the tensor into the plain one.
+
+        Returns:
+            False if the tensor is not to be replaced (its key is not in ``adopted_keys``), or has other parts as well.
+        """
+        index = read_item.dest_index
+        if index.fqn not in self.adopted_keys:
+            return False
+        value = self.state_dict[index.fqn]
+        held = self.lookup_tensor(index)
+        if handles_operators(held) or held.shape != tensor.shape:
+            return False
+        new = like_sharded(value, moved(tensor, held.device))
+        if new is None:
+            return False
+        self.state_dict[index.fqn] = new
+        if self.flatten_state_dict:
+            set_element(self.original_state_dict, self.mappings[index.fqn], new)
+        else:
+            self.original_state_dict[index.fqn] = new
+        return True
+
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
         """Return the local tensor, or view, for ``index``; to be overridden at will."""
         return cast("torch.Tensor", find_object(self.state_dict, index))
@@ -137,6 +166,8 @@ class DefaultLoadPlanner(LoadPlanner):
         """Narrow a looked-up tensor to the part that ``read_item`` fills."""
         if tensor.shape == read_item.lengths:
             return tensor
+        if handles_operators(tensor):
+            return narrow_view(tensor, read_item.dest_offsets, read_item.lengths, read_item.dest_index.fqn)
         for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
             if length != tensor.size(dim):
                 tensor = tensor.narrow(dim, start, length)
@@ -181,8 +212,9 @@ class EmptyStateDictLoadPlanner(DefaultLoadPlanner):
             found |= wanted
             value: Any = entry
             if isinstance(entry, TensorStorageMetadata):
-                value = torch.empty(entry.size, dtype=entry.properties.dtype)
+                value = _allocated(entry)
             set_element(state_dict, path, value)
+        self.adopted_keys = metadata.state_dict_metadata.keys()
         if self.keys is not None and found != self.keys:
             raise PlanError(f"Missing key in checkpoint: {listing(self.keys - found)}")
         super().set_up_planner(state_dict, metadata, is_coordinator)
@@ -192,6 +224,16 @@ class EmptyStateDictLoadPlanner(DefaultLoadPlanner):
             return set()
         prefixes = {".".join(map(str, path[: depth + 1])) for depth in range(len(path))}
         return self.keys & (prefixes | {fqn})
+
+
+def _allocated(entry: TensorStorageMetadata) -> torch.Tensor:
+    dtype = entry.properties.dtype
+    if dtype in _QUANTISED:
+        return torch._empty_affine_quantized(entry.size, scale=1.0, zero_point=0, dtype=dtype)
+    return torch.empty(entry.size, dtype=dtype)
+
+
+_QUANTISED = frozenset({torch.quint8, torch.qint8, torch.qint32, torch.quint4x2, torch.quint2x4})
 
 
 def create_default_local_load_plan(

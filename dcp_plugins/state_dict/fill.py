@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from dcp_plugins.errors import PlanError
 from dcp_plugins.events import record
+from dcp_plugins.format.subclasses import assign, handles_operators
 from dcp_plugins.geometry import Box
 from dcp_plugins.state_dict.buckets import box_of
 from dcp_plugins.state_dict.described import sharding_of
@@ -92,12 +93,16 @@ def is_resharded(target: object, source: object) -> bool:
 
 @dataclass(slots=True)
 class _Pairs:
-    """Plain tensors to copy into plain tensors of the same shape, all in one call."""
+    """Local tensors to copy into local tensors of the same shape, the plain ones all in one call."""
 
     targets: list[torch.Tensor] = field(default_factory=list)
     sources: list[torch.Tensor] = field(default_factory=list)
 
-    def add(self, target: torch.Tensor, source: torch.Tensor) -> None:
+    def add(self, fqn: str, target: torch.Tensor, source: torch.Tensor) -> None:
+        if handles_operators(target) or handles_operators(source):
+            # Few classes know how to copy many tensors in one call.
+            assign(target, source, fqn)
+            return
         self.targets.append(target)
         self.sources.append(source)
 
@@ -110,12 +115,12 @@ def _paired(fqn: str, target: torch.Tensor, source: torch.Tensor, pairs: _Pairs)
     """Add the local copies that fill the target; False if only communication can."""
     if not isinstance(source, _SHARDED):
         if not isinstance(target, _SHARDED):
-            pairs.add(target, source.reshape(target.shape) if source.shape != target.shape else source)
+            pairs.add(fqn, target, source.reshape(target.shape) if source.shape != target.shape else source)
             return True
         size = size_of(target)
         whole = source.reshape(size) if source.shape != size else source
         for box, view in _held_boxes(fqn, target):
-            pairs.add(view, box_of(whole, box))
+            pairs.add(fqn, view, box_of(whole, box))
         return True
     if not isinstance(target, _SHARDED):
         raise PlanError(
@@ -125,14 +130,14 @@ def _paired(fqn: str, target: torch.Tensor, source: torch.Tensor, pairs: _Pairs)
     if size_of(target) != size_of(source) or not _alike(target, source):
         return False
     if isinstance(target, DTensor) and isinstance(source, DTensor):
-        pairs.add(local_tensor(target), local_tensor(source))
+        pairs.add(fqn, local_tensor(target), local_tensor(source))
         return True
     assert isinstance(target, ShardedTensor)
     assert isinstance(source, ShardedTensor)
     theirs = {tuple(shard.metadata.shard_offsets): shard.tensor for shard in source.local_shards()}
     for shard in target.local_shards():
         if 0 not in shard.metadata.shard_sizes:
-            pairs.add(shard.tensor, theirs[tuple(shard.metadata.shard_offsets)])
+            pairs.add(fqn, shard.tensor, theirs[tuple(shard.metadata.shard_offsets)])
     return True
 
 

@@ -24,10 +24,12 @@ from dcp_plugins.contract import (
     TensorStorageMetadata,
 )
 from dcp_plugins.errors import CheckpointNotFoundError, CorruptCheckpointError, listing
-from dcp_plugins.format.container import SMALL_CONTAINER_BYTES, Layout, record_checksums
+from dcp_plugins.format.container import SMALL_CONTAINER_BYTES, Layout, parse_layout, record_checksums
 from dcp_plugins.format.metadata import decode
 from dcp_plugins.format.names import metadata_name, new_save_id, safe_join
-from dcp_plugins.storage.reads import DataFileReader, TensorRead, load_container
+from dcp_plugins.format.subclasses import is_plain
+from dcp_plugins.storage.loaded import fill_from_loaded, load_container
+from dcp_plugins.storage.reads import DataFileReader, TensorRead
 from dcp_plugins.storage.threads import default_thread_count, run_all, split_by_bytes
 from dcp_plugins.storage.transforms import ExtensionRegistry, decode_stream
 from dcp_plugins.storage.writer import local_path_is_usable
@@ -112,7 +114,7 @@ class FileSystemReader(StorageReader):
     def check_sizes(self, metadata: Metadata) -> None:
         """Hold the sizes of all tensors in the metadata against what the files can hold.
 
-        To be called before memory is allocated by what the metadata says; a load into existing tensors needs it not.
+        Call it before memory is allocated by what the metadata says. Loading into existing tensors does not need it.
 
         Raises:
             CorruptCheckpointError: Some tensor is larger than its bytes on storage; lists all of them.
@@ -130,11 +132,14 @@ class FileSystemReader(StorageReader):
                     stored += chunk.sizes.numel()
                     continue
                 name = info.relative_path
+                path = safe_join(self.path, name)
                 if name not in file_sizes:
-                    path = safe_join(self.path, name)
                     file_sizes[name] = path.stat().st_size if path.exists() else 0
                 available = max(0, min(info.length, file_sizes[name] - info.offset))
-                stored += min(chunk.sizes.numel(), available // entry.properties.dtype.itemsize)
+                fitting = available // entry.properties.dtype.itemsize
+                if fitting < chunk.sizes.numel() and available == info.length and not _is_plain(path, info):
+                    fitting = available * _MAX_ELEMENTS_PER_BYTE
+                stored += min(chunk.sizes.numel(), fitting)
             if stored < entry.size.numel():
                 problems.append(f"{fqn} has {entry.size.numel()} elements, its files hold {stored}")
         if problems:
@@ -212,7 +217,7 @@ class FileSystemReader(StorageReader):
     def _tensor_read(self, item: ReadItem, info: StorageInfo, planner: LoadPlanner) -> TensorRead:
         sizes, dtype = self._chunk(item)
         target = resolve_target(item, planner)
-        return TensorRead(item, info, sizes, dtype, target)
+        return TensorRead(item, info, sizes, dtype, target, getattr(planner, "adopt_tensor", None))
 
     def _chunk(self, item: ReadItem) -> tuple[tuple[int, ...], torch.dtype]:
         """Return shape and dtype of the stored chunk; the index's hint is tried first and may be wrong."""
@@ -247,11 +252,10 @@ class FileSystemReader(StorageReader):
         """Decode a whole item, whose stream went through extensions, and copy the wanted part."""
         content = self._read_bytes(fd, info, item)
         where = f"{info.relative_path} at {info.offset} ({item.dest_index.fqn})"
-        loaded = load_container(content, self._chunk(item)[0], where)
+        sizes, dtype = self._chunk(item)
+        loaded = load_container(content, sizes, where)
         target = resolve_target(item, planner)
-        for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
-            loaded = loaded.narrow(dim, start, length)
-        target.copy_(loaded)
+        fill_from_loaded(target, loaded, item, dtype, where)
         planner.commit_tensor(item, target)
 
     def _read_bytes(self, fd: int, info: StorageInfo, item: ReadItem) -> bytes:
@@ -284,13 +288,31 @@ class FileSystemReader(StorageReader):
         return "://" not in os.fspath(checkpoint_id) and Path(checkpoint_id).is_dir()
 
 
+# Of a class with less than a bit for each element nothing is known.
+_MAX_ELEMENTS_PER_BYTE = 8
+
+
+def _is_plain(path: Path, info: StorageInfo) -> bool:
+    """Whether a container holds a plain tensor; low-bit subclasses have fewer bytes than their dtype says."""
+    with path.open("rb") as file:
+
+        def read(start: int, size: int) -> bytes:
+            file.seek(info.offset + start)
+            return file.read(size)
+
+        return parse_layout(read, info.length, f"{info.relative_path} at {info.offset}") is not None
+
+
 def resolve_target(item: ReadItem, planner: LoadPlanner) -> torch.Tensor:
     """Return the tensor that the planner wants ``item`` read into.
 
     Raises:
         CorruptCheckpointError: Its shape is not the item's.
     """
-    target = planner.resolve_tensor(item).detach()
+    target = planner.resolve_tensor(item)
+    if is_plain(target):
+        # What a class makes of detach() may be a copy in part, and a quantised tensor would not learn its new scale.
+        target = target.detach()
     if target.shape != item.lengths:
         raise CorruptCheckpointError(
             f"{item.dest_index.fqn}: the plan reads {tuple(item.lengths)} elements into a tensor of "
