@@ -66,7 +66,10 @@ def unshared_copy(tensor: torch.Tensor) -> torch.Tensor:
 
 def is_plain(tensor: torch.Tensor) -> bool:
     """Whether a tensor's elements are all that it has, and torch's own operators handle them."""
-    return not handles_operators(tensor) and not tensor.is_quantized
+    # One call, because every read asks.
+    kind = type(tensor)
+    own_operators = kind not in PLAIN_TENSORS and kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    return not own_operators and not tensor.is_quantized
 
 
 @torch.no_grad()

@@ -90,6 +90,7 @@ def take_snapshot(
 
 
 _DICTS = frozenset({dict, collections.OrderedDict})
+_dtype_of_shape = operator.itemgetter(2)
 _requires_grad = operator.attrgetter("requires_grad")
 _attributes = operator.attrgetter("__dict__")
 
@@ -164,7 +165,7 @@ class _Taker:
         self._places = layout.places
         targets = [self._places[number] for number in layout.copied]
         sources = [self._tensors[number] for number in layout.copied]
-        if not DTYPES_WITHOUT_COPY.isdisjoint({shape[2] for shape in shapes}):
+        if not DTYPES_WITHOUT_COPY.isdisjoint(map(_dtype_of_shape, shapes)):
             targets, sources = list(map(copyable, targets)), list(map(copyable, sources))
         return targets, sources
 

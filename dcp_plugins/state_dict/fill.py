@@ -12,15 +12,15 @@ from torch.distributed.tensor import DTensor
 
 from dcp_plugins.errors import PlanError
 from dcp_plugins.events import record
-from dcp_plugins.format.subclasses import assign, handles_operators
+from dcp_plugins.format.subclasses import assign, handles_operators, is_wrapper, moved, unshared_copy
 from dcp_plugins.geometry import Box
 from dcp_plugins.state_dict.buckets import box_of
 from dcp_plugins.state_dict.described import sharding_of
 from dcp_plugins.state_dict.gather import gathered
-from dcp_plugins.tensors.dtensor import layout_of, local_tensor
+from dcp_plugins.tensors.dtensor import layout_of, like_sharded, local_tensor
 from dcp_plugins.tensors.sharded import size_of
 
-__all__ = ["Announced", "Copy", "fill", "fill_all", "is_resharded", "materialised"]
+__all__ = ["Announced", "Copy", "fill", "fill_all", "is_resharded", "materialised", "memory_of_class"]
 
 _SHARDED = (DTensor, ShardedTensor)
 
@@ -187,6 +187,18 @@ def _fill_resharded(copies: list[Copy], failure: Exception | None) -> None:
 
     leaves = [(path, copy.source) for path, copy in gathering.items()]
     gathered(leaves, cut, among=[copy.source for copy in copies], failure=failure)
+
+
+def memory_of_class(value: torch.Tensor, device: torch.device) -> torch.Tensor | None:
+    """Return memory of its own for a tensor, or DTensor, of a wrapper class; None for the others.
+
+    In plain memory, an optimizer's low-bit state would go on in full precision, and with other numbers.
+    """
+    local = local_tensor(value) if isinstance(value, DTensor) else value
+    if isinstance(local, _SHARDED) or not is_wrapper(local):
+        return None
+    made = moved(unshared_copy(local), device)
+    return like_sharded(value, made) if isinstance(value, DTensor) else made
 
 
 def materialised(target: torch.Tensor, device: torch.device | None) -> torch.Tensor:
