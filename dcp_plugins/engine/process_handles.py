@@ -199,7 +199,8 @@ def _plain_tensors(value: Any) -> Iterator[torch.Tensor]:
         else:
             for item in value.values():
                 yield from _plain_tensors(item)
-    elif kind is list or kind is tuple:
+    elif kind is list:
+        # A tuple is one value, which torch.save pickles: its tensors need storages of their own.
         for item in value:
             yield from _plain_tensors(item)
 

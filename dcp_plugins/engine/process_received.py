@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
-from dcp_plugins.format.memory import as_buffer
+from dcp_plugins.format.memory import as_buffer, with_own_storage
 from dcp_plugins.format.tensor_pickle import row_major_strides
 
 __all__ = [
@@ -156,6 +156,9 @@ def shared_tensor(
 ) -> torch.Tensor:
     """Make a tensor over memory that this process maps."""
     tensor = torch.empty(0, dtype=dtype).set_(blocks[number], offset, shape, stride)
+    if tensor.is_contiguous():
+        # It may be inside a value that torch.save pickles.
+        tensor = with_own_storage(tensor)
     return _dressed(tensor, requires_grad, kind, attributes)
 
 

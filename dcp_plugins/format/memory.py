@@ -11,7 +11,16 @@ from typing import Any
 
 import torch
 
-__all__ = ["PLAIN_TENSORS", "addresses_of", "as_buffer", "is_directly_addressable"]
+__all__ = [
+    "DTYPES_WITHOUT_COPY",
+    "PLAIN_TENSORS",
+    "addresses_of",
+    "as_buffer",
+    "copy_elements",
+    "copyable",
+    "is_directly_addressable",
+    "with_own_storage",
+]
 
 PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 """The classes whose instances have no behaviour of their own."""
@@ -44,6 +53,38 @@ def is_directly_addressable(tensor: torch.Tensor) -> bool:
         and not tensor.is_neg()
         and not tensor.is_conj()
     )
+
+
+DTYPES_WITHOUT_COPY = frozenset(
+    dtype
+    for kind in ("uint", "int")
+    for bits in range(1, 8)
+    if isinstance(dtype := getattr(torch, f"{kind}{bits}", None), torch.dtype)
+)
+"""Dtypes that torch stores, a byte for each element, and has no ``copy_`` for."""
+
+
+def copyable(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor, or a view of its bytes where torch cannot copy its dtype."""
+    return tensor.view(torch.uint8) if tensor.dtype in DTYPES_WITHOUT_COPY else tensor
+
+
+def copy_elements(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy plain memory into plain memory, of any two dtypes that torch converts, or one that it does not copy."""
+    if target.dtype is source.dtype:
+        target, source = copyable(target), copyable(source)
+    target.copy_(source)
+
+
+def with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a contiguous host tensor whose storage is its own memory only, not the block that it lies in.
+
+    ``torch.save`` writes whole storages, and refuses tensors of two dtypes in one.
+    """
+    if not tensor.numel():
+        return tensor
+    window = torch.from_numpy(tensor.view(-1).view(torch.uint8).numpy())
+    return window.view(tensor.dtype).view(tensor.shape)
 
 
 # Where memory was freed, a tensor's address is its offset in it; memory itself lies higher.

@@ -16,7 +16,13 @@ from typing import Any
 
 import torch
 
-__all__ = ["StoredTensor", "decode_tensor_pickle", "encode_tensor_pickle"]
+__all__ = [
+    "StoredTensor",
+    "decode_tensor_pickle",
+    "encode_tensor_pickle",
+    "row_major_strides",
+    "storage_class_of",
+]
 
 _STORAGE_CLASSES: dict[torch.dtype, str] = {
     torch.float64: "DoubleStorage",
@@ -33,6 +39,11 @@ _STORAGE_CLASSES: dict[torch.dtype, str] = {
     torch.complex64: "ComplexFloatStorage",
 }
 _STORAGE_DTYPES = {name: dtype for dtype, name in _STORAGE_CLASSES.items()}
+
+
+def storage_class_of(dtype: torch.dtype) -> str | None:
+    """Return the name of torch's class for storages of this dtype; None for the newer dtypes, which have none."""
+    return _STORAGE_CLASSES.get(dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import difflib
 import io
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Container, Sequence
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -21,6 +21,7 @@ from dcp_plugins.contract import (
     TensorStorageMetadata,
 )
 from dcp_plugins.errors import PlanError, listing
+from dcp_plugins.format.subclasses import handles_operators, moved, narrow_view
 from dcp_plugins.plan.flatten import (
     FlattenMapping,
     actual_path,
@@ -31,11 +32,12 @@ from dcp_plugins.plan.flatten import (
     unflatten_state_dict,
 )
 from dcp_plugins.plan.reshard import bytes_read_item, create_read_items_for_chunk_list, whole_read_item
-from dcp_plugins.plan.restore import Outline, complete_in_place, restored_template
+from dcp_plugins.plan.restore import Completed, Outline, complete_in_place, restored_template
 from dcp_plugins.plan.validate import box_of, coverage_problems, overlap_problems
 from dcp_plugins.plan.values import load_value
 from dcp_plugins.tensors import chunks, find_object, flatten_sharded_tensors, is_whole, materialize_meta
 from dcp_plugins.tensors.checkpointable import is_checkpointable
+from dcp_plugins.tensors.dtensor import like_sharded
 from dcp_plugins.tensors.sharded import ShardedTensor
 from dcp_plugins.user_warnings import warn_user
 
@@ -73,6 +75,8 @@ class DefaultLoadPlanner(LoadPlanner):
 
     original_state_dict: dict[str, Any]
     mappings: FlattenMapping
+    adopted_keys: Container[str] = frozenset()
+    """Keys of plain tensors that only give a size: a saved tensor that is a subclass, or quantised, replaces one."""
 
     def __init__(
         self,
@@ -99,7 +103,8 @@ class DefaultLoadPlanner(LoadPlanner):
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
-        self.left_unread = self.complete(state_dict, metadata)
+        completed = self.complete(state_dict, metadata)
+        self.left_unread = completed.left
         materialize_meta(state_dict)
         self.original_state_dict = state_dict
         if self.flatten_sharded_tensors:
@@ -108,13 +113,20 @@ class DefaultLoadPlanner(LoadPlanner):
             state_dict, self.mappings = flatten_state_dict(state_dict)
         else:
             state_dict = keyed_by_strings(state_dict)
+        if completed.present is not None:
+            present = completed.present
+            self.adopted_keys = {
+                fqn for fqn, value in state_dict.items() if isinstance(value, torch.Tensor) and id(value) not in present
+            }
         self.state_dict = state_dict
         self.metadata = metadata
         self.is_coordinator = is_coordinator
 
-    def complete(self, state_dict: dict[str, Any], metadata: Metadata | None) -> set[str]:
-        """Let containers that complete themselves ask for what was saved; return what they leave unread on purpose."""
-        return complete_in_place(state_dict, metadata) if self.flatten_state_dict and metadata is not None else set()
+    def complete(self, state_dict: dict[str, Any], metadata: Metadata | None) -> Completed:
+        """Let containers that complete themselves ask for what was saved."""
+        return (
+            complete_in_place(state_dict, metadata) if self.flatten_state_dict and metadata is not None else Completed()
+        )
 
     def create_local_plan(self) -> LoadPlan:
         assert self.metadata is not None, "set_up_planner was called without the checkpoint's metadata"
@@ -156,6 +168,31 @@ class DefaultLoadPlanner(LoadPlanner):
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
         """Nothing is left to do: ``resolve_tensor`` returned a view of the state dict's own tensor."""
 
+    def adopt_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> bool:
+        """Put a whole saved tensor, of a class of its own, in the place of a plain one that was only allocated for it.
+
+        Called by readers of this package, from any thread, before they would convert the tensor into the plain one.
+
+        Returns:
+            False if the tensor is not to be replaced (its key is not in ``adopted_keys``), or has other parts as well.
+        """
+        index = read_item.dest_index
+        if index.fqn not in self.adopted_keys:
+            return False
+        value = self.state_dict[index.fqn]
+        held = self.lookup_tensor(index)
+        if handles_operators(held) or held.shape != tensor.shape:
+            return False
+        new = like_sharded(value, moved(tensor, held.device))
+        if new is None:
+            return False
+        self.state_dict[index.fqn] = new
+        if self.flatten_state_dict:
+            set_element(self.original_state_dict, actual_path(self.mappings, index.fqn), new)
+        else:
+            self.original_state_dict[index.fqn] = new
+        return True
+
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
         """Return the local tensor, or view, for ``index``; to be overridden at will."""
         return cast("torch.Tensor", find_object(self.state_dict, index))
@@ -164,6 +201,8 @@ class DefaultLoadPlanner(LoadPlanner):
         """Narrow a looked-up tensor to the part that ``read_item`` fills."""
         if tensor.shape == read_item.lengths:
             return tensor
+        if handles_operators(tensor):
+            return narrow_view(tensor, read_item.dest_offsets, read_item.lengths, read_item.dest_index.fqn)
         for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
             if length != tensor.size(dim):
                 tensor = tensor.narrow(dim, start, length)
@@ -200,12 +239,12 @@ class RestoringLoadPlanner(DefaultLoadPlanner):
         )
         self._outline = outline
 
-    def complete(self, state_dict: dict[str, Any], metadata: Metadata | None) -> set[str]:
+    def complete(self, state_dict: dict[str, Any], metadata: Metadata | None) -> Completed:
         assert metadata is not None, "set_up_planner was called without the checkpoint's metadata"
-        made, left = restored_template(state_dict, metadata, self._outline, strict=not self.allow_partial_load)
+        made, completed = restored_template(state_dict, metadata, self._outline, strict=not self.allow_partial_load)
         state_dict.clear()
         state_dict.update(made)
-        return left
+        return completed
 
 
 class EmptyStateDictLoadPlanner(DefaultLoadPlanner):
@@ -239,8 +278,9 @@ class EmptyStateDictLoadPlanner(DefaultLoadPlanner):
             found |= wanted
             value: Any = entry
             if isinstance(entry, TensorStorageMetadata):
-                value = torch.empty(entry.size, dtype=entry.properties.dtype)
+                value = _allocated(entry)
             values[fqn] = value
+        self.adopted_keys = metadata.state_dict_metadata.keys()
         if self.keys is not None:
             # An empty mapping has no fqn, and may be asked for all the same.
             containers = {path: self._matches(".".join(map(str, path)), path) for path in paths.containers}
@@ -256,6 +296,16 @@ class EmptyStateDictLoadPlanner(DefaultLoadPlanner):
             return set()
         prefixes = {".".join(map(str, path[: depth + 1])) for depth in range(len(path))}
         return self.keys & (prefixes | {fqn})
+
+
+def _allocated(entry: TensorStorageMetadata) -> torch.Tensor:
+    dtype = entry.properties.dtype
+    if dtype in _QUANTISED:
+        return torch._empty_affine_quantized(entry.size, scale=1.0, zero_point=0, dtype=dtype)
+    return torch.empty(entry.size, dtype=dtype)
+
+
+_QUANTISED = frozenset({torch.quint8, torch.qint8, torch.qint32, torch.quint4x2, torch.quint2x4})
 
 
 def create_default_local_load_plan(

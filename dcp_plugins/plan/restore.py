@@ -8,6 +8,7 @@ made the checkpoint itself, and gets all of it back (`RestoringLoadPlanner`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,12 +20,31 @@ from dcp_plugins.plan.flatten import get_element, paths_of, set_element, unflatt
 from dcp_plugins.templates import SavedOptimizerState, SavedValue, completion_of, like_saved, take_over
 from dcp_plugins.tensors.sharded import size_of
 
-__all__ = ["Outline", "complete_in_place", "restored_template", "saved_tree"]
+__all__ = ["Completed", "Outline", "complete_in_place", "restored_template", "saved_tree"]
 
 Outline = Mapping[tuple[Any, ...], str]
 """Of a state dict with objects in it, by path: "object" for one with a state dict, "holder" for a container of some."""
 
 _PLAIN_LEAVES = frozenset({torch.Tensor, torch.nn.Parameter, str, int, float, bool, type(None)})
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """What came of completing a template."""
+
+    left: set[str] = field(default_factory=set)
+    """The fqns that are left unread on purpose."""
+    present: dict[int, torch.Tensor] | None = None
+    """The tensors that were there before, by id: any other was allocated, and may be replaced by one of a class of its
+    own. None if nothing was completed."""
+
+
+def _tensors(value: Any) -> Iterator[tuple[int, torch.Tensor]]:
+    if isinstance(value, torch.Tensor):
+        yield id(value), value
+    elif isinstance(value, (Mapping, list)):
+        for entry in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(entry)
 
 
 def saved_tree(metadata: Metadata) -> dict[Any, Any]:
@@ -39,18 +59,21 @@ def saved_tree(metadata: Metadata) -> dict[Any, Any]:
     return tree
 
 
-def complete_in_place(template: dict[Any, Any], metadata: Metadata) -> set[str]:
-    """Complete the containers of a template that ask for it, and return the fqns that are left unread on purpose."""
+def complete_in_place(template: dict[Any, Any], metadata: Metadata) -> Completed:
+    """Complete the containers of a template that ask for it."""
     places = list(_completing(template, ()))
+    if not places:
+        return Completed()
     left: set[str] = set()
-    saved = saved_tree(metadata) if places else {}
+    present = dict(_tensors(template))
+    saved = saved_tree(metadata)
     for path, container in places:
         below = get_element(saved, path)
         completion = completion_of(container)
         assert completion is not None
         completed = completion.completed(container, below if isinstance(below, Mapping) else {}, left)
         take_over(container, completed)
-    return left
+    return Completed(left, present)
 
 
 def _completing(container: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], dict[Any, Any]]]:
@@ -69,7 +92,7 @@ def _completing(container: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[A
 
 def restored_template(
     template: Mapping[Any, Any], metadata: Metadata, outline: Outline, *, strict: bool
-) -> tuple[dict[Any, Any], set[str]]:
+) -> tuple[dict[Any, Any], Completed]:
     """Return a template that asks for all that was saved under the root keys of another.
 
     Args:
@@ -80,16 +103,17 @@ def restored_template(
         strict: Whether a key that the checkpoint lacks is an error; otherwise what is there stays.
 
     Returns:
-        The new template, and the fqns that are left unread on purpose.
+        The new template, and what came of it.
 
     Raises:
         PlanError: Something that was saved has no place, or a tensor has not been saved; lists all of it.
     """
     saved = saved_tree(metadata)
+    present = dict(_tensors(template))
     restoring = _Restoring(outline, is_recorded=containers_of(metadata) is not None, strict=strict)
     completion = completion_of(template)
     if completion is not None:
-        return dict(completion.completed(template, saved, restoring.left)), restoring.left
+        return dict(completion.completed(template, saved, restoring.left)), Completed(restoring.left, present)
     made: dict[Any, Any] = {}
     for key, value in template.items():
         if key in saved:
@@ -99,7 +123,7 @@ def restored_template(
         else:
             made[key] = value
     restoring.raise_problems(metadata)
-    return made, restoring.left
+    return made, Completed(restoring.left, present)
 
 
 def _is_empty(value: Any) -> bool:

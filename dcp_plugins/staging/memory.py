@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from dcp_plugins.errors import StagingMemoryError
+from dcp_plugins.format.memory import with_own_storage
 from dcp_plugins.staging.available import available_bytes
 from dcp_plugins.staging.huge_pages import huge_pages
 from dcp_plugins.staging.page_locks import PageLocks
@@ -181,6 +182,8 @@ class HostMemory:
             nbytes = math.prod(shape) * dtype.itemsize
             memory, block = self._allocate(nbytes)
             block.kept_bytes += _aligned(nbytes)
+            if not block.memory.is_shared():  # type: ignore[no-untyped-call]
+                memory = with_own_storage(memory)
             slot = _Slot(memory.view(dtype).view(shape), block)
         current[key] = slot
         return slot.tensor

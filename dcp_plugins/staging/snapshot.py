@@ -17,7 +17,7 @@ import torch
 
 from dcp_plugins.collector import collector_paused
 from dcp_plugins.errors import UnsupportedValueError, listing
-from dcp_plugins.format.memory import PLAIN_TENSORS
+from dcp_plugins.format.memory import DTYPES_WITHOUT_COPY, PLAIN_TENSORS, copyable
 from dcp_plugins.staging.memory import HostMemory
 from dcp_plugins.staging.placement import Path, place, shapes_of
 from dcp_plugins.staging.wrappers import copies_itself, is_plain_memory, parts, rebuild
@@ -90,6 +90,7 @@ def take_snapshot(
 
 
 _DICTS = frozenset({dict, collections.OrderedDict})
+_dtype_of_shape = operator.itemgetter(2)
 _requires_grad = operator.attrgetter("requires_grad")
 _attributes = operator.attrgetter("__dict__")
 
@@ -162,8 +163,11 @@ class _Taker:
         self._tensors, shapes = shapes_of(found, all_paths)
         layout = place(self._tensors, shapes, self._memory, room_bytes)
         self._places = layout.places
-        copied = layout.copied
-        return [self._places[number] for number in copied], [self._tensors[number] for number in copied]
+        targets = [self._places[number] for number in layout.copied]
+        sources = [self._tensors[number] for number in layout.copied]
+        if not DTYPES_WITHOUT_COPY.isdisjoint(map(_dtype_of_shape, shapes)):
+            targets, sources = list(map(copyable, targets)), list(map(copyable, sources))
+        return targets, sources
 
     def dress(self) -> None:
         """Make each tensor's place what it is to be in the snapshot; its bytes need not be there yet."""

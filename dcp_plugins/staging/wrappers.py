@@ -14,10 +14,10 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor, ShardedTensorBase
 from torch.distributed._shard.sharded_tensor.shard import Shard
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dcp_plugins.errors import UnsupportedValueError
 from dcp_plugins.format.memory import PLAIN_TENSORS, as_buffer
+from dcp_plugins.format.subclasses import flattened, handles_operators, is_wrapper
 from dcp_plugins.tensors import find_shard, write_items
 from dcp_plugins.tensors.describe import has_hooks
 
@@ -30,7 +30,7 @@ Build = Callable[[str, Any], Any]
 def is_plain_memory(tensor: torch.Tensor) -> bool:
     """Whether the elements are strided memory that ``copy_`` reads, on any device."""
     # First the class: one that handles operators itself may hold its elements anywhere, and not answer the rest.
-    if type(tensor) not in PLAIN_TENSORS and (isinstance(tensor, ShardedTensor) or _has_dispatch(tensor)):
+    if type(tensor) not in PLAIN_TENSORS and (isinstance(tensor, ShardedTensor) or handles_operators(tensor)):
         return False
     return tensor.layout is torch.strided and not (tensor.is_meta or tensor.is_quantized or tensor.is_nested)
 
@@ -44,9 +44,8 @@ def parts(tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
             yield str(tuple(shard.metadata.shard_offsets)), shard.tensor
     elif type(tensor) is DTensor:
         yield "_local_tensor", tensor._local_tensor
-    elif _is_wrapper(tensor):
-        for name in _flattened(tensor)[0]:
-            yield name, getattr(tensor, name)
+    elif is_wrapper(tensor) and not tensor.is_nested:
+        yield from flattened(tensor)[0].items()
 
 
 def rebuild(
@@ -71,32 +70,21 @@ def rebuild(
         return DTensor(  # type: ignore[no-untyped-call]
             build("_local_tensor", tensor._local_tensor), tensor._spec, requires_grad=tensor.requires_grad
         )
-    if tensor.is_meta or not _has_dispatch(tensor):
+    if tensor.is_meta or tensor.is_nested:
         # Nothing that a save accepts: it refuses the original by name.
-        return tensor if tensor.is_meta else tensor.detach().clone()
+        return tensor
+    if not handles_operators(tensor):
+        return tensor.detach().clone()
     made: torch.Tensor
-    if _is_wrapper(tensor):
-        names, context = _flattened(tensor)
-        inner = {name: build(name, getattr(tensor, name)) for name in names}
+    if is_wrapper(tensor):
+        inner, context = flattened(tensor)
+        inner = {name: build(name, part) for name, part in inner.items()}
         unflatten: Any = type(tensor).__tensor_unflatten__  # type: ignore[attr-defined]
         made = unflatten(inner, context, tensor.size(), tensor.stride())
     else:
         made = copy.deepcopy(tensor.detach() if not tensor.is_leaf else tensor, memo)
     _check(tensor, made, fqn, wait)
     return made
-
-
-def _is_wrapper(tensor: object) -> bool:
-    return bool(is_traceable_wrapper_subclass(tensor))
-
-
-def _flattened(tensor: Any) -> tuple[list[str], Any]:
-    names, context = tensor.__tensor_flatten__()
-    return names, context
-
-
-def _has_dispatch(tensor: torch.Tensor) -> bool:
-    return type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
 
 
 def copies_itself(value: object) -> bool:

@@ -12,14 +12,15 @@ from torch.distributed.tensor import DTensor
 
 from dcp_plugins.errors import PlanError
 from dcp_plugins.events import record
+from dcp_plugins.format.subclasses import assign, handles_operators, is_wrapper, moved, unshared_copy
 from dcp_plugins.geometry import Box
 from dcp_plugins.state_dict.buckets import box_of
 from dcp_plugins.state_dict.described import sharding_of
 from dcp_plugins.state_dict.gather import gathered
-from dcp_plugins.tensors.dtensor import layout_of, local_tensor
+from dcp_plugins.tensors.dtensor import layout_of, like_sharded, local_tensor
 from dcp_plugins.tensors.sharded import size_of
 
-__all__ = ["Announced", "Copy", "fill", "fill_all", "is_resharded", "materialised"]
+__all__ = ["Announced", "Copy", "fill", "fill_all", "is_resharded", "materialised", "memory_of_class"]
 
 _SHARDED = (DTensor, ShardedTensor)
 
@@ -92,12 +93,16 @@ def is_resharded(target: object, source: object) -> bool:
 
 @dataclass(slots=True)
 class _Pairs:
-    """Plain tensors to copy into plain tensors of the same shape, all in one call."""
+    """Local tensors to copy into local tensors of the same shape, the plain ones all in one call."""
 
     targets: list[torch.Tensor] = field(default_factory=list)
     sources: list[torch.Tensor] = field(default_factory=list)
 
-    def add(self, target: torch.Tensor, source: torch.Tensor) -> None:
+    def add(self, fqn: str, target: torch.Tensor, source: torch.Tensor) -> None:
+        if handles_operators(target) or handles_operators(source):
+            # Few classes know how to copy many tensors in one call.
+            assign(target, source, fqn)
+            return
         self.targets.append(target)
         self.sources.append(source)
 
@@ -110,12 +115,12 @@ def _paired(fqn: str, target: torch.Tensor, source: torch.Tensor, pairs: _Pairs)
     """Add the local copies that fill the target; False if only communication can."""
     if not isinstance(source, _SHARDED):
         if not isinstance(target, _SHARDED):
-            pairs.add(target, source.reshape(target.shape) if source.shape != target.shape else source)
+            pairs.add(fqn, target, source.reshape(target.shape) if source.shape != target.shape else source)
             return True
         size = size_of(target)
         whole = source.reshape(size) if source.shape != size else source
         for box, view in _held_boxes(fqn, target):
-            pairs.add(view, box_of(whole, box))
+            pairs.add(fqn, view, box_of(whole, box))
         return True
     if not isinstance(target, _SHARDED):
         raise PlanError(
@@ -125,14 +130,14 @@ def _paired(fqn: str, target: torch.Tensor, source: torch.Tensor, pairs: _Pairs)
     if size_of(target) != size_of(source) or not _alike(target, source):
         return False
     if isinstance(target, DTensor) and isinstance(source, DTensor):
-        pairs.add(local_tensor(target), local_tensor(source))
+        pairs.add(fqn, local_tensor(target), local_tensor(source))
         return True
     assert isinstance(target, ShardedTensor)
     assert isinstance(source, ShardedTensor)
     theirs = {tuple(shard.metadata.shard_offsets): shard.tensor for shard in source.local_shards()}
     for shard in target.local_shards():
         if 0 not in shard.metadata.shard_sizes:
-            pairs.add(shard.tensor, theirs[tuple(shard.metadata.shard_offsets)])
+            pairs.add(fqn, shard.tensor, theirs[tuple(shard.metadata.shard_offsets)])
     return True
 
 
@@ -182,6 +187,18 @@ def _fill_resharded(copies: list[Copy], failure: Exception | None) -> None:
 
     leaves = [(path, copy.source) for path, copy in gathering.items()]
     gathered(leaves, cut, among=[copy.source for copy in copies], failure=failure)
+
+
+def memory_of_class(value: torch.Tensor, device: torch.device) -> torch.Tensor | None:
+    """Return memory of its own for a tensor, or DTensor, of a wrapper class; None for the others.
+
+    In plain memory, an optimizer's low-bit state would go on in full precision, and with other numbers.
+    """
+    local = local_tensor(value) if isinstance(value, DTensor) else value
+    if isinstance(local, _SHARDED) or not is_wrapper(local):
+        return None
+    made = moved(unshared_copy(local), device)
+    return like_sharded(value, made) if isinstance(value, DTensor) else made
 
 
 def materialised(target: torch.Tensor, device: torch.device | None) -> torch.Tensor:

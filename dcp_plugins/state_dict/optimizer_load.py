@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from dcp_plugins.errors import PlanError, listing
 from dcp_plugins.events import record
 from dcp_plugins.state_dict.completion import saved_keys_of
+from dcp_plugins.state_dict.fill import memory_of_class
 from dcp_plugins.state_dict.fit import landed
 from dcp_plugins.state_dict.flatten import PARAMS, SavedGroup, SavedState, parsed
 from dcp_plugins.state_dict.fsdp1 import FlatPiece, flat_memory
@@ -379,6 +380,8 @@ class _Plan:
         if expected is not None:
             # Its own memory: no more is needed, and captured graphs keep their addresses.
             return expected
+        if isinstance(value, torch.Tensor) and (of_class := memory_of_class(value, parameter.device)) is not None:
+            return of_class
         if value.shape == parameter.shape and len(value.shape):
             return self._memory_like(parameter, value.dtype)
         if isinstance(value, torch.Tensor):

@@ -12,6 +12,7 @@ import torch
 
 from dcp_plugins.errors import CorruptCheckpointError
 from dcp_plugins.format.memory import as_buffer, is_directly_addressable
+from dcp_plugins.format.subclasses import assign, is_plain
 from dcp_plugins.geometry import is_contiguous_range
 from dcp_plugins.storage.host_blocks import BLOCK_BYTES, scratch
 
@@ -113,7 +114,7 @@ def direct_range(
 
     None where it is not one run in the file or in host memory, or has to be converted.
     """
-    if target.dtype != dtype or not is_directly_addressable(target):
+    if target.dtype != dtype or not is_plain(target) or not is_directly_addressable(target):
         return None
     run = is_contiguous_range(shape, offsets, lengths)
     return None if run is None else (run[0] * dtype.itemsize, run[1] * dtype.itemsize)
@@ -143,6 +144,11 @@ def read_box(
         where: Names the array in messages.
     """
     if 0 in lengths:
+        return
+    if not is_plain(target):
+        plain = torch.empty(target.shape, dtype=dtype)
+        read_box(file, position, shape, dtype, offsets, lengths, plain, pool=pool, where=where)
+        assign(target, plain, where)
         return
     direct = direct_range(shape, dtype, offsets, lengths, target)
     if direct is not None:

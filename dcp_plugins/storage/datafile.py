@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
-from dcp_plugins.format.container import ALIGNMENT_BYTES, Layout, crc32, predicted_layout
+from dcp_plugins.format.container import ALIGNMENT_BYTES, ContainerBuilder, Layout, crc32, predicted_layout
 from dcp_plugins.format.memory import PLAIN_TENSORS, as_buffer, is_directly_addressable
+from dcp_plugins.format.subclass_pickle import pickle_subclass
 from dcp_plugins.pace import elsewhere
+from dcp_plugins.storage.container_parts import saved_by_torch
 from dcp_plugins.storage.host_blocks import host_blocks
 from dcp_plugins.storage.store import NewFile
 
@@ -75,23 +77,13 @@ class DataFile:
 
     def write_tensor(self, tensor: torch.Tensor) -> tuple[int, int]:
         """Append a tensor's container and return its offset and length in bytes."""
-        if type(tensor) not in PLAIN_TENSORS and isinstance(tensor, torch.Tensor):
-            return self._write_subclass(tensor)
+        if type(tensor) not in PLAIN_TENSORS or tensor.is_quantized:
+            return self._write_by_pickle(tensor)
         layout = predicted_layout(tensor.dtype, tensor.shape)
         self._align()
         offset = self.position
         self.write(layout.head, len(layout.head))
-        crc = 0
-        if layout.nbytes == 0:
-            pass
-        elif not is_directly_addressable(tensor):
-            with elsewhere():
-                for block in host_blocks(tensor.detach()):
-                    crc = self._write_data(as_buffer(block), block.numel() * block.element_size(), crc)
-                    # The block's memory is about to be filled again.
-                    self.flush()
-        else:
-            crc = self._write_data(as_buffer(tensor), layout.nbytes, crc)
+        crc = self._write_elements(tensor, layout.nbytes)
         self.write(layout.tail(crc), layout.tail_length)
         return offset, layout.length
 
@@ -132,11 +124,37 @@ class DataFile:
         self.write(view, len(view))
         return offset, len(view)
 
-    def _write_subclass(self, tensor: torch.Tensor) -> tuple[int, int]:
-        # A subclass has a pickle of its own, around tensors of its own: torch knows how to write it.
-        stream = io.BytesIO()
-        torch.save(tensor.detach().cpu(), stream)
-        return self.write_bytes(stream)
+    def _write_by_pickle(self, tensor: torch.Tensor) -> tuple[int, int]:
+        """Append a subclass, whose pickle is its own, around the tensors inside."""
+        pickled = pickle_subclass(tensor)
+        if pickled is None:
+            return self.write_bytes(saved_by_torch(tensor))
+        container = ContainerBuilder(pickled.content)
+        self._align()
+        offset = self.position
+        for part in pickled.parts:
+            nbytes = part.numel() * part.element_size()
+            before = container.begin_record(nbytes)
+            self.write(before, len(before))
+            after = container.end_record(self._write_elements(part, nbytes))
+            self.write(after, len(after))
+        end = container.finish()
+        self.write(end, len(end))
+        return offset, self.position - offset
+
+    def _write_elements(self, tensor: torch.Tensor, nbytes: int) -> int:
+        """Append the bytes of a tensor that is plain memory, on any device, and return their CRC-32."""
+        if not nbytes:
+            return 0
+        if is_directly_addressable(tensor):
+            return self._write_data(as_buffer(tensor), nbytes, 0)
+        crc = 0
+        with elsewhere():
+            for block in host_blocks(tensor.detach()):
+                crc = self._write_data(as_buffer(block), block.numel() * block.element_size(), crc)
+                # The block's memory is about to be filled again.
+                self.flush()
+        return crc
 
     def _write_data(self, buffer: memoryview, nbytes: int, crc: int) -> int:
         if nbytes <= _PIECE_BYTES:

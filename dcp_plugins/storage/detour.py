@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dcp_plugins.format.memory import addresses_of
+from dcp_plugins.format.memory import DTYPES_WITHOUT_COPY, addresses_of, copyable
 from dcp_plugins.pace import elsewhere
 from dcp_plugins.storage.host_blocks import scratch
 from dcp_plugins.storage.planned import Run, are_as_planned, check_against_plan
@@ -23,6 +23,7 @@ __all__ = ["copy_together", "host_slots", "small_on_host"]
 _ALIGNMENT_BYTES = 64
 _HOST = torch.device("cpu")
 
+_dtype = operator.attrgetter("dtype")
 _look = operator.attrgetter("layout", "is_quantized", "is_nested", "is_meta", "device")
 
 
@@ -67,6 +68,8 @@ def host_slots(like: Sequence[torch.Tensor], device: torch.device) -> list[torch
 def copy_together(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], device: torch.device) -> None:
     """Copy each source to the target at the same place, and wait for all; each is on the host or on ``device``."""
     on_cuda = device.type == "cuda"
+    if not DTYPES_WITHOUT_COPY.isdisjoint(map(_dtype, sources)):
+        targets, sources = list(map(copyable, targets)), list(map(copyable, sources))
     with elsewhere(), torch._C.DisableTorchFunctionSubclass():
         torch._foreach_copy_(list(targets), list(sources), non_blocking=on_cuda)
         if on_cuda:

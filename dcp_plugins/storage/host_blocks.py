@@ -12,6 +12,8 @@ from collections.abc import Iterator
 
 import torch
 
+from dcp_plugins.format.memory import copyable
+
 __all__ = ["BLOCK_BYTES", "host_blocks", "row_blocks", "scratch"]
 
 BLOCK_BYTES = 8 * 1024 * 1024
@@ -49,5 +51,5 @@ def host_blocks(tensor: torch.Tensor, block_bytes: int = BLOCK_BYTES) -> Iterato
     for index in row_blocks(tuple(tensor.shape), itemsize, block_bytes):
         source = tensor[index]
         block = buffer[: source.numel() * itemsize].view(tensor.dtype).view(source.shape)
-        block.copy_(source)
+        copyable(block).copy_(copyable(source))
         yield block

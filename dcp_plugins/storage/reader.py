@@ -25,15 +25,17 @@ from dcp_plugins.contract import (
     TensorStorageMetadata,
 )
 from dcp_plugins.errors import CheckpointNotFoundError, CorruptCheckpointError, listing
-from dcp_plugins.format.container import SMALL_CONTAINER_BYTES, Layout, record_checksums
+from dcp_plugins.format.container import SMALL_CONTAINER_BYTES, Layout, parse_layout, record_checksums
 from dcp_plugins.format.metadata import decode_with_extras
 from dcp_plugins.format.metadata_trailer import TRAILER_VERSION
 from dcp_plugins.format.names import METADATA_NAME, metadata_name, new_save_id
+from dcp_plugins.format.subclasses import is_plain
 from dcp_plugins.storage.arrays import OpenFile, read_bytes
 from dcp_plugins.storage.file_system import FileSystem
 from dcp_plugins.storage.fs_store import store_of
+from dcp_plugins.storage.loaded import fill_from_loaded, load_container
 from dcp_plugins.storage.local import is_local_path
-from dcp_plugins.storage.reads import DataFileReader, TensorRead, load_container
+from dcp_plugins.storage.reads import DataFileReader, TensorRead
 from dcp_plugins.storage.store import Store
 from dcp_plugins.storage.threads import default_thread_count, run_all, split_by_bytes
 from dcp_plugins.storage.transforms import ExtensionRegistry, decode_stream
@@ -134,7 +136,7 @@ class FileSystemReader(StorageReader):
     def check_sizes(self, metadata: Metadata) -> None:
         """Hold the sizes of all tensors in the metadata against what the files can hold.
 
-        To be called before memory is allocated by what the metadata says; a load into existing tensors needs it not.
+        Call it before memory is allocated by what the metadata says. Loading into existing tensors does not need it.
 
         Raises:
             CorruptCheckpointError: Some tensor is larger than its bytes on storage; lists all of them.
@@ -156,7 +158,10 @@ class FileSystemReader(StorageReader):
                 if name not in file_sizes:
                     file_sizes[name] = _size_of(store, name)
                 available = max(0, min(info.length, file_sizes[name] - info.offset))
-                stored += min(chunk.sizes.numel(), available // entry.properties.dtype.itemsize)
+                fitting = available // entry.properties.dtype.itemsize
+                if fitting < chunk.sizes.numel() and available == info.length and not _is_plain(store, info):
+                    fitting = available * _MAX_ELEMENTS_PER_BYTE
+                stored += min(chunk.sizes.numel(), fitting)
             if stored < entry.size.numel():
                 problems.append(f"{fqn} has {entry.size.numel()} elements, its files hold {stored}")
         if problems:
@@ -232,7 +237,7 @@ class FileSystemReader(StorageReader):
     def _tensor_read(self, item: ReadItem, info: StorageInfo, planner: LoadPlanner) -> TensorRead:
         sizes, dtype = self._chunk(item)
         target = resolve_target(item, planner)
-        return TensorRead(item, info, sizes, dtype, target)
+        return TensorRead(item, info, sizes, dtype, target, getattr(planner, "adopt_tensor", None))
 
     def _chunk(self, item: ReadItem) -> tuple[tuple[int, ...], torch.dtype]:
         """Return shape and dtype of the stored chunk; the index's hint is tried first and may be wrong."""
@@ -269,11 +274,10 @@ class FileSystemReader(StorageReader):
         """Decode a whole item, whose stream went through extensions, and copy the wanted part."""
         content = self._read_bytes(file, info, item)
         where = f"{info.relative_path} at {info.offset} ({item.dest_index.fqn})"
-        loaded = load_container(content, self._chunk(item)[0], where)
+        sizes, dtype = self._chunk(item)
+        loaded = load_container(content, sizes, where)
         target = resolve_target(item, planner)
-        for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
-            loaded = loaded.narrow(dim, start, length)
-        target.copy_(loaded)
+        fill_from_loaded(target, loaded, item, dtype, where)
         planner.commit_tensor(item, target)
 
     def _read_bytes(self, file: OpenFile, info: StorageInfo, item: ReadItem) -> bytes:
@@ -306,13 +310,30 @@ def _size_of(store: Store, name: str) -> int:
         return 0
 
 
+# Of a class with less than a bit for each element nothing is known.
+_MAX_ELEMENTS_PER_BYTE = 8
+
+
+def _is_plain(store: Store, info: StorageInfo) -> bool:
+    """Whether a container holds a plain tensor; low-bit subclasses have fewer bytes than their dtype says."""
+    where = f"{info.relative_path} at {info.offset}"
+    with store.open(info.relative_path) as (file, _):
+        return (
+            parse_layout(lambda start, size: read_bytes(file, size, info.offset + start, where), info.length, where)
+            is not None
+        )
+
+
 def resolve_target(item: ReadItem, planner: LoadPlanner) -> torch.Tensor:
     """Return the tensor that the planner wants ``item`` read into.
 
     Raises:
         CorruptCheckpointError: Its shape is not the item's.
     """
-    target = planner.resolve_tensor(item).detach()
+    target = planner.resolve_tensor(item)
+    if is_plain(target):
+        # What a class makes of detach() may be a copy in part, and a quantised tensor would not learn its new scale.
+        target = target.detach()
     if target.shape != item.lengths:
         raise CorruptCheckpointError(
             f"{item.dest_index.fqn}: the plan reads {tuple(item.lengths)} elements into a tensor of "

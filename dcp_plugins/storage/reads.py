@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from dcp_plugins.contract import ReadItem, StorageInfo
 from dcp_plugins.errors import CorruptCheckpointError
-from dcp_plugins.format.container import Layout, crc32, parse_layout, predicted_layout, record_checksums
-from dcp_plugins.format.memory import PLAIN_TENSORS, as_buffer, is_directly_addressable
+from dcp_plugins.format.container import (
+    Layout,
+    crc32,
+    parse_layout,
+    parse_records,
+    predicted_layout,
+    record_checksums,
+)
+from dcp_plugins.format.memory import PLAIN_TENSORS, as_buffer, copy_elements, is_directly_addressable
+from dcp_plugins.format.subclass_pickle import pickle_subclass
+from dcp_plugins.format.subclasses import assign, handles_operators, is_plain
 from dcp_plugins.geometry import is_contiguous_range
 from dcp_plugins.storage.arrays import OpenFile, ScratchPool, read_into, row_reads
 from dcp_plugins.storage.detour import copy_together, host_slots
 from dcp_plugins.storage.host_blocks import BLOCK_BYTES
+from dcp_plugins.storage.loaded import fill_from_loaded, load_container
 from dcp_plugins.storage.threads import MIN_PARALLEL_PIECE_BYTES
 
-__all__ = ["DataFileReader", "TensorRead", "load_container"]
+__all__ = ["DataFileReader", "TensorRead"]
 
 # A piece is checksummed while a cache still holds it; of 0.25 to 8 MB this measured fastest.
 _PIECE_BYTES = 2 * 1024 * 1024
@@ -42,6 +51,9 @@ class TensorRead(NamedTuple):
     """Dtype that the metadata gives the stored tensor."""
     target: torch.Tensor
     """What to fill, of shape ``item.lengths``; shares memory with the state dict."""
+    adopt: Callable[[ReadItem, torch.Tensor], bool] | None = None
+    """Offered a whole chunk that is no plain tensor, to stand in the target's place; False if it is still to be filled.
+    """
 
     @property
     def is_whole(self) -> bool:
@@ -116,7 +128,12 @@ class DataFileReader:
     def _direct_layout(self, read: TensorRead) -> Layout | None:
         """Return the expected layout if the whole record can go straight into the target, else None."""
         target = read.target
-        if target.dtype != read.dtype or not read.is_whole or not is_directly_addressable(target):
+        if (
+            target.dtype != read.dtype
+            or not read.is_whole
+            or not is_plain(target)
+            or not is_directly_addressable(target)
+        ):
             return None
         key = (read.dtype, read.chunk_sizes, read.info.length)
         layout = self._layouts.get(key)
@@ -193,16 +210,22 @@ class DataFileReader:
             own_tail = self._bytes(read, found.data_start + found.nbytes, found.tail_length)
             if found.confirms(own_tail, crc):
                 return
-        raise CorruptCheckpointError(
-            f"{read.where}: the data has CRC-32 {crc:08x}, which is not the one it was written with: the file was "
-            "damaged after it was written; restore it or load another checkpoint"
-        )
+        raise _damaged(read.where, crc)
 
     def _read_indirect(self, read: TensorRead) -> None:
-        """Read what cannot go straight into the target: another dtype, a part, strided or device memory."""
+        """Read what cannot go straight into the target: another dtype or class, a part, strided or device memory."""
         layout = self._parse(read)
         if layout is None:
-            read.target.copy_(_narrow(self._load_with_torch(read), read.item))
+            if read.is_whole and handles_operators(read.target) and self._read_parts(read):
+                return
+            loaded = self._load_with_torch(read)
+            if read.adopt is None or not read.is_whole or is_plain(loaded) or not read.adopt(read.item, loaded):
+                fill_from_loaded(read.target, loaded, read.item, read.dtype, read.where)
+            return
+        if not is_plain(read.target):
+            plain = torch.empty(read.item.lengths, dtype=read.dtype)
+            self.read([read._replace(target=plain)])
+            assign(read.target, plain, read.where)
             return
         stored = layout.tensor
         if stored.shape != read.chunk_sizes:
@@ -213,9 +236,52 @@ class DataFileReader:
             # Written by torch from a permuted tensor: its elements are not in row-major order.
             raw = self._whole_record(read, layout)
             whole = raw.view(stored.dtype).as_strided(stored.shape, stored.strides, stored.storage_offset)
-            read.target.copy_(_narrow(whole, read.item))
+            fill_from_loaded(read.target, whole, read.item, read.dtype, read.where)
             return
         self._read_part(read, layout)
+
+    def _read_parts(self, read: TensorRead) -> bool:
+        """Read the tensors inside a subclass straight into those inside the target; False if they may differ.
+
+        Equal pickles mean the same class, settings, shapes and dtypes. So no class has to be built from the file, and
+        none has to be admitted.
+        """
+        expected = pickle_subclass(read.target)
+        if expected is None:
+            return False
+        found = parse_records(lambda start, size: bytes(self._bytes(read, start, size)), read.info.length, read.where)
+        if found is None or found.pickled != expected.content:
+            return False
+        records = [found.data.get(str(number)) for number in range(len(expected.parts))]
+        if any(
+            record is None or record[1] != part.nbytes for record, part in zip(records, expected.parts, strict=True)
+        ):
+            return False
+        for record, part in zip(records, expected.parts, strict=True):
+            assert record is not None
+            start, nbytes, wanted = record
+            crc = self._fill_elements(read, part.detach(), tuple(part.shape), read.info.offset + start)
+            if nbytes and self._verify and crc != wanted:
+                raise _damaged(read.where, crc)
+        return True
+
+    def _fill_elements(self, read: TensorRead, target: torch.Tensor, shape: tuple[int, ...], position: int) -> int:
+        """Fill plain memory from an array of its shape and dtype in the file, and return the CRC-32 of its bytes."""
+        crc = 0
+        if not target.numel():
+            return crc
+        itemsize = target.dtype.itemsize
+        direct = is_directly_addressable(target)
+        for start, block_shape, _, destination in row_reads(shape, [0] * len(shape), shape, itemsize, _PIECE_BYTES):
+            nbytes = math.prod(block_shape) * itemsize
+            part = target[destination]
+            raw = None if direct else self._scratch.take(nbytes, target.device)
+            buffer = as_buffer(part if raw is None else raw)
+            self._read_into([buffer], position + start * itemsize, nbytes, read.where)
+            crc = crc32(buffer, crc) if self._verify else 0
+            if raw is not None:
+                copy_elements(part, raw.view(target.dtype).view(block_shape))
+        return crc
 
     def _read_part(self, read: TensorRead, layout: Layout) -> None:
         """Copy a box of a row-major record into the target, block by block."""
@@ -239,7 +305,7 @@ class DataFileReader:
             self._read_into([as_buffer(raw)], data_offset + start * dtype.itemsize, len(raw), read.where)
             if read.is_whole and self._verify:
                 crc = crc32(as_buffer(raw), crc)
-            target[destination].copy_(raw.view(dtype).view(block_shape)[source])
+            copy_elements(target[destination], raw.view(dtype).view(block_shape)[source])
         if read.is_whole and self._verify:
             self._check_crc(read, layout, self._tail(read, layout), crc)
 
@@ -277,6 +343,13 @@ class DataFileReader:
         read_into(self._file, buffers, position, nbytes, where)
 
 
+def _damaged(where: str, crc: int) -> CorruptCheckpointError:
+    return CorruptCheckpointError(
+        f"{where}: the data has CRC-32 {crc:08x}, which is not the one it was written with: the file was "
+        "damaged after it was written; restore it or load another checkpoint"
+    )
+
+
 def _is_worth_a_detour(target: torch.Tensor) -> bool:
     return (
         0 < target.nbytes < MIN_PARALLEL_PIECE_BYTES
@@ -288,28 +361,3 @@ def _is_worth_a_detour(target: torch.Tensor) -> bool:
         and not target.is_conj()
         and not target.is_neg()
     )
-
-
-def load_container(content: bytes | bytearray, sizes: Sequence[int], where: str) -> torch.Tensor:
-    """Return the tensor in a container that torch has to read, of shape ``sizes``.
-
-    Raises:
-        CorruptCheckpointError: The container is damaged, or holds something else.
-    """
-    try:
-        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    # Damaged bytes make torch's unpickler fail in any way its opcodes can.
-    except Exception as exc:
-        raise CorruptCheckpointError(f"{where}: the container cannot be read: {exc}") from exc
-    if not isinstance(loaded, torch.Tensor) or loaded.layout is not torch.strided or loaded.shape != tuple(sizes):
-        raise CorruptCheckpointError(
-            f"{where}: the metadata says a tensor of shape {tuple(sizes)}, "
-            f"the container holds {type(loaded).__name__} {tuple(getattr(loaded, 'shape', ()))}"
-        )
-    return loaded
-
-
-def _narrow(tensor: torch.Tensor, item: ReadItem) -> torch.Tensor:
-    for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
-        tensor = tensor.narrow(dim, start, length)
-    return tensor

@@ -32,8 +32,6 @@ from dcp_plugins.contract import (
     WriteResult,
 )
 from dcp_plugins.errors import CheckpointExistsError, StorageWriteError
-from dcp_plugins.format.container import crc32, predicted_layout
-from dcp_plugins.format.memory import as_buffer, is_directly_addressable
 from dcp_plugins.format.metadata import MetadataEncoder
 from dcp_plugins.format.names import (
     METADATA_NAME,
@@ -44,11 +42,11 @@ from dcp_plugins.format.names import (
     temporary_name,
 )
 from dcp_plugins.pace import elsewhere, give_way
+from dcp_plugins.storage.container_parts import container_parts
 from dcp_plugins.storage.datafile import DataFile
 from dcp_plugins.storage.detour import small_on_host
 from dcp_plugins.storage.file_system import FileSystem
 from dcp_plugins.storage.fs_store import store_of
-from dcp_plugins.storage.host_blocks import host_blocks
 from dcp_plugins.storage.local import is_local_path, litter_among
 from dcp_plugins.storage.planned import Run, check_against_plan, in_runs, resolved_together, runs_of
 from dcp_plugins.storage.store import Store, files_named_by
@@ -310,7 +308,7 @@ class FileSystemWriter(StorageWriter):
         if not self.extensions:
             return file.write_tensor(tensor)
         with elsewhere():
-            encoded = encode_stream(self.extensions, _container_parts(tensor))
+            encoded = encode_stream(self.extensions, container_parts(tensor))
         return file.write_bytes(io.BytesIO(encoded))
 
     def _append_bytes(self, file: DataFile, data: io.BytesIO) -> tuple[int, int]:
@@ -399,18 +397,3 @@ class FileSystemWriter(StorageWriter):
 
 def _nothing() -> None:
     """Follow what nothing follows."""
-
-
-def _container_parts(tensor: torch.Tensor) -> list[Any]:
-    """Return a container's bytes for a stream transform, which takes them in order."""
-    layout = predicted_layout(tensor.dtype, tensor.shape)
-    if not layout.nbytes:
-        return [layout.head, layout.tail(0)]
-    if is_directly_addressable(tensor):
-        blocks = [as_buffer(tensor)]
-    else:
-        blocks = [bytes(as_buffer(block)) for block in host_blocks(tensor.detach())]
-    crc = 0
-    for block in blocks:
-        crc = crc32(block, crc)
-    return [layout.head, *blocks, layout.tail(crc)]

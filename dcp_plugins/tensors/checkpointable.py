@@ -14,6 +14,7 @@ import torch
 
 from dcp_plugins.contract import ChunkStorageMetadata, MetadataIndex, WriteItem
 from dcp_plugins.errors import PlanError, UnsupportedValueError, listing
+from dcp_plugins.format.subclasses import handles_operators, narrow_view
 from dcp_plugins.geometry import Box
 from dcp_plugins.tensors.items import check_savable, properties_of, shard_item
 
@@ -91,8 +92,11 @@ def checkpointable_shard(value: CheckpointableTensor, index: MetadataIndex) -> t
         wanted = "without an offset" if index.offset is None else f"at offset {tuple(index.offset)}"
         raise PlanError(f"This rank holds no shard of '{index.fqn}' {wanted}; offsets of the shards it holds: {held}.")
     at, box = matching[0]
-    tensor = _as_tensor(value).detach()
     start = value.local_offsets[at]
+    tensor = _as_tensor(value)
+    if handles_operators(tensor) and tensor.dim() == box.ndim:
+        return narrow_view(tensor, start, box.sizes, index.fqn)
+    tensor = tensor.detach()
     if tensor.dim() < box.ndim:
         rows = math.prod(box.sizes[: box.ndim - tensor.dim() + 1])
         return tensor.narrow(0, start[0], rows).view(box.sizes)

@@ -26,6 +26,8 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from dcp_plugins.contract import ChunkStorageMetadata, MetadataIndex, WriteItem
 from dcp_plugins.errors import PlanError, UnsupportedValueError, listing
+from dcp_plugins.format.memory import PLAIN_TENSORS
+from dcp_plugins.format.subclasses import handles_operators, narrow_view
 from dcp_plugins.geometry import Box
 from dcp_plugins.tensors.items import check_savable, properties_of, shard_item
 from dcp_plugins.tensors.runs import Run, Split, split_runs, total_length
@@ -38,6 +40,7 @@ __all__ = [
     "dtensor_items",
     "dtensor_shard",
     "layout_of",
+    "like_sharded",
     "local_tensor",
     "shards_of",
 ]
@@ -166,7 +169,19 @@ def dtensor_shard(value: DTensor, index: MetadataIndex) -> torch.Tensor:
         if piece.box.is_empty and local.shape != value.shape:
             return local.new_empty(value.shape)
         return local
+    if handles_operators(local):
+        return narrow_view(local, piece.local.offsets, piece.local.sizes, index.fqn)
     return local.detach()[piece.local.slices()]
+
+
+def like_sharded(value: torch.Tensor, local: torch.Tensor) -> torch.Tensor | None:
+    """Return ``local`` laid out as ``value``, a plain tensor or a DTensor; None for other kinds."""
+    if type(value) in PLAIN_TENSORS:
+        return local
+    if type(value) is DTensor and len(layout_of(value).pieces) == 1:
+        # from_local would send it to the mesh's device, and cannot be told an order of shards.
+        return DTensor(local, value._spec, requires_grad=False)  # type: ignore[no-untyped-call]
+    return None
 
 
 def _refuse(value: DTensor, fqn: str | None) -> None:

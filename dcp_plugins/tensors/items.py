@@ -38,10 +38,10 @@ def properties_of(tensor: torch.Tensor, *, requires_grad: bool) -> TensorPropert
 
 
 def check_savable(fqn: str | None, tensor: torch.Tensor, *, allow_meta: bool = False) -> None:
-    """Refuse tensors whose elements are not plain memory.
+    """Refuse tensors without elements, and those whose elements are not one strided array.
 
     Raises:
-        UnsupportedValueError: A meta, sparse, nested or quantised tensor.
+        UnsupportedValueError: A meta, sparse or nested tensor.
     """
     name = f"'{fqn}'" if fqn is not None else "a tensor"
     if tensor.is_nested:
@@ -53,11 +53,6 @@ def check_savable(fqn: str | None, tensor: torch.Tensor, *, allow_meta: bool = F
         raise UnsupportedValueError(
             f"Cannot checkpoint {name}: expected layout torch.strided, found {tensor.layout}. "
             "Convert it with .to_dense(), or save its indices and values as separate tensors."
-        )
-    if tensor.is_quantized:
-        raise UnsupportedValueError(
-            f"Cannot checkpoint {name}: expected a tensor of a plain dtype, found quantised {tensor.dtype}. "
-            "Save .int_repr() together with the scale and zero point, or .dequantize() it."
         )
     if tensor.is_meta and not allow_meta:
         raise UnsupportedValueError(
@@ -73,7 +68,7 @@ def plain_chunk(tensor: torch.Tensor) -> ChunkStorageMetadata:
 
 def plain_item(fqn: str, tensor: torch.Tensor) -> WriteItem:
     """Return the write item of a tensor that is whole on this rank."""
-    if tensor.is_meta or tensor.layout is not _STRIDED or tensor.is_quantized or tensor.is_nested:
+    if tensor.is_meta or tensor.layout is not _STRIDED or tensor.is_nested:
         check_savable(fqn, tensor)
     size = tensor.shape
     offsets = zeros(len(size))

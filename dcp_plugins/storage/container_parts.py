@@ -1,0 +1,58 @@
+"""A tensor's container as a sequence of buffers, for writers that do not write it from its own memory."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import torch
+
+from dcp_plugins.format.container import ContainerBuilder, crc32, predicted_layout
+from dcp_plugins.format.memory import PLAIN_TENSORS, as_buffer, is_directly_addressable
+from dcp_plugins.format.subclass_pickle import pickle_subclass
+from dcp_plugins.storage.host_blocks import host_blocks
+
+__all__ = ["container_parts", "saved_by_torch"]
+
+
+def container_parts(tensor: torch.Tensor) -> list[Any]:
+    """Return a container's bytes for a stream transform, which takes them in order."""
+    if type(tensor) not in PLAIN_TENSORS or tensor.is_quantized:
+        pickled = pickle_subclass(tensor)
+        if pickled is None:
+            return [saved_by_torch(tensor).getbuffer()]
+        container = ContainerBuilder(pickled.content)
+        pieces: list[Any] = []
+        for part in pickled.parts:
+            blocks, crc = _elements(part)
+            before = container.begin_record(part.numel() * part.element_size())
+            pieces += [before, *blocks, container.end_record(crc)]
+        return [*pieces, container.finish()]
+    layout = predicted_layout(tensor.dtype, tensor.shape)
+    blocks, crc = _elements(tensor)
+    return [layout.head, *blocks, layout.tail(crc)]
+
+
+def _elements(tensor: torch.Tensor) -> tuple[list[Any], int]:
+    """Return the bytes of a tensor that is plain memory, in blocks, and their CRC-32."""
+    if not tensor.numel():
+        return [], 0
+    if is_directly_addressable(tensor):
+        blocks = [as_buffer(tensor)]
+    else:
+        blocks = [bytes(as_buffer(block)) for block in host_blocks(tensor.detach())]
+    crc = 0
+    for block in blocks:
+        crc = crc32(block, crc)
+    return blocks, crc
+
+
+def saved_by_torch(tensor: torch.Tensor) -> io.BytesIO:
+    """Return the container that ``torch.save`` makes of a tensor whose elements only torch can find."""
+    on_host = tensor.detach().cpu()
+    if on_host.is_quantized:
+        # Without the rest of its storage.
+        on_host = on_host.clone()
+    stream = io.BytesIO()
+    torch.save(on_host, stream)
+    return stream

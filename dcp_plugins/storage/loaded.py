@@ -1,0 +1,96 @@
+"""Tensors that only torch can read out of a container: subclasses, quantised tensors, foreign byte orders."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Sequence
+
+import torch
+
+from dcp_plugins.contract import ReadItem
+from dcp_plugins.errors import CorruptCheckpointError, UnsafeCheckpointError, UnsupportedValueError, listing
+from dcp_plugins.format.memory import copy_elements
+from dcp_plugins.format.subclasses import assign, handles_operators, narrow
+
+__all__ = ["fill_from_loaded", "load_container"]
+
+
+def load_container(content: bytes | bytearray, sizes: Sequence[int], where: str) -> torch.Tensor:
+    """Return the tensor in a container that torch has to read, of shape ``sizes``.
+
+    Raises:
+        CorruptCheckpointError: The container is damaged, or holds something else.
+        UnsafeCheckpointError: The tensor is of a class that is not admitted.
+    """
+    try:
+        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    # Damaged bytes make torch's unpickler fail in any way its opcodes can.
+    except Exception as exc:
+        names = _names_not_admitted(content) if isinstance(exc, pickle.UnpicklingError) else []
+        if not names:
+            raise CorruptCheckpointError(f"{where}: the container cannot be read: {exc}") from exc
+        raise UnsafeCheckpointError(
+            f"{where}: the saved tensor needs classes or functions that are not admitted: {listing(names)}. If you "
+            "trust them, import them and call torch.serialization.add_safe_globals([...]) with them before the load"
+        ) from exc
+    if not isinstance(loaded, torch.Tensor) or loaded.layout is not torch.strided or loaded.shape != tuple(sizes):
+        raise CorruptCheckpointError(
+            f"{where}: the metadata says a tensor of shape {tuple(sizes)}, "
+            f"the container holds {type(loaded).__name__} {tuple(getattr(loaded, 'shape', ()))}"
+        )
+    return loaded
+
+
+def _names_not_admitted(content: bytes | bytearray) -> list[str]:
+    try:
+        return torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content))
+    # It fails on damaged bytes as the load does, and then the bytes are the fault.
+    except Exception:
+        return []
+
+
+@torch.no_grad()
+def fill_from_loaded(
+    target: torch.Tensor, loaded: torch.Tensor, item: ReadItem, dtype: torch.dtype, where: str
+) -> None:
+    """Copy the part of a loaded chunk that ``item`` wants into ``target``.
+
+    Args:
+        dtype: What the metadata says of the saved tensor.
+
+    Raises:
+        UnsupportedValueError: A class cannot be narrowed or copied so.
+    """
+    if loaded.shape != item.lengths and handles_operators(loaded) and not handles_operators(target):
+        # The whole always converts; a part may end where the class cannot be cut.
+        whole = torch.empty(loaded.shape, dtype=dtype)
+        assign(whole, loaded, where)
+        loaded = whole
+    part = narrow(loaded, item.storage_offsets, item.lengths, where)
+    if handles_operators(target) or handles_operators(part):
+        assign(target, part, where)
+    elif target.is_quantized and part.is_quantized:
+        _copy_quantised(target, part, where)
+    elif part.is_quantized:
+        target.copy_(part.dequantize())
+    else:
+        copy_elements(target, part)
+
+
+def _copy_quantised(target: torch.Tensor, part: torch.Tensor, where: str) -> None:
+    # Torch copies the integers, and the scale to the tensor object that it is given: one that is a view keeps to itself
+    # what it was given, and the tensor around it would show other values.
+    if target._is_view() and _quantiser(target) != _quantiser(part):
+        raise UnsupportedValueError(
+            f"{where}: expected a quantised tensor with the scale and zero point that were saved, because a part of "
+            f"it is loaded; found {_quantiser(target)}, saved {_quantiser(part)}. Load it whole, or dequantise it"
+        )
+    target.copy_(part)
+
+
+def _quantiser(tensor: torch.Tensor) -> tuple[object, ...]:
+    if tensor.qscheme() == torch.per_tensor_affine:
+        return (tensor.qscheme(), tensor.q_scale(), tensor.q_zero_point())
+    scales, zero_points = tensor.q_per_channel_scales().tolist(), tensor.q_per_channel_zero_points().tolist()
+    return (tensor.qscheme(), tensor.q_per_channel_axis(), scales, zero_points)
