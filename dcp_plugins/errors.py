@@ -15,6 +15,8 @@ Each also derives from what users of ``torch.distributed.checkpoint`` catch in i
     |-- StagingMemoryError       (MemoryError)                  no memory for a snapshot
     |-- LostContactError         (ConnectionError)              another rank died, or did not answer in time
     `-- MissingExtraError        (ImportError)                  an optional framework is not installed
+
+    UnloadableValueWarning (UserWarning)                        a value was saved that a load refuses by default
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ __all__ = [
     "StagingMemoryError",
     "StorageDetectionError",
     "StorageWriteError",
+    "UnloadableValueWarning",
     "UnsafeCheckpointError",
     "UnsupportedValueError",
     "listing",
@@ -115,6 +118,10 @@ class LostContactError(CheckpointError, ConnectionError):
 
 class MissingExtraError(CheckpointError, ImportError):
     """An optional dependency is not installed; the message names the extra that brings it."""
+
+
+class UnloadableValueWarning(UserWarning):
+    """A value was saved that a load refuses by default: its class is neither one of plain data nor declared safe."""
 
 
 _LISTED = 12

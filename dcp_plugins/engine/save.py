@@ -21,10 +21,11 @@ from dcp_plugins.format.metadata import MetadataEncoder
 from dcp_plugins.plan import DefaultSavePlanner
 from dcp_plugins.plan.cache import CachedPlan, lookup, new_generation, store
 from dcp_plugins.plan.codec import PackedChoice, PackedPlan, choose, chosen, pack, unpack
+from dcp_plugins.plan.unloadable import noting_values, warn_of_unloadable
 from dcp_plugins.storage import FileSystemWriter
 from dcp_plugins.storage.planned import check_results
 
-__all__ = ["run_save", "save", "save_state_dict"]
+__all__ = ["described", "run_save", "save", "save_state_dict"]
 
 
 @storage_second("storage_writer")
@@ -91,11 +92,29 @@ def save_state_dict(
     return run_save(state_dict, storage_writer, planner or DefaultSavePlanner(), ranks, use_collectives=True)
 
 
+def described(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return a state dict with values in the place of objects; warn of values that a load will refuse."""
+    with noting_values() as noted:
+        plain = to_plain(state_dict)
+    warn_of_unloadable(plain, "planner=DefaultLoadPlanner(weights_only=False)", noted)
+    return plain
+
+
 def run_save(
-    state_dict: dict[str, Any], writer: StorageWriter, planner: SavePlanner, ranks: Ranks, *, use_collectives: bool
+    state_dict: dict[str, Any],
+    writer: StorageWriter,
+    planner: SavePlanner,
+    ranks: Ranks,
+    *,
+    use_collectives: bool,
+    is_staged: bool = False,
 ) -> Metadata:
-    """Run the phases of a save; everything a rank can fail in is inside an exchange that tells the others."""
-    step = _Save(state_dict, writer, planner, ranks, use_collectives)
+    """Run the phases of a save; everything a rank can fail in is inside an exchange that tells the others.
+
+    Args:
+        is_staged: The state dict is a snapshot: whoever took it has looked at its values.
+    """
+    step = _Save(state_dict, writer, planner, ranks, use_collectives, is_staged=is_staged)
     if not use_collectives:
         return step.save_alone()
     with record("plan"):
@@ -114,7 +133,10 @@ class _Save:
         planner: SavePlanner,
         ranks: Ranks,
         use_collectives: bool,
+        *,
+        is_staged: bool,
     ) -> None:
+        self._is_staged = is_staged
         self._state_dict = state_dict
         self._writer = writer
         self._planner = planner
@@ -193,7 +215,8 @@ class _Save:
     def _describe(self) -> None:
         """Turn objects into values and let the planner and the writer see them."""
         planner, writer, ranks = self._planner, self._writer, self._ranks
-        state_dict = to_plain(self._state_dict)
+        # The values of a snapshot were looked at when it was taken, on the thread that trains.
+        state_dict = to_plain(self._state_dict) if self._is_staged else described(self._state_dict)
         storage_meta = writer.storage_meta()
         if accepts(planner.set_up_planner, "storage_meta"):
             planner.set_up_planner(

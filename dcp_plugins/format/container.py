@@ -29,7 +29,15 @@ from isal import isal_zlib
 from dcp_plugins.errors import CorruptCheckpointError
 from dcp_plugins.format.tensor_pickle import StoredTensor, decode_tensor_pickle, encode_tensor_pickle
 
-__all__ = ["SMALL_CONTAINER_BYTES", "Layout", "crc32", "parse_layout", "predicted_layout", "record_checksums"]
+__all__ = [
+    "SMALL_CONTAINER_BYTES",
+    "Layout",
+    "crc32",
+    "locate_records",
+    "parse_layout",
+    "predicted_layout",
+    "record_checksums",
+]
 
 ALIGNMENT_BYTES = 64
 
@@ -243,12 +251,7 @@ def record_checksums(data: memoryview, where: str) -> None:
     Raises:
         CorruptCheckpointError: The container is damaged; names the record.
     """
-
-    def read(start: int, size: int) -> bytes:
-        if start < 0 or size < 0 or start + size > len(data):
-            raise CorruptCheckpointError(f"{where}: the container is cut short")
-        return bytes(data[start : start + size])
-
+    read = _reader_of(data, where)
     for record in _directory(read, len(data), where)[0]:
         start = _content_start(read, record, len(data), where)
         found = crc32(data[start : start + record.size])
@@ -256,7 +259,33 @@ def record_checksums(data: memoryview, where: str) -> None:
             raise _damaged(where, record, found)
 
 
-def _directory(read: Callable[[int, int], bytes], length: int, where: str) -> tuple[list[_Record], int, bytes]:
+def locate_records(data: memoryview, where: str) -> dict[str, tuple[int, int]]:
+    """Return where each record of a container in memory begins and how long it is, by its name in the archive.
+
+    Raises:
+        CorruptCheckpointError: The bytes are no container, or a record is compressed.
+    """
+    read = _reader_of(data, where)
+    # A value may hold any number of tensors, each a record of its own.
+    records = _directory(read, len(data), where, max_directory_bytes=len(data))[0]
+    return {
+        record.name.partition("/")[2]: (_content_start(read, record, len(data), where), record.size)
+        for record in records
+    }
+
+
+def _reader_of(data: memoryview, where: str) -> Callable[[int, int], bytes]:
+    def read(start: int, size: int) -> bytes:
+        if start < 0 or size < 0 or start + size > len(data):
+            raise CorruptCheckpointError(f"{where}: the container is cut short")
+        return bytes(data[start : start + size])
+
+    return read
+
+
+def _directory(
+    read: Callable[[int, int], bytes], length: int, where: str, *, max_directory_bytes: int = _MAX_DIRECTORY_BYTES
+) -> tuple[list[_Record], int, bytes]:
     """Return the records, and where the central directory starts with all bytes from there on."""
     if length < _END.size:
         raise CorruptCheckpointError(f"{where}: {length} bytes are too few for a container")
@@ -271,7 +300,7 @@ def _directory(read: Callable[[int, int], bytes], length: int, where: str) -> tu
             end64 = _END64.unpack(read(locator[2], _END64.size))
             if end64[0] == b"PK\x06\x06":
                 num_entries, size, start = end64[7], end64[8], end64[9]
-    if size > _MAX_DIRECTORY_BYTES or start + size > end_start:
+    if size > max_directory_bytes or start + size > end_start:
         raise CorruptCheckpointError(f"{where}: the zip directory ({size} bytes at {start}) leaves the container")
     tail = read(start, length - start)
     records = []

@@ -7,7 +7,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -22,6 +22,7 @@ from dcp_plugins.contract import (
     TensorStorageMetadata,
 )
 from dcp_plugins.errors import PlanError, listing
+from dcp_plugins.format.trust import SafeGlobal, check_safe_globals
 from dcp_plugins.plan.flatten import FlattenMapping, flatten_state_dict, set_element
 from dcp_plugins.plan.reshard import bytes_read_item, create_read_items_for_chunk_list, whole_read_item
 from dcp_plugins.plan.validate import box_of, coverage_problems, overlap_problems
@@ -49,9 +50,11 @@ class DefaultLoadPlanner(LoadPlanner):
         flatten_state_dict: Enter nested dicts and lists, as ``DefaultSavePlanner`` does.
         flatten_sharded_tensors: Flatten a ``ShardedTensor`` of ``ShardedTensor``.
         allow_partial_load: Leave keys of the state dict that the checkpoint lacks as they are, instead of raising.
-        weights_only: Unpickle non-tensor values with torch's restricted unpickler, which admits containers, numbers,
-            NumPy arrays and the like. False runs whatever code the
-            checkpoint names: only for checkpoints that you trust as you trust a program.
+        weights_only: Decode non-tensor values as data: plain values, tensors, and what the standard library and NumPy
+            define as data. False runs whatever code the checkpoint names: only for checkpoints that you trust as you
+            trust a program.
+        safe_globals: Classes of yours, such as enums and dataclasses, that non-tensor values may have all the same,
+            beside those of ``torch.serialization.add_safe_globals``.
         cast_dtype: Convert a saved tensor to the dtype of the tensor it is loaded into, with a warning that names
             the keys. False raises instead.
     """
@@ -66,12 +69,14 @@ class DefaultLoadPlanner(LoadPlanner):
         allow_partial_load: bool = False,
         *,
         weights_only: bool = True,
+        safe_globals: Iterable[SafeGlobal] = (),
         cast_dtype: bool = True,
     ) -> None:
         self.flatten_state_dict = flatten_state_dict
         self.flatten_sharded_tensors = flatten_sharded_tensors
         self.allow_partial_load = allow_partial_load
         self.weights_only = weights_only
+        self.safe_globals = check_safe_globals(safe_globals)
         self.cast_dtype = cast_dtype
         self.original_state_dict = {}
         self.mappings = {}
@@ -115,7 +120,7 @@ class DefaultLoadPlanner(LoadPlanner):
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         fqn = read_item.dest_index.fqn
-        loaded = load_value(fqn, value, weights_only=self.weights_only)
+        loaded = load_value(fqn, value, weights_only=self.weights_only, safe_globals=self.safe_globals)
         if self.flatten_state_dict:
             set_element(self.original_state_dict, self.mappings[fqn], loaded)
         else:

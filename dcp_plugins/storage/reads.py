@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from dcp_plugins.contract import ReadItem, StorageInfo
 from dcp_plugins.errors import CorruptCheckpointError
 from dcp_plugins.format.container import Layout, crc32, parse_layout, predicted_layout, record_checksums
 from dcp_plugins.format.memory import PLAIN_TENSORS, as_buffer, is_directly_addressable
+from dcp_plugins.format.value_container import decode_value
 from dcp_plugins.geometry import is_contiguous_range
 from dcp_plugins.storage.arrays import ScratchPool, read_into, row_reads
 from dcp_plugins.storage.detour import copy_together, host_slots
@@ -291,16 +291,12 @@ def _is_worth_a_detour(target: torch.Tensor) -> bool:
 
 
 def load_container(content: bytes | bytearray, sizes: Sequence[int], where: str) -> torch.Tensor:
-    """Return the tensor in a container that torch has to read, of shape ``sizes``.
+    """Return the tensor in a container whose data is not the tensor's elements in their order, of shape ``sizes``.
 
     Raises:
         CorruptCheckpointError: The container is damaged, or holds something else.
     """
-    try:
-        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    # Damaged bytes make torch's unpickler fail in any way its opcodes can.
-    except Exception as exc:
-        raise CorruptCheckpointError(f"{where}: the container cannot be read: {exc}") from exc
+    loaded = decode_value(memoryview(content), where, map_location="cpu")
     if not isinstance(loaded, torch.Tensor) or loaded.layout is not torch.strided or loaded.shape != tuple(sizes):
         raise CorruptCheckpointError(
             f"{where}: the metadata says a tensor of shape {tuple(sizes)}, "
