@@ -75,7 +75,7 @@ def _finished_dtype(kind: str, size: int, state: Any) -> np.dtype[Any]:
         unit = unit.decode() if type(unit) is bytes else unit
         if unit not in _TIME_UNITS or type(count) is not int:
             raise DecodingError(f"the unit of time {unit!r:.80}")
-        made = np.dtype(f"{kind}{size}" if unit == "generic" else f"{kind}{size}[{count}{unit}]")
+        made = np.dtype(f"{order}{kind}{size}" if unit == "generic" else f"{order}{kind}{size}[{count}{unit}]")
     elif subarray is not None:
         base, shape = subarray
         shape = (shape,) if type(shape) is int else shape
@@ -83,9 +83,7 @@ def _finished_dtype(kind: str, size: int, state: Any) -> np.dtype[Any]:
     elif names is not None:
         made = _structure(names, fields, size, is_aligned=bool(flags & _ALIGNED_STRUCT))
     else:
-        made = np.dtype(f"{kind}{size}")
-    if order in "<>" and names is None and subarray is None:
-        made = made.newbyteorder(order)
+        made = np.dtype(f"{order}{kind}{size}")
     if metadata:
         made = np.dtype(made, metadata=metadata)
     if itemsize not in (-1, made.itemsize) or (kind not in "OU" and made.itemsize != size):

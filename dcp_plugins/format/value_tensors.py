@@ -128,16 +128,22 @@ def _quantized(decoder: Decoder, args: tuple[Any, ...]) -> torch.Tensor:
     # torch allocates it in full before it uses the storage.
     if not stored.fits() or torch.Size(size).numel() * dtype.itemsize > stored.storage_nbytes or hooks:
         raise DecodingError(f"a quantized tensor of shape {size} that leaves its storage")
-    if quantizer[0] != torch.per_tensor_affine:
+    untyped = storage._untyped_storage
+    if quantizer[0] == torch.per_tensor_affine:
+        _, scale, zero_point = quantizer
+        made = torch._empty_affine_quantized(
+            size, scale=scale, zero_point=zero_point, dtype=dtype, device=untyped.device
+        )
+    else:
         _, scales, zero_points, axis = quantizer
         if type(axis) is not int or not 0 <= axis < len(size):
             raise DecodingError("a quantized tensor whose axis it does not have")
         if not scales.shape == zero_points.shape == (size[axis],):
             raise DecodingError("a quantized tensor with scales for another size")
-    made: torch.Tensor = torch._utils._rebuild_qtensor(  # type: ignore[no-untyped-call]
-        storage, offset, size, stride, quantizer, bool(requires_grad), hooks
-    )
-    return made
+        made = torch._empty_per_channel_affine_quantized(
+            size, scales=scales, zero_points=zero_points, axis=axis, dtype=dtype, device=untyped.device
+        )
+    return _finish(made.set_(untyped, offset, size, stride), requires_grad, hooks)
 
 
 def _sparse(decoder: Decoder, args: tuple[Any, ...]) -> torch.Tensor:

@@ -39,6 +39,8 @@ from dcp_plugins.format.value_numpy import BIT_GENERATORS, is_plain_dtype
 __all__ = ["loaded_with", "note_value", "noting_values", "warn_of_unloadable"]
 
 _MAX_NAMED = 12
+# Between the user's line and the warning: this package, and its decorators.
+_PASSED_MODULES = frozenset({__name__.split(".", maxsplit=1)[0], "contextlib", "functools"})
 _SCALARS = frozenset({type(None), bool, int, float, complex, str, bytes, bytearray})
 _LEAVES = _SCALARS | {
     torch.Tensor,
@@ -168,6 +170,7 @@ class _Search:
 
     def unknown(self, value: Any, path: str) -> Iterator[tuple[str, str]]:
         """Yield the path of each object that would be refused, with the name of what it needs."""
+        self._seen.clear()
         # Beneath dicts and lists, tensors of any class are stored as tensors; beneath anything else they are pickled.
         pending: list[tuple[Any, str, bool]] = [(value, path, False)]
         while pending:
@@ -189,7 +192,10 @@ class _Search:
                     inside = is_pickled or not isinstance(current, list)
                     pending += [(item, f"{where}.{at}", inside) for at, item in enumerate(current)]
             elif is_pickled or not (isinstance(current, torch.Tensor) or hasattr(current, "__create_write_items__")):
-                yield from self._enter(current, where, pending)
+                for refused in self._enter(current, where, pending):
+                    # Another place that holds it, such as a member of an enum, is named as well.
+                    self._seen.pop(id(current), None)
+                    yield refused
 
     def _enter(self, value: Any, where: str, pending: list[tuple[Any, str, bool]]) -> Iterator[tuple[str, str]]:
         kind = type(value)
@@ -266,6 +272,6 @@ def _depth_of_caller() -> int:
     """Return the ``stacklevel`` of the first frame outside this package, as seen from the caller of this function."""
     depth, frame = 1, inspect.currentframe()
     frame = frame.f_back if frame is not None else None
-    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] == __name__.split(".")[0]:
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in _PASSED_MODULES:
         depth, frame = depth + 1, frame.f_back
     return depth if frame is not None else 2
