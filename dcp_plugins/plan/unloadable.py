@@ -137,8 +137,9 @@ def warn_of_unloadable(values: Mapping[str, Any], how: str, noted: Mapping[str, 
     found: dict[str, str] = {}
     search: _Search | None = None
     for key, value in values.items():
-        # Nearly all values end here.
-        if type(value) in _LEAVES:
+        # Nearly all values end here: numbers, tensors, and pairs of numbers.
+        kind = type(value)
+        if kind in _LEAVES or (kind is tuple and _LEAVES.issuperset(map(type, value))):
             continue
         search = search or _Search(Trust(safe_globals))
         for path, name in search.unknown(value, str(key)):
