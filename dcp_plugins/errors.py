@@ -18,7 +18,8 @@ Each also derives from what users of ``torch.distributed.checkpoint`` catch in i
 
 Warnings::
 
-    UnreadValuesWarning (UserWarning)    a load left saved values unread below a container that it was given
+    UnloadableValueWarning (UserWarning)    a value was saved that a load refuses by default
+    UnreadValuesWarning (UserWarning)       a load left saved values unread below a container that it was given
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ __all__ = [
     "StagingMemoryError",
     "StorageDetectionError",
     "StorageWriteError",
+    "UnloadableValueWarning",
     "UnreadValuesWarning",
     "UnsafeCheckpointError",
     "UnsupportedValueError",
@@ -124,6 +126,10 @@ class MissingExtraError(CheckpointError, ImportError):
 
 class UnreadValuesWarning(UserWarning):
     """A load left saved values unread that lie below a nested container of its state dict."""
+
+
+class UnloadableValueWarning(UserWarning):
+    """A value was saved that a load refuses by default: its class is neither one of plain data nor declared safe."""
 
 
 _LISTED = 12

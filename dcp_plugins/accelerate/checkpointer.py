@@ -7,6 +7,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -32,9 +33,11 @@ from dcp_plugins.accelerate.retention import remove_old
 from dcp_plugins.accelerate.stock import load_stock_model, load_stock_optimizer
 from dcp_plugins.coord import Ranks
 from dcp_plugins.errors import CheckpointNotFoundError, listing
+from dcp_plugins.format.trust import check_safe_globals
 from dcp_plugins.manager import KeepPolicy, Saver, load_state
 from dcp_plugins.manager.agreement import on_rank_zero
 from dcp_plugins.manager.record import RECORD_KEY, record_item
+from dcp_plugins.plan.unloadable import loaded_with
 from dcp_plugins.state_dict import StateDictOptions, set_model_state_dict
 from dcp_plugins.state_dict.owned import restore_optimizer_state
 from dcp_plugins.storage.parts import PartsWriter
@@ -92,7 +95,8 @@ class Checkpointer:
         self._saver.finish()
         path = self._decide("make room", lambda: self._make_room(output_dir))
         try:
-            state = self._collect(path, metrics)
+            with self._loaded_with():
+                state = self._collect(path, metrics)
         # Whatever hooks and objects of the user raise, the other ranks hear of it from the engine.
         except Exception as exc:
             if self._is_alone:
@@ -100,15 +104,16 @@ class Checkpointer:
             state = {layout.REST: _Failed(exc)}
         parts = [layout.model_part(index) for index in range(len(accelerator._models))]
         parts += [layout.optimizer_part(index) for index in range(len(accelerator._optimizers))]
-        self._saver.save(
-            state,
-            path,
-            optimizers=optimizers_of(accelerator),
-            changed_by_forward=changed_by_forward(accelerator._models),
-            writer=PartsWriter(
-                path, parts=parts, sync_files=self.plugin.sync_files, thread_count=self.plugin.thread_count
-            ),
-        )
+        with self._loaded_with():
+            self._saver.save(
+                state,
+                path,
+                optimizers=optimizers_of(accelerator),
+                changed_by_forward=changed_by_forward(accelerator._models),
+                writer=PartsWriter(
+                    path, parts=parts, sync_files=self.plugin.sync_files, thread_count=self.plugin.thread_count
+                ),
+            )
         if accelerator.is_main_process:
             policy = self.plugin.keep_policy(accelerator.project_configuration.total_limit)
             # The program may have changed its directory by then.
@@ -128,8 +133,8 @@ class Checkpointer:
 
         Args:
             input_dir: The checkpoint's directory; None takes the newest one of automatic checkpoint naming.
-            load_kwargs: For ``torch.load``, of everything that is neither model nor optimizer. ``weights_only=False``
-                unpickles the states of registered objects, which can run code.
+            load_kwargs: ``weights_only=False`` unpickles everything that is neither model nor optimizer, which can run
+                code. ``safe_globals=[...]`` admits these classes in it. Both go before those of `DCPPlugin`.
             load_model_func_kwargs: ``strict=False`` loads what models and checkpoint share; ``map_location`` as in
                 Accelerate.
 
@@ -158,6 +163,8 @@ class Checkpointer:
             if is_fsdp(accelerator):
                 self._call_load_hooks([], path)
             kwargs = dict(load_kwargs or {})
+            weights_only = kwargs.pop("weights_only", self.plugin.weights_only)
+            safe_globals = check_safe_globals(kwargs.pop("safe_globals", self.plugin.safe_globals))
             self._together(
                 "restore",
                 lambda: restore_files(
@@ -165,7 +172,8 @@ class Checkpointer:
                     Path(folder) if kind == "ours" else path,
                     map_location=map_location,
                     load_kwargs=kwargs,
-                    weights_only=kwargs.get("weights_only", self.plugin.weights_only),
+                    weights_only=weights_only,
+                    safe_globals=safe_globals,
                 ),
             )
         number = layout.automatic_number(path.name)
@@ -189,6 +197,9 @@ class Checkpointer:
         finally:
             released = type(self._accelerator).free_memory(self._accelerator, *objects)
         return released
+
+    def _loaded_with(self) -> AbstractContextManager[None]:
+        return loaded_with(weights_only=self.plugin.weights_only, safe_globals=self.plugin.safe_globals)
 
     def close(self) -> None:
         """Finish the save in flight, and free the memory that it was staged in."""

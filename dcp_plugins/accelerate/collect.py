@@ -7,6 +7,7 @@ into and from a temporary directory, so that they are what stock Accelerate woul
 from __future__ import annotations
 
 import fnmatch
+import io
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,17 +18,32 @@ from accelerate import Accelerator
 from accelerate.checkpointing import load_accelerator_state, save_accelerator_state, save_custom_state
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
-from accelerate.utils.constants import RNG_STATE_NAME, SCALER_NAME, SCHEDULER_NAME
+from accelerate.utils.constants import RNG_STATE_NAME, SAMPLER_NAME, SCALER_NAME, SCHEDULER_NAME
 from accelerate.utils.other import load as load_file
 from torch import nn
 from torch.optim import Optimizer
 
 from dcp_plugins.accelerate import layout
 from dcp_plugins.accelerate.layout import Contents
-from dcp_plugins.errors import PlanError, UnsupportedValueError, listing
+from dcp_plugins.errors import PlanError, UnsafeCheckpointError, UnsupportedValueError, listing
+from dcp_plugins.format.trust import SafeGlobal
+from dcp_plugins.plan.unloadable import warn_of_unloadable
+from dcp_plugins.plan.values import load_value
 from dcp_plugins.state_dict import StateDictOptions, get_model_state_dict
 from dcp_plugins.state_dict.names import names_of
 from dcp_plugins.state_dict.owned import own_model_state, own_optimizer_state
+
+_HOW_TO_TRUST = (
+    "weights_only=False in DCPPlugin or its section of the YAML file, or load_kwargs={'weights_only': False}"
+)
+_SMALL_FILES = (
+    f"{SCHEDULER_NAME}*.bin",
+    f"{SAMPLER_NAME}*.bin",
+    "dl_state_dict*.bin",
+    SCALER_NAME,
+    f"{RNG_STATE_NAME}_*.pkl",
+    "custom_checkpoint_*.pkl",
+)
 
 __all__ = [
     "changed_by_forward",
@@ -119,21 +135,42 @@ def _are_same(weights: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
     return weights.keys() == before.keys() and all(value is before[key] for key, value in weights.items())
 
 
+class _Recorded:
+    """Stands for an object while Accelerate saves it: hands on its state, and keeps a reference to it."""
+
+    def __init__(self, value: Any, name: str, seen: dict[str, Any]) -> None:
+        self._value = value
+        self._name = name
+        self._seen = seen
+
+    def state_dict(self) -> Any:
+        state = self._seen[self._name] = self._value.state_dict()
+        return state
+
+
 def small_files(accelerator: Accelerator) -> dict[str, bytes]:
     """Return what stock Accelerate would write on this process beside models and optimizers, by file name."""
+    seen: dict[str, Any] = {}
+    schedulers = [
+        _Recorded(one, f"the scheduler {index}, a {type(one).__name__}", seen)
+        for index, one in enumerate(accelerator._schedulers)
+    ]
     with tempfile.TemporaryDirectory(prefix="dcp_accelerate_") as folder:
         save_accelerator_state(
             folder,
             [],
             [],
-            accelerator._schedulers,
+            schedulers,
             accelerator._dataloaders,
             accelerator.process_index,
             accelerator.step,
             accelerator.scaler,
         )
         for index, value in enumerate(accelerator._custom_objects):
-            save_custom_state(value, folder, index)
+            save_custom_state(
+                _Recorded(value, f"the registered object {index}, a {type(value).__name__}", seen), folder, index
+            )
+        warn_of_unloadable(seen, _HOW_TO_TRUST)
         return {layout.check_file_name(path.name): path.read_bytes() for path in Path(folder).iterdir()}
 
 
@@ -173,13 +210,57 @@ def restore_files(
     map_location: Any,
     load_kwargs: Mapping[str, Any],
     weights_only: bool,
+    safe_globals: Iterable[SafeGlobal],
 ) -> None:
     """Restore what `small_files` returned from a directory that holds the files, which `check_files` has looked at.
 
     Raises:
-        UnsupportedValueError: The state of a registered object is more than plain data.
+        UnsupportedValueError: A state is more than plain data.
     """
-    objects = accelerator._custom_objects
+    with tempfile.TemporaryDirectory(prefix="dcp_accelerate_") as rewritten:
+        if weights_only:
+            # Accelerate unpickles the files itself. It gets files that this process has pickled, of what was decoded.
+            _rewrite(accelerator, folder, Path(rewritten), safe_globals)
+            folder = Path(rewritten)
+        _restore_trusted(accelerator, folder, map_location=map_location, load_kwargs=load_kwargs)
+
+
+def _rewrite(accelerator: Accelerator, folder: Path, target: Path, safe_globals: Iterable[SafeGlobal]) -> None:
+    """Decode the small files in a directory as plain data, and write what they held into another directory."""
+    for path in sorted(folder.iterdir()):
+        if not path.is_file() or not any(fnmatch.fnmatch(path.name, pattern) for pattern in _SMALL_FILES):
+            continue
+        try:
+            state = load_value(
+                path.name,
+                io.BytesIO(path.read_bytes()),
+                weights_only=True,
+                safe_globals=safe_globals,
+                map_location="cpu",
+                surface=_HOW_TO_TRUST,
+            )
+        except UnsafeCheckpointError as exc:
+            if fnmatch.fnmatch(path.name, f"{SAMPLER_NAME}*.bin"):
+                # Accelerate writes the sampler itself into such a file, and reads few of them.
+                continue
+            raise UnsupportedValueError(
+                f"The state of {_owner(accelerator, path.name)} is no plain data: {exc}"
+            ) from exc
+        torch.save(state, target / path.name)
+
+
+def _owner(accelerator: Accelerator, name: str) -> str:
+    """Say in words which object's state a file holds."""
+    for index, value in enumerate(accelerator._custom_objects):
+        if name == f"custom_checkpoint_{index}.pkl":
+            return f"the registered object {index}, a {type(value).__name__},"
+    return name
+
+
+def _restore_trusted(
+    accelerator: Accelerator, folder: Path, *, map_location: Any, load_kwargs: Mapping[str, Any]
+) -> None:
+    """Restore from files that may be unpickled."""
     restored = load_accelerator_state(
         str(folder),
         [],
@@ -189,26 +270,16 @@ def restore_files(
         accelerator.process_index,
         accelerator.scaler,
         map_location,
-        dict(load_kwargs),
+        {**load_kwargs, "weights_only": False},
     )
     first = folder / f"{RNG_STATE_NAME}_0.pkl"
     if "step" not in restored and first.is_file():
         # Saved on fewer processes: there is no random state of this one, which keeps its own. The count is everybody's.
         restored = load_file(first)
     accelerator.step = restored.get("step", accelerator.step)
-    for index, value in enumerate(objects):
+    for index, value in enumerate(accelerator._custom_objects):
         path = folder / f"custom_checkpoint_{index}.pkl"
-        try:
-            state = load_file(path, map_location="cpu", weights_only=weights_only)
-        except Exception as exc:
-            if not weights_only:
-                raise
-            raise UnsupportedValueError(
-                f"The state of the registered object {index}, a {type(value).__name__}, is more than plain data:"
-                f" {str(exc).strip().splitlines()[0]}. If you trust this checkpoint, set weights_only to false in"
-                " DCPPlugin (or in the section of the YAML file), or pass load_kwargs={'weights_only': False}."
-            ) from exc
-        value.load_state_dict(state)
+        value.load_state_dict(load_file(path, map_location="cpu", weights_only=False))
 
 
 def changed_by_forward(models: Sequence[nn.Module]) -> Iterator[torch.Tensor]:

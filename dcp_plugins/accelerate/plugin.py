@@ -22,6 +22,7 @@ import yaml
 from accelerate.commands.config.config_args import default_config_file
 from accelerate.commands.launch import launch_command_parser
 
+from dcp_plugins.format.trust import SafeGlobal, check_safe_globals
 from dcp_plugins.manager import (
     EveryMinutes,
     EverySteps,
@@ -78,13 +79,17 @@ class DCPPlugin(SaveOptions):
     keep_best: int = 1
     """How many of the best."""
     weights_only: bool = True
-    """Whether the states of registered objects load as plain data only. False unpickles them, which can run code: for
-    checkpoints that you trust."""
+    """Whether the states of schedulers, data loaders, scaler and registered objects load as plain data only. False
+    unpickles them, which can run code: for checkpoints that you trust."""
+    safe_globals: tuple[SafeGlobal, ...] = ()
+    """Classes of yours that these states may have all the same, beside those of
+    ``torch.serialization.add_safe_globals``. In code only: a YAML file or a variable has no classes."""
 
     def __post_init__(self) -> None:
         # Without arguments, super() would look for the class that the decorator has replaced.
         SaveOptions.__post_init__(self)
         check_flag("weights_only", self.weights_only)
+        check_safe_globals(self.safe_globals)
         check_count("save_every", self.save_every)
         check_amount("save_every_minutes", self.save_every_minutes)
         check_count("keep_every", self.keep_every)

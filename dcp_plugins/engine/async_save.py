@@ -17,8 +17,8 @@ import torch.distributed as dist
 from dcp_plugins.contract import AsyncStager, Metadata, SavePlanner, StorageWriter
 from dcp_plugins.coord import Ranks
 from dcp_plugins.engine.process_runner import check_sendable, process_runner
-from dcp_plugins.engine.save import run_save
-from dcp_plugins.engine.setup import open_writer, ranks_of, to_plain
+from dcp_plugins.engine.save import described, run_save
+from dcp_plugins.engine.setup import open_writer, ranks_of
 from dcp_plugins.engine.side_group import side_group
 from dcp_plugins.engine.snapshot import Snapshot
 from dcp_plugins.engine.thread_runner import PackedMetadata, is_ending, thread_runner
@@ -156,7 +156,7 @@ def begin_save(
                     process_runner.start()
             stager = _stager_for(writer, in_process) if async_stager is None else async_stager
             with record("stage"):
-                snapshot = Snapshot(stager, to_plain(state_dict), in_part=not in_process)
+                snapshot = Snapshot(stager, described(state_dict), in_part=not in_process)
         except BaseException as exc:
             # The other ranks are about to agree on this save: they must hear that this one is out of it.
             _join_as_failed(ranks, exc)
@@ -191,7 +191,12 @@ def begin_save(
                 if snapshot.is_original is not None and isinstance(writer, FileSystemWriter):
                     writer.write_first(snapshot.is_original, snapshot.release)
                 return run_save(
-                    staged, lambda: writer, planner or DefaultSavePlanner(), ranks, use_collectives=use_collectives
+                    staged,
+                    lambda: writer,
+                    planner or DefaultSavePlanner(),
+                    ranks,
+                    use_collectives=use_collectives,
+                    is_staged=True,
                 )
 
         upload = thread_runner.start(save_staged, then=snapshot.written)

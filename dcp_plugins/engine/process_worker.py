@@ -177,7 +177,7 @@ class _Server:
             with collector_paused(), beside_training(self._is_awaited):
                 state_dict, writer, planner = ranks.settle("receive", receive)
                 metadata: Metadata = run_save(
-                    state_dict, lambda: writer, planner, ranks, use_collectives=request.use_collectives
+                    state_dict, lambda: writer, planner, ranks, use_collectives=request.use_collectives, is_staged=True
                 )
                 return "saved", self._metadata_writer.write(metadata)
         except CheckpointException as exc:

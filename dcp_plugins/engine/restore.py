@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
 from typing import Any
 
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from dcp_plugins.engine.load import run_load
 from dcp_plugins.engine.setup import holds_stateful, is_stateful, ranks_of, to_plain
 from dcp_plugins.errors import listing
 from dcp_plugins.events import record
+from dcp_plugins.format.trust import SafeGlobal
 from dcp_plugins.plan import RestoringLoadPlanner
 from dcp_plugins.templates import completion_of, take_over
 
@@ -31,6 +32,7 @@ def restore(
     no_dist: bool = False,
     allow_partial_load: bool = False,
     weights_only: bool = True,
+    safe_globals: Iterable[SafeGlobal] = (),
 ) -> None:
     """Load a checkpoint into a state, in place, driven by what was saved and not by what the state has now.
 
@@ -45,6 +47,7 @@ def restore(
         no_dist: Load into this process alone.
         allow_partial_load: Leave what the checkpoint lacks as it is, and what has no place in the state unread.
         weights_only: Read values as plain data.
+        safe_globals: Classes that values may have all the same, as for `DefaultLoadPlanner`.
 
     Raises:
         CheckpointException: Some rank failed; raised on every rank: a key is missing, something that was saved has no
@@ -53,7 +56,10 @@ def restore(
     with record("load"):
         ranks = ranks_of(process_group, no_dist=no_dist, verb="load")
         planner = RestoringLoadPlanner(
-            _outline_of(state), allow_partial_load=allow_partial_load, weights_only=weights_only
+            _outline_of(state),
+            allow_partial_load=allow_partial_load,
+            weights_only=weights_only,
+            safe_globals=safe_globals,
         )
         plain = run_load(lambda: to_plain(state, keep_completing=True), open_storage, planner, ranks)
         ranks.settle("apply", lambda: _put_back(state, plain))

@@ -21,11 +21,12 @@ from dcp_plugins.format.metadata import MetadataEncoder
 from dcp_plugins.plan import DefaultSavePlanner
 from dcp_plugins.plan.cache import CachedPlan, lookup, new_generation, store
 from dcp_plugins.plan.codec import PackedChoice, PackedPlan, choose, chosen, pack, unpack
+from dcp_plugins.plan.unloadable import noting_values, warn_of_unloadable
 from dcp_plugins.storage import FileSystemWriter
 from dcp_plugins.storage.planned import check_results
 from dcp_plugins.user_warnings import warn_user
 
-__all__ = ["run_save", "save", "save_state_dict"]
+__all__ = ["described", "run_save", "save", "save_state_dict"]
 
 
 @storage_second("storage_writer")
@@ -101,6 +102,14 @@ def save_state_dict(
         return run_save(state_dict, opening, planner or DefaultSavePlanner(), ranks, use_collectives=True)
 
 
+def described(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return a state dict with values in the place of objects; warn of values that a load will refuse."""
+    with noting_values() as noted:
+        plain = to_plain(state_dict)
+    warn_of_unloadable(plain, "planner=DefaultLoadPlanner(weights_only=False)", noted)
+    return plain
+
+
 def run_save(
     state_dict: dict[str, Any],
     open_storage: Callable[[], StorageWriter],
@@ -108,13 +117,15 @@ def run_save(
     ranks: Ranks,
     *,
     use_collectives: bool,
+    is_staged: bool = False,
 ) -> Metadata:
     """Run the phases of a save; everything a rank can fail in is inside an exchange that tells the others.
 
     Args:
         open_storage: Returns the writer, reset; called once, inside of the first exchange.
+        is_staged: The state dict is a snapshot: whoever took it has looked at its values.
     """
-    step = _Save(state_dict, open_storage, planner, ranks, use_collectives)
+    step = _Save(state_dict, open_storage, planner, ranks, use_collectives, is_staged=is_staged)
     if not use_collectives:
         return step.save_alone()
     with record("plan"):
@@ -132,7 +143,10 @@ class _Save:
         planner: SavePlanner,
         ranks: Ranks,
         use_collectives: bool,
+        *,
+        is_staged: bool,
     ) -> None:
+        self._is_staged = is_staged
         self._state_dict = state_dict
         self._open_storage = open_storage
         self._planner = planner
@@ -221,8 +235,9 @@ class _Save:
 
     def _describe(self) -> None:
         """Turn objects into values and let the planner and the writer see them."""
-        # Before all that may fail: a Stateful may run collectives of its own, in which no rank may be missing.
-        state_dict = to_plain(self._state_dict)
+        # Before all that may fail: a Stateful may run collectives of its own, in which no rank may be missing. The
+        # values of a snapshot were looked at when it was taken, on the thread that trains.
+        state_dict = to_plain(self._state_dict) if self._is_staged else described(self._state_dict)
         self.writer = self._open_storage()
         planner, writer, ranks = self._planner, self.writer, self._ranks
         storage_meta = writer.storage_meta()

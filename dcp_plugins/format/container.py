@@ -52,6 +52,7 @@ __all__ = [
     "Layout",
     "StoredRecords",
     "crc32",
+    "locate_records",
     "parse_layout",
     "parse_records",
     "predicted_layout",
@@ -285,14 +286,33 @@ def record_checksums(data: memoryview, where: str) -> None:
     Raises:
         CorruptCheckpointError: The container is damaged; names the record.
     """
-
-    def read(start: int, size: int) -> bytes:
-        if start < 0 or size < 0 or start + size > len(data):
-            raise CorruptCheckpointError(f"{where}: the container is cut short")
-        return bytes(data[start : start + size])
-
+    read = _reader_of(data, where)
     for record in directory(read, len(data), where)[0]:
         start = content_start(read, record, len(data), where)
         found = crc32(data[start : start + record.size])
         if found != record.crc:
             raise damaged(where, record, found)
+
+
+def locate_records(data: memoryview, where: str) -> dict[str, tuple[int, int]]:
+    """Return where each record of a container in memory begins and how long it is, by its name in the archive.
+
+    Raises:
+        CorruptCheckpointError: The bytes are no container, or a record is compressed.
+    """
+    read = _reader_of(data, where)
+    # A value may hold any number of tensors, each a record of its own.
+    records = directory(read, len(data), where, max_directory_bytes=len(data))[0]
+    return {
+        record.name.partition("/")[2]: (content_start(read, record, len(data), where), record.size)
+        for record in records
+    }
+
+
+def _reader_of(data: memoryview, where: str) -> Callable[[int, int], bytes]:
+    def read(start: int, size: int) -> bytes:
+        if start < 0 or size < 0 or start + size > len(data):
+            raise CorruptCheckpointError(f"{where}: the container is cut short")
+        return bytes(data[start : start + size])
+
+    return read

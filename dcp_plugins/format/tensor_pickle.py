@@ -6,9 +6,8 @@ where no typed storage class exists) on a persistent id ``("storage", <storage c
 
 from __future__ import annotations
 
-import io
+import functools
 import math
-import pickle
 import struct
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -16,7 +15,12 @@ from typing import Any
 
 import torch
 
+from dcp_plugins.format.trust import Trust
+from dcp_plugins.format.value_decoder import Builders, Decoder, Function
+from dcp_plugins.format.value_errors import DecodingError, RefusedError
+
 __all__ = [
+    "STORAGE_DTYPES",
     "StoredTensor",
     "decode_tensor_pickle",
     "encode_tensor_pickle",
@@ -38,7 +42,7 @@ _STORAGE_CLASSES: dict[torch.dtype, str] = {
     torch.complex128: "ComplexDoubleStorage",
     torch.complex64: "ComplexFloatStorage",
 }
-_STORAGE_DTYPES = {name: dtype for dtype, name in _STORAGE_CLASSES.items()}
+STORAGE_DTYPES = {name: dtype for dtype, name in _STORAGE_CLASSES.items()}
 
 
 def storage_class_of(dtype: torch.dtype) -> str | None:
@@ -126,45 +130,64 @@ def _integer(value: int) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class _Name:
-    """Stands for a global in the pickle: a name, not the thing."""
-
-    name: str
-
-    def __call__(self, *args: Any) -> Any:
-        if self.name == "collections.OrderedDict" and not args:
-            return OrderedDict()
-        if self.name in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3"):
-            return _Rebuild(args, explicit_dtype=self.name.endswith("v3"))
-        raise pickle.UnpicklingError(f"call of {self.name}")
-
-
-@dataclass(frozen=True, slots=True)
 class _Rebuild:
     args: tuple[Any, ...]
     explicit_dtype: bool
 
 
-class _TensorUnpickler(pickle.Unpickler):
-    """Resolves every global to its name only, so that nothing is imported and nothing can be called."""
+@dataclass(frozen=True, slots=True)
+class _StorageClass:
+    name: str
 
-    def find_class(self, module: str, name: str) -> Any:
-        return _Name(f"{module}.{name}")
 
-    def persistent_load(self, pid: Any) -> Any:
-        return ("pid", pid)
+class _NoTrust(Trust):
+    """Admits nothing: what the user trusts is for whoever builds objects, and here none is built."""
+
+    def find(self, module: str, name: str) -> Any:
+        raise RefusedError(f"{module}.{name}")
+
+    def holds(self, thing: Any) -> bool:
+        return False
+
+
+def _no_hooks(decoder: Decoder, args: tuple[Any, ...]) -> Any:
+    if args:
+        raise DecodingError("a tensor with hooks")
+    return OrderedDict()
+
+
+@functools.cache
+def _builders() -> Builders:
+    v2, v3 = Function("torch._utils._rebuild_tensor_v2"), Function("torch._utils._rebuild_tensor_v3")
+    names: dict[tuple[str, str], Any] = {
+        ("torch._utils", "_rebuild_tensor_v2"): v2,
+        ("torch._utils", "_rebuild_tensor_v3"): v3,
+        ("torch.storage", "UntypedStorage"): _StorageClass("UntypedStorage"),
+        ("collections", "OrderedDict"): OrderedDict,
+        **{("torch", name): _StorageClass(name) for name in STORAGE_DTYPES},
+        **{("torch", name): dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)},
+    }
+    reducers: dict[Any, Any] = {
+        v2: lambda _, args: _Rebuild(args, explicit_dtype=False),
+        v3: lambda _, args: _Rebuild(args, explicit_dtype=True),
+        OrderedDict: _no_hooks,
+    }
+    return Builders(names, reducers, {}, {})
 
 
 def decode_tensor_pickle(data: bytes) -> StoredTensor | None:
     """Return what a ``data.pkl`` describes, or None where it is not one plain strided tensor."""
     try:
-        found = _TensorUnpickler(io.BytesIO(data)).load()
+        found = Decoder(data, _builders(), _NO_TRUST, load_storage=lambda pid: ("pid", pid)).load()
         if type(found) is not _Rebuild:
             return None
         return _stored_tensor(found)
     # A pickle can fail in as many ways as it has opcodes; all of them mean "not a plain tensor".
     except Exception:
         return None
+
+
+_NO_TRUST = _NoTrust()
 
 
 def _stored_tensor(rebuild: _Rebuild) -> StoredTensor | None:
@@ -177,12 +200,10 @@ def _stored_tensor(rebuild: _Rebuild) -> StoredTensor | None:
         return None
     dtype: Any
     if rebuild.explicit_dtype:
-        module, _, name = rest[0].name.rpartition(".")
-        dtype = getattr(torch, name, None) if module == "torch" else None
+        dtype = rest[0]
         nbytes = numel
     else:
-        module, _, name = storage_class.name.rpartition(".")
-        dtype = _STORAGE_DTYPES.get(name) if module == "torch" else None
+        dtype = STORAGE_DTYPES.get(storage_class.name)
         nbytes = numel * dtype.itemsize if dtype is not None else 0
     numbers = (storage_offset, nbytes, *shape, *strides)
     if not isinstance(dtype, torch.dtype) or not all(type(number) is int for number in numbers):

@@ -105,7 +105,9 @@ class Record:
     crc_position: int
 
 
-def directory(read: Callable[[int, int], bytes], length: int, where: str) -> tuple[list[Record], int, bytes]:
+def directory(
+    read: Callable[[int, int], bytes], length: int, where: str, *, max_directory_bytes: int = _MAX_DIRECTORY_BYTES
+) -> tuple[list[Record], int, bytes]:
     """Return the records, and where the central directory starts with all bytes from there on."""
     if length < _END.size:
         raise CorruptCheckpointError(f"{where}: {length} bytes are too few for a container")
@@ -120,7 +122,7 @@ def directory(read: Callable[[int, int], bytes], length: int, where: str) -> tup
             end64 = _END64.unpack(read(locator[2], _END64.size))
             if end64[0] == b"PK\x06\x06":
                 num_entries, size, start = end64[7], end64[8], end64[9]
-    if size > _MAX_DIRECTORY_BYTES or start + size > end_start:
+    if size > max_directory_bytes or start + size > end_start:
         raise CorruptCheckpointError(f"{where}: the zip directory ({size} bytes at {start}) leaves the container")
     tail = read(start, length - start)
     records = []

@@ -11,6 +11,7 @@ import io
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dcp_plugins.engine.thread_runner import thread_runner
+from dcp_plugins.format.trust import SafeGlobal, check_safe_globals
 from dcp_plugins.lightning import layout
 from dcp_plugins.lightning.layout import ModelKey
 from dcp_plugins.lightning.links import lead_away
@@ -30,6 +32,7 @@ from dcp_plugins.lightning.twin import write_twin
 from dcp_plugins.manager import SaveOptions, Saver, delete_checkpoint, is_committed
 from dcp_plugins.manager.agreement import deciding_ranks
 from dcp_plugins.manager.options import Asynchronous
+from dcp_plugins.plan.unloadable import loaded_with
 from dcp_plugins.storage.companion import CompanionWriter
 
 __all__ = ["DCPCheckpointIO"]
@@ -49,6 +52,8 @@ class DCPCheckpointIO(CheckpointIO):
             the user's own keys are the names.)
         weights_only: Read the non-tensor part as plain data. ``False`` unpickles it, which can run code: only for
             checkpoints that you trust. A call's own ``weights_only`` goes before it.
+        safe_globals: Classes of yours, such as those of hyper-parameters, that the non-tensor part may have all the
+            same, beside those of ``torch.serialization.add_safe_globals``.
         asynchronous: Where saves in the background are written: "thread", or "process", beside which training keeps the
             interpreter to itself. "off" has none. By default the strategy says.
         sync_files: Sync data and directory before the commit. ``False`` is faster and survives a killed process, but
@@ -68,6 +73,7 @@ class DCPCheckpointIO(CheckpointIO):
         *,
         model_key: ModelKey | None = None,
         weights_only: bool = True,
+        safe_globals: Iterable[SafeGlobal] = (),
         asynchronous: Asynchronous | None = None,
         sync_files: bool = True,
         thread_count: int | None = None,
@@ -82,6 +88,7 @@ class DCPCheckpointIO(CheckpointIO):
             )
         self.model_key = model_key
         self.weights_only = weights_only
+        self.safe_globals = check_safe_globals(safe_globals)
         self.asynchronous = asynchronous
         self.options = SaveOptions(
             asynchronous=asynchronous or "off",
@@ -199,7 +206,8 @@ class DCPCheckpointIO(CheckpointIO):
         # Rank 0's callbacks and loops are the ones that stock Lightning saves.
         if self.no_dist or dist.get_rank() == 0:
             try:
-                content = layout.encode_meta(rest)
+                with self._loaded_with():
+                    content = layout.encode_meta(rest)
                 state[layout.META_KEY] = layout.meta_item(rest, content)
             except Exception as exc:  # the writer raises it where the other ranks will hear of it
                 content = exc
@@ -210,7 +218,11 @@ class DCPCheckpointIO(CheckpointIO):
             sync_files=options.sync_files,
             thread_count=options.thread_count,
         )
-        self._saver.save(state, path, optimizers=optimizers, changed_by_forward=changed_by_forward, writer=writer)
+        with self._loaded_with():
+            self._saver.save(state, path, optimizers=optimizers, changed_by_forward=changed_by_forward, writer=writer)
+
+    def _loaded_with(self) -> AbstractContextManager[None]:
+        return loaded_with(weights_only=self.weights_only, safe_globals=self.safe_globals)
 
     @property
     def newest(self) -> Path | None:
@@ -231,7 +243,8 @@ class DCPCheckpointIO(CheckpointIO):
         assert source is not None
         ranks = deciding_ranks(no_dist=self.no_dist)
         is_coordinator = self.no_dist or dist.get_rank() == 0
-        content = ranks.settle("encode", lambda: layout.encode_meta(rest) if is_coordinator else b"")
+        with self._loaded_with():
+            content = ranks.settle("encode", lambda: layout.encode_meta(rest) if is_coordinator else b"")
         if is_coordinator:
             values = {f"{layout.META_KEY}.{name}": value for name, value in layout.meta_item(rest, content).items()}
             writer = CompanionWriter(
@@ -309,6 +322,7 @@ class DCPCheckpointIO(CheckpointIO):
             optimizers=list(optimizers),
             strict=strict,
             weights_only=plain,
+            safe_globals=self.safe_globals,
             no_dist=self.no_dist or module is None,
         )
         return _to_device(checkpoint, map_location)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -30,8 +30,11 @@ from torch.distributed.tensor import DTensor
 
 import dcp_plugins as dcp
 from dcp_plugins.contract import BytesStorageMetadata, Metadata
-from dcp_plugins.errors import PlanError, UnsupportedValueError, listing
+from dcp_plugins.errors import PlanError, UnsafeCheckpointError, UnsupportedValueError, listing
+from dcp_plugins.format.trust import SafeGlobal
 from dcp_plugins.manager import is_committed, remove_if_uncommitted
+from dcp_plugins.plan.unloadable import warn_of_unloadable
+from dcp_plugins.plan.values import dump_value, load_value
 from dcp_plugins.storage.companion import replaced_name
 from dcp_plugins.user_warnings import warn_user
 
@@ -63,6 +66,7 @@ ModelKey = Literal["state_dict", "model"]
 MODEL_KEYS: tuple[ModelKey, ...] = get_args(ModelKey)
 
 PICKLE = "pickle"
+_HOW_TO_TRUST = "weights_only=False (Trainer and Fabric: plugins=[DCPCheckpointIO(weights_only=False)])"
 _STEP = "global_step"
 # The Trainer's name for the number of steps, and what a user of Fabric may call it.
 _NAMES_OF_STEP = (_STEP, "step")
@@ -130,9 +134,8 @@ def encode_meta(meta: dict[str, Any]) -> bytes:
             " (DTensor.full_tensor(), or dcp_plugins.state_dict with StateDictOptions(full_state_dict=True)), or"
             " register them as buffers of the module."
         )
-    buffer = io.BytesIO()
-    torch.save(meta, buffer)
-    return buffer.getvalue()
+    warn_of_unloadable(meta, _HOW_TO_TRUST)
+    return dump_value(meta).getvalue()
 
 
 def _paths_of_sharded(value: object, path: str) -> Iterator[str]:
@@ -147,18 +150,23 @@ def _paths_of_sharded(value: object, path: str) -> Iterator[str]:
             yield from _paths_of_sharded(member, f"{path}[{index}]")
 
 
-def decode_meta(data: bytes, *, weights_only: bool, path: Path) -> dict[str, Any]:
+def decode_meta(
+    data: bytes, *, weights_only: bool, path: Path, safe_globals: Iterable[SafeGlobal] = ()
+) -> dict[str, Any]:
     """Deserialise what `encode_meta` made; tensors arrive on the CPU."""
     try:
-        meta: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=weights_only)
-    except Exception as exc:
-        if not weights_only:
-            raise
+        meta: dict[str, Any] = load_value(
+            META_KEY,
+            io.BytesIO(data),
+            weights_only=weights_only,
+            safe_globals=safe_globals,
+            map_location="cpu",
+            surface=_HOW_TO_TRUST,
+        )
+    except UnsafeCheckpointError as exc:
         raise UnsupportedValueError(
             f"The non-tensor part of {path} (hyper-parameters, callbacks, loops) holds objects that are not plain data:"
-            f" {str(exc).strip().splitlines()[0]}. If you trust this checkpoint, load it"
-            " with weights_only=False (Trainer and Fabric: plugins=[DCPCheckpointIO(weights_only=False)]), or allow"
-            " their classes with torch.serialization.add_safe_globals([...])."
+            f" {exc}"
         ) from exc
     return meta
 
@@ -198,7 +206,7 @@ def saved_step(path: str | os.PathLike[str]) -> int:
     name = f"{META_KEY}.{_STEP}"
     if isinstance(reader.read_metadata().state_dict_metadata.get(name), BytesStorageMetadata):
         return int(dcp.load_from_keys(name, storage_reader=reader)[META_KEY][_STEP])
-    step = _step_of(torch.load(meta_file(path), map_location="cpu", weights_only=True))
+    step = _step_of(decode_meta(meta_file(path).read_bytes(), weights_only=True, path=path))
     if step is None:
         raise PlanError(
             f"The checkpoint {path} does not say at which step it was saved. With Fabric, save the number of steps"

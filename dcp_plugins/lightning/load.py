@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 import dcp_plugins as dcp
 from dcp_plugins.contract import Metadata
 from dcp_plugins.errors import PlanError
+from dcp_plugins.format.trust import SafeGlobal, admitted_by_torch
 from dcp_plugins.lightning import layout
 from dcp_plugins.lightning.layout import Contents
 from dcp_plugins.manager import load_state
@@ -43,6 +44,7 @@ def load_directory(
     optimizers: Sequence[Optimizer],
     strict: bool,
     weights_only: bool,
+    safe_globals: Iterable[SafeGlobal] = (),
     no_dist: bool,
 ) -> dict[str, Any]:
     """Load a checkpoint directory; see `DCPCheckpointIO.load_checkpoint`."""
@@ -50,7 +52,8 @@ def load_directory(
     contents = layout.contents_of(_metadata_of(reader, no_dist=no_dist), path)
     if module is None:
         saved = dcp.load_from_keys(storage_reader=reader)
-        return as_trainer_checkpoint(saved, meta_of(saved.get(layout.META_KEY), path, weights_only), contents)
+        meta = meta_of(saved.get(layout.META_KEY), path, weights_only, safe_globals)
+        return as_trainer_checkpoint(saved, meta, contents)
 
     chosen = _matching(optimizers, contents, path)
     targets = Targets(
@@ -59,7 +62,7 @@ def load_directory(
         hint=_HINT,
     )
     item = fill_from_directory(reader, contents.parts, targets, strict=strict, no_dist=no_dist)
-    return meta_of(item, path, weights_only)
+    return meta_of(item, path, weights_only, safe_globals)
 
 
 def as_trainer_checkpoint(saved: Mapping[str, Any], meta: Mapping[str, Any], contents: Contents) -> dict[str, Any]:
@@ -77,10 +80,12 @@ def load_file(
     optimizers: Sequence[Optimizer],
     strict: bool,
     weights_only: bool,
+    safe_globals: Iterable[SafeGlobal] = (),
     no_dist: bool,
 ) -> dict[str, Any]:
     """Load an ordinary Lightning checkpoint, one file with full tensors; every rank reads what it needs of it."""
-    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+    with admitted_by_torch(safe_globals):
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
     if module is None:
         return checkpoint
     states = checkpoint.pop("optimizer_states", [])
@@ -192,10 +197,12 @@ class Reader(dcp.FileSystemReader):
         return self._whole
 
 
-def meta_of(item: Mapping[str, Any] | None, path: Path, weights_only: bool) -> dict[str, Any]:
+def meta_of(
+    item: Mapping[str, Any] | None, path: Path, weights_only: bool, safe_globals: Iterable[SafeGlobal] = ()
+) -> dict[str, Any]:
     """Deserialise the non-tensor part, from the item in DCP's data or, where there is none, from ``meta.pt``."""
     data = layout.meta_file(path).read_bytes() if item is None else item[layout.PICKLE]
-    return layout.decode_meta(data, weights_only=weights_only, path=path)
+    return layout.decode_meta(data, weights_only=weights_only, path=path, safe_globals=safe_globals)
 
 
 def _matching(optimizers: Sequence[Optimizer], contents: Contents, path: Path) -> Sequence[Optimizer]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from lightning.pytorch.utilities.migration.utils import _pl_migrate_checkpoint
 import dcp_plugins as dcp
 from dcp_plugins.errors import CheckpointNotFoundError
 from dcp_plugins.format.names import new_save_id
+from dcp_plugins.format.trust import SafeGlobal, admitted_by_torch
 from dcp_plugins.lightning import layout
 from dcp_plugins.lightning.load import Reader, as_trainer_checkpoint, meta_of
 from dcp_plugins.manager import is_committed
@@ -32,6 +34,7 @@ def load_from_checkpoint(
     map_location: Any | None = None,
     strict: bool | None = None,
     weights_only: bool = True,
+    safe_globals: Iterable[SafeGlobal] = (),
     **hyper_parameters: Any,
 ) -> _Made:
     """Make a LightningModule or LightningDataModule of a checkpoint, as ``cls.load_from_checkpoint`` does of files.
@@ -45,6 +48,8 @@ def load_from_checkpoint(
         strict: As in Lightning: demand that the keys are the same; by default what the module says.
         weights_only: Read the non-tensor part as plain data. False unpickles it, which can run code: only for
             checkpoints that you trust.
+        safe_globals: Classes of yours that the non-tensor part may have all the same, beside those of
+            ``torch.serialization.add_safe_globals``.
         hyper_parameters: Instead of those in the checkpoint.
 
     Raises:
@@ -53,15 +58,16 @@ def load_from_checkpoint(
     """
     path = Path(path)
     if path.is_file():
-        made: _Made = cls.load_from_checkpoint(
-            path, map_location=map_location or "cpu", strict=strict, weights_only=weights_only, **hyper_parameters
-        )
+        with admitted_by_torch(safe_globals):
+            made: _Made = cls.load_from_checkpoint(
+                path, map_location=map_location or "cpu", strict=strict, weights_only=weights_only, **hyper_parameters
+            )
         return made
     reader = _open(path)
     contents = layout.contents_of(reader.read_metadata(), path)
     wanted = {contents.model_key} | ({layout.META_KEY} & contents.parts.keys())
     saved = dcp.load_from_keys(wanted, storage_reader=reader)
-    checkpoint = meta_of(saved.get(layout.META_KEY), path, weights_only)
+    checkpoint = meta_of(saved.get(layout.META_KEY), path, weights_only, safe_globals)
     checkpoint["state_dict"] = saved[contents.model_key]
     checkpoint = _pl_migrate_checkpoint(checkpoint, path)
     # As Lightning's own function does with what torch.load has given it. There is no public way to hand it a dict, and
@@ -74,7 +80,14 @@ def load_from_checkpoint(
     return result
 
 
-def consolidate(path: _PathLike, file: _PathLike, *, weights_only: bool = True, overwrite: bool = False) -> None:
+def consolidate(
+    path: _PathLike,
+    file: _PathLike,
+    *,
+    weights_only: bool = True,
+    safe_globals: Iterable[SafeGlobal] = (),
+    overwrite: bool = False,
+) -> None:
     """Write the checkpoint directory at ``path`` into one file with full tensors, which stock Lightning loads.
 
     What the Trainer has saved becomes an ordinary Lightning checkpoint, also for ``load_from_checkpoint``; what Fabric
@@ -84,6 +97,7 @@ def consolidate(path: _PathLike, file: _PathLike, *, weights_only: bool = True, 
         path: A directory of ours or of a sharded stock strategy.
         file: Where to write; the file is there when it is whole.
         weights_only: As in `load_from_checkpoint`.
+        safe_globals: As in `load_from_checkpoint`.
         overwrite: Replace a file that exists.
 
     Raises:
@@ -96,7 +110,7 @@ def consolidate(path: _PathLike, file: _PathLike, *, weights_only: bool = True, 
     saved = dcp.load_from_keys(storage_reader=reader)
     item = saved.pop(layout.META_KEY, None)
     has_meta = item is not None or layout.meta_file(path).is_file()
-    meta = meta_of(item, path, weights_only) if has_meta else {}
+    meta = meta_of(item, path, weights_only, safe_globals) if has_meta else {}
     is_trainers = "pytorch-lightning_version" in meta
     whole = as_trainer_checkpoint(saved, meta, layout.contents_of(reader.read_metadata(), path)) if is_trainers else {}
     fresh = file.with_name(f"{file.name}.{new_save_id()}")

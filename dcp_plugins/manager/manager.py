@@ -24,6 +24,7 @@ from dcp_plugins.errors import (
     UnsafeCheckpointError,
     listing,
 )
+from dcp_plugins.format.trust import SafeGlobal, check_safe_globals
 from dcp_plugins.manager.agreement import deciding_ranks, on_rank_zero
 from dcp_plugins.manager.cleaner import Cleaner
 from dcp_plugins.manager.directory import StepNames, committed_steps, good_steps, verify_checkpoint
@@ -35,6 +36,7 @@ from dcp_plugins.manager.rank_bound import load_state
 from dcp_plugins.manager.record import RECORD_KEY, SaveRecord, record_item
 from dcp_plugins.manager.retention import KeepPolicy
 from dcp_plugins.manager.saver import Saver
+from dcp_plugins.plan.unloadable import loaded_with
 from dcp_plugins.user_warnings import warn_user
 
 __all__ = ["CheckpointManager"]
@@ -79,6 +81,7 @@ class CheckpointManager:
             costs one small exchange; only with a preemption or a policy that uses the clock.
         process_group: The ranks that save; None takes the default group.
         no_dist: Save and load in this process alone.
+        weights_only, safe_globals: As for `load_state`, which `restore` calls.
     """
 
     def __init__(
@@ -94,6 +97,8 @@ class CheckpointManager:
         agree_every_steps: int = 1,
         process_group: dist.ProcessGroup | None = None,
         no_dist: bool = False,
+        weights_only: bool = True,
+        safe_globals: Iterable[SafeGlobal] = (),
     ) -> None:
         if in_flight not in get_args(InFlightPolicy):
             raise ValueError(f"in_flight must be one of {listing(get_args(InFlightPolicy))}, got {in_flight!r}")
@@ -104,6 +109,8 @@ class CheckpointManager:
         self.save_policy = Whenever() if save_policy is None else save_policy
         self.keep_policy = keep_policy
         self.preemption = preemption
+        self.weights_only = weights_only
+        self.safe_globals = check_safe_globals(safe_globals)
         self._in_flight_policy = in_flight
         self._agree_every_steps = agree_every_steps
         self._process_group = process_group
@@ -242,14 +249,15 @@ class CheckpointManager:
         record = on_rank_zero(ranks, "record", prepare)
         if not ranks.is_coordinator:
             self._cleaner.begin(step, is_queued=is_queued)
-        self._saver.save(
-            {**state, RECORD_KEY: record},
-            path,
-            optimizers=optimizers,
-            changed_by_forward=changed_by_forward,
-            blocking=True if is_last else None,
-            queue=is_queued,
-        )
+        with loaded_with(weights_only=self.weights_only, safe_globals=self.safe_globals):
+            self._saver.save(
+                {**state, RECORD_KEY: record},
+                path,
+                optimizers=optimizers,
+                changed_by_forward=changed_by_forward,
+                blocking=True if is_last else None,
+                queue=is_queued,
+            )
         self._last_begun = time.monotonic()
         self._last_step = step
         self._decided = (step, False)
@@ -385,7 +393,8 @@ class CheckpointManager:
     def _load(self, state: dict[str, Any], step: int) -> None:
         # If it is being deleted at this moment, by another process, the load finds out on all ranks together.
         with reading_checkpoint(self.path(step)):
-            load_state(state, self.path(step), process_group=self._process_group, no_dist=self._no_dist)
+            trust: dict[str, Any] = {"weights_only": self.weights_only, "safe_globals": self.safe_globals}
+            load_state(state, self.path(step), process_group=self._process_group, no_dist=self._no_dist, **trust)
 
     def _record(self, step: int) -> SaveRecord:
         if step not in self.all_steps():

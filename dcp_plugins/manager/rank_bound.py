@@ -12,7 +12,7 @@ import hashlib
 import io
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,12 @@ import torch.distributed as dist
 from dcp_plugins.contract import Metadata, Stateful, StorageReader
 from dcp_plugins.engine.restore import restore
 from dcp_plugins.engine.setup import open_reader
+from dcp_plugins.format.trust import SafeGlobal, check_safe_globals
 from dcp_plugins.manager.agreement import is_alone
 from dcp_plugins.manager.saver import expected_warnings
 from dcp_plugins.plan import DefaultLoadPlanner
 from dcp_plugins.plan.flatten import Path
+from dcp_plugins.plan.unloadable import note_value
 from dcp_plugins.plan.values import dump_value, load_value
 from dcp_plugins.templates import CompletingDict
 from dcp_plugins.user_warnings import warn_user
@@ -35,6 +37,7 @@ __all__ = ["PER_RANK", "PerRank", "RandomState", "RankBoundLoadPlanner", "load_s
 PER_RANK = "per_rank"
 _WORLD_SIZE = "world_size"
 _ENTROPY = "entropy"
+_HOW_TO_TRUST = "PerRank(..., weights_only=False)"
 
 
 def load_state(
@@ -45,6 +48,8 @@ def load_state(
     process_group: dist.ProcessGroup | None = None,
     no_dist: bool = False,
     allow_partial_load: bool = False,
+    weights_only: bool = True,
+    safe_globals: Iterable[SafeGlobal] = (),
 ) -> None:
     """Load a checkpoint in place, on any number of ranks, with what belongs to each: all that was saved comes back.
 
@@ -57,6 +62,8 @@ def load_state(
         process_group: The ranks that load; None takes the default group.
         no_dist: Load into this process alone.
         allow_partial_load: Leave what the checkpoint lacks as it is, and what has no place unread.
+        weights_only: As for `DefaultLoadPlanner`.
+        safe_globals: As for `DefaultLoadPlanner`.
 
     Raises:
         CheckpointException: Some rank failed; raised on every rank.
@@ -65,6 +72,8 @@ def load_state(
         restore(
             state_dict,
             open_storage=lambda: open_reader(storage_reader, path),
+            weights_only=weights_only,
+            safe_globals=safe_globals,
             process_group=process_group,
             no_dist=is_alone(no_dist=no_dist),
             allow_partial_load=allow_partial_load,
@@ -98,6 +107,8 @@ class PerRank:
         no_dist: There is this process alone.
         weights_only: Read the state as plain data. False unpickles it, which can run code: only for checkpoints that
             you trust.
+        safe_globals: Classes of yours that the state may have all the same, beside those of
+            ``torch.serialization.add_safe_globals``.
     """
 
     def __init__(
@@ -108,20 +119,32 @@ class PerRank:
         process_group: dist.ProcessGroup | None = None,
         no_dist: bool = False,
         weights_only: bool = True,
+        safe_globals: Iterable[SafeGlobal] = (),
     ) -> None:
         self.value = value
         self.name = type(value).__name__ if name is None else name
         self.process_group = process_group
         self.no_dist = no_dist
         self.weights_only = weights_only
+        self.safe_globals = check_safe_globals(safe_globals)
 
     def state_dict(self) -> dict[str, Any]:
         rank, world_size = _place(self.process_group, self.no_dist)
-        return _pack(self.value.state_dict(), rank, world_size)
+        state = self.value.state_dict()
+        if self.weights_only:
+            note_value(self.name, state, self.safe_globals)
+        return _pack(state, rank, world_size)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         rank, world_size = _place(self.process_group, self.no_dist)
-        own = _own_state(state_dict, rank, world_size, name=self.name, weights_only=self.weights_only)
+        own = _own_state(
+            state_dict,
+            rank,
+            world_size,
+            name=self.name,
+            weights_only=self.weights_only,
+            safe_globals=self.safe_globals,
+        )
         if own is not None:
             self.value.load_state_dict(own)
         elif rank == 0:
@@ -199,11 +222,25 @@ class _OwnRank:
         return made
 
 
-def _own_state(state: dict[str, Any], rank: int, world_size: int, *, name: str, weights_only: bool) -> Any | None:
+def _own_state(
+    state: dict[str, Any],
+    rank: int,
+    world_size: int,
+    *,
+    name: str,
+    weights_only: bool,
+    safe_globals: Iterable[SafeGlobal] = (),
+) -> Any | None:
     """Return what this rank has saved; None if the number of ranks is another."""
     if state[_WORLD_SIZE] != world_size:
         return None
-    return load_value(f"{name} of rank {rank}", io.BytesIO(state[PER_RANK][str(rank)]), weights_only=weights_only)
+    return load_value(
+        f"{name} of rank {rank}",
+        io.BytesIO(state[PER_RANK][str(rank)]),
+        weights_only=weights_only,
+        safe_globals=safe_globals,
+        surface=_HOW_TO_TRUST,
+    )
 
 
 def _is_rank_bound(path: Path) -> bool:

@@ -6,7 +6,7 @@ import difflib
 import io
 import math
 import re
-from collections.abc import Collection, Container, Sequence
+from collections.abc import Collection, Container, Iterable, Sequence
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -22,6 +22,7 @@ from dcp_plugins.contract import (
 )
 from dcp_plugins.errors import PlanError, listing
 from dcp_plugins.format.subclasses import handles_operators, moved, narrow_view
+from dcp_plugins.format.trust import SafeGlobal, check_safe_globals
 from dcp_plugins.plan.flatten import (
     FlattenMapping,
     actual_path,
@@ -64,9 +65,11 @@ class DefaultLoadPlanner(LoadPlanner):
         flatten_state_dict: Enter nested dicts and lists, as ``DefaultSavePlanner`` does.
         flatten_sharded_tensors: Flatten a ``ShardedTensor`` of ``ShardedTensor``.
         allow_partial_load: Leave keys of the state dict that the checkpoint lacks as they are, instead of raising.
-        weights_only: Unpickle non-tensor values with torch's restricted unpickler, which admits containers, numbers,
-            NumPy arrays and the like. False runs whatever code the
-            checkpoint names: only for checkpoints that you trust as you trust a program.
+        weights_only: Decode non-tensor values as data: plain values, tensors, and what the standard library and NumPy
+            define as data. False runs whatever code the checkpoint names: only for checkpoints that you trust as you
+            trust a program.
+        safe_globals: Classes of yours, such as enums and dataclasses, that non-tensor values may have all the same,
+            beside those of ``torch.serialization.add_safe_globals``.
         cast_dtype: Convert a saved tensor to the dtype of the tensor it is loaded into, with a warning that names
             the keys. False raises instead.
         unread: What to do about saved values below a nested container of the state dict that no rank has asked for:
@@ -85,6 +88,7 @@ class DefaultLoadPlanner(LoadPlanner):
         allow_partial_load: bool = False,
         *,
         weights_only: bool = True,
+        safe_globals: Iterable[SafeGlobal] = (),
         cast_dtype: bool = True,
         unread: Unread = "warn",
     ) -> None:
@@ -94,6 +98,7 @@ class DefaultLoadPlanner(LoadPlanner):
         self.flatten_sharded_tensors = flatten_sharded_tensors
         self.allow_partial_load = allow_partial_load
         self.weights_only = weights_only
+        self.safe_globals = check_safe_globals(safe_globals)
         self.cast_dtype = cast_dtype
         self.unread: Unread = unread
         self.left_unread: set[str] = set()
@@ -154,7 +159,7 @@ class DefaultLoadPlanner(LoadPlanner):
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         fqn = read_item.dest_index.fqn
-        loaded = load_value(fqn, value, weights_only=self.weights_only)
+        loaded = load_value(fqn, value, weights_only=self.weights_only, safe_globals=self.safe_globals)
         if self.flatten_state_dict:
             set_element(self.original_state_dict, actual_path(self.mappings, fqn), loaded)
         else:
@@ -229,12 +234,21 @@ class RestoringLoadPlanner(DefaultLoadPlanner):
         outline: Where objects were, which are to be given their state dict.
         allow_partial_load: Leave what the checkpoint lacks as it is, and what has no place unread.
         weights_only: As in `DefaultLoadPlanner`.
+        safe_globals: As in `DefaultLoadPlanner`.
     """
 
-    def __init__(self, outline: Outline, *, allow_partial_load: bool = False, weights_only: bool = True) -> None:
+    def __init__(
+        self,
+        outline: Outline,
+        *,
+        allow_partial_load: bool = False,
+        weights_only: bool = True,
+        safe_globals: Iterable[SafeGlobal] = (),
+    ) -> None:
         super().__init__(
             allow_partial_load=allow_partial_load,
             weights_only=weights_only,
+            safe_globals=safe_globals,
             unread="ignore" if allow_partial_load else "error",
         )
         self._outline = outline

@@ -7,39 +7,24 @@ directions.
 
 from __future__ import annotations
 
-import datetime
 import functools
 import io
 import pickle
-import re
-from pathlib import PosixPath, PurePosixPath, PureWindowsPath
+from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import torch
 
-from dcp_plugins.errors import CorruptCheckpointError, UnsafeCheckpointError
+from dcp_plugins.errors import CorruptCheckpointError
 from dcp_plugins.format.container import SMALL_CONTAINER_BYTES
+from dcp_plugins.format.trust import SafeGlobal
+from dcp_plugins.format.value_container import decode_value
 
 __all__ = ["dump_value", "load_value"]
 
-
-@functools.cache
-def _plain_types() -> list[Any]:
-    """Return classes that hold data only, beyond those torch's restricted unpickler knows.
-
-    Training states are full of them: NumPy's random state is a tuple with an array, and a ``BytesIO`` is what somebody
-    serialised himself. Building one runs no code that the pickle could choose.
-    """
-    dtypes = {type(np.dtype(code)) for code in "?bBhHiIlLqQefdgFDGSUVMm"}
-    array_makers = [np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]]
-    paths = [PosixPath, PurePosixPath, PureWindowsPath]
-    times = [datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone]
-    return [io.BytesIO, np.ndarray, np.dtype, *dtypes, *array_makers, *paths, *times]
-
-
 # Kept for the life of the process.
 _MAX_REMEMBERED_VALUES = 4096
+_MAX_REMEMBERED_ITEMS = 256
 _SCALARS = frozenset({type(None), bool, int, float, complex, str, bytes})
 
 # What a container that holds nothing else was found to hold.
@@ -71,16 +56,44 @@ def _save(value: Any) -> io.BytesIO:
 
 
 def _cannot_change(value: Any) -> bool:
-    return type(value) in _SCALARS or (type(value) is tuple and all(map(_cannot_change, value)))
+    """Tell whether a value is a number, a string, or a small tuple of such: those that are worth remembering."""
+    if type(value) in _SCALARS:
+        return True
+    if type(value) is not tuple:
+        return False
+    # Without a bound, a file with tuples that share their elements would keep this busy for ever.
+    pending, num_seen = [value], 0
+    while pending:
+        items = pending.pop()
+        num_seen += len(items)
+        if num_seen > _MAX_REMEMBERED_ITEMS:
+            return False
+        for item in items:
+            if type(item) is tuple:
+                pending.append(item)
+            elif type(item) not in _SCALARS:
+                return False
+    return True
 
 
-def load_value(fqn: str, stream: io.BytesIO, *, weights_only: bool) -> Any:
+def load_value(
+    fqn: str,
+    stream: io.BytesIO,
+    *,
+    weights_only: bool,
+    safe_globals: Iterable[SafeGlobal] = (),
+    map_location: str | torch.device | None = None,
+    surface: str = "planner=DefaultLoadPlanner(weights_only=False)",
+) -> Any:
     """Return the value that ``dump_value``, or torch, wrote.
 
     Args:
         fqn: Its key, for error messages.
         stream: At its beginning.
         weights_only: False runs whatever code the pickle names.
+        safe_globals: Classes that are built as pickle would, beside those of ``torch.serialization.add_safe_globals``.
+        map_location: The device on which tensors in the value arrive; None takes the one that each was saved from.
+        surface: How the caller's user says ``weights_only=False``, for error messages.
 
     Raises:
         UnsafeCheckpointError: The value needs classes that are not admitted.
@@ -88,12 +101,25 @@ def load_value(fqn: str, stream: io.BytesIO, *, weights_only: bool) -> Any:
     """
     start = stream.tell()
     content = stream.read(SMALL_CONTAINER_BYTES + 1)
-    stream.seek(start)
     # With more than plain data allowed, it is for the pickle to say what it makes each time.
     is_small = weights_only and len(content) <= SMALL_CONTAINER_BYTES
     if is_small and content in _loaded:
         return _loaded[content]
-    loaded = _load(fqn, stream, content[:4], weights_only=weights_only)
+    if not content.startswith((b"PK\x03\x04", b"\x80")):
+        raise CorruptCheckpointError(
+            f"{fqn}: the saved value cannot be read: expected what torch.save writes, found bytes that begin"
+            f" {content[:4]!r}"
+        )
+    if not weights_only:
+        stream.seek(start)
+        return _load_trusted(fqn, stream, map_location)
+    loaded = decode_value(
+        content if is_small else stream.getbuffer()[start:],
+        fqn,
+        safe_globals=safe_globals,
+        map_location=map_location,
+        advice=f"If you trust this checkpoint as you trust a program, load with {surface}",
+    )
     if is_small and _cannot_change(loaded):
         if len(_loaded) >= _MAX_REMEMBERED_VALUES:
             _loaded.clear()
@@ -101,27 +127,9 @@ def load_value(fqn: str, stream: io.BytesIO, *, weights_only: bool) -> Any:
     return loaded
 
 
-def _load(fqn: str, stream: io.BytesIO, head: bytes, *, weights_only: bool) -> Any:
-    if not head.startswith((b"PK\x03\x04", b"\x80")):
-        # The unpickler would take the damage for a class that it does not admit.
-        raise CorruptCheckpointError(
-            f"{fqn}: the saved value cannot be read: expected what torch.save writes, found bytes that begin {head!r}"
-        )
+def _load_trusted(fqn: str, stream: io.BytesIO, map_location: str | torch.device | None) -> Any:
     try:
-        if not weights_only:
-            return torch.load(stream, weights_only=False)
-        with torch.serialization.safe_globals(_plain_types()):
-            return torch.load(stream, weights_only=True)
-    except pickle.UnpicklingError as exc:
-        reason = re.search(r"WeightsUnpickler error:\s*([^\n]+?)(?: Please use|\n|$)", str(exc))
-        raise UnsafeCheckpointError(
-            f"{fqn}: the saved value needs classes that are not admitted: {reason.group(1) if reason else exc} "
-            "If the class is yours, admit it with torch.serialization.add_safe_globals([...]). If you trust this "
-            "checkpoint as you trust a program, load with planner=DefaultLoadPlanner(weights_only=False)"
-        ) from exc
-    # Damaged bytes make torch's unpickler fail in any way its opcodes can.
-    except Exception as exc:
-        if not weights_only and not isinstance(exc, (EOFError, RuntimeError)):
-            # Raised by the code that the user chose to run.
-            raise
+        return torch.load(stream, map_location=map_location, weights_only=False)
+    # Anything else is raised by the code that the user chose to run.
+    except (EOFError, RuntimeError, pickle.UnpicklingError) as exc:
         raise CorruptCheckpointError(f"{fqn}: the saved value cannot be read: {exc}") from exc

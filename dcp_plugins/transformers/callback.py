@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils.import_utils import is_sagemaker_mp_enabled, is_torch_xla_available
 
 from dcp_plugins.errors import CorruptCheckpointError
+from dcp_plugins.format.trust import SafeGlobal, check_safe_globals
 from dcp_plugins.manager import SaveOptions, Saver, is_committed
 from dcp_plugins.manager.agreement import deciding_ranks
 from dcp_plugins.manager.options import Asynchronous
+from dcp_plugins.plan.unloadable import loaded_with
 from dcp_plugins.transformers import load, seam, stock
 from dcp_plugins.transformers.layout import find_checkpoint, forget_states_but, restore_state
 from dcp_plugins.transformers.save import model_of, save_checkpoint
@@ -43,6 +45,8 @@ class DCPCallback(TrainerCallback):
             the Trainer pushes checkpoints to the hub.
         weights_only: Read schedulers' and scalers' states as plain data. False unpickles them, which can run code: only
             for checkpoints that you trust.
+        safe_globals: Classes of yours that these states may have all the same, beside those of
+            ``torch.serialization.add_safe_globals``.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class DCPCallback(TrainerCallback):
         overlap_staging: bool | None = None,
         hf_weights: bool | None = None,
         weights_only: bool = True,
+        safe_globals: Iterable[SafeGlobal] = (),
     ) -> None:
         given: dict[str, Any] = {
             "asynchronous": asynchronous,
@@ -67,6 +72,7 @@ class DCPCallback(TrainerCallback):
         )
         self.hf_weights = hf_weights
         self.weights_only = weights_only
+        self.safe_globals = check_safe_globals(safe_globals)
         self.saver = Saver(self.options)
         self._saved_step: int | None = None
         self._pushed: list[Path] = []
@@ -133,14 +139,15 @@ class DCPCallback(TrainerCallback):
         if uploads is None or uploads.is_done():
             self._pushed = []
         push = pushes_checkpoints(trainer.args)
-        path = save_checkpoint(
-            trainer,
-            self.saver,
-            trial=trial,
-            hf_weights=self.writes_hf_weights(trainer.args),
-            push=push,
-            in_use=self._pushed,
-        )
+        with loaded_with(weights_only=self.weights_only, safe_globals=self.safe_globals):
+            path = save_checkpoint(
+                trainer,
+                self.saver,
+                trial=trial,
+                hf_weights=self.writes_hf_weights(trainer.args),
+                push=push,
+                in_use=self._pushed,
+            )
         if push:
             self._pushed = [*self._pushed, path]
         self._saved_step = trainer.state.global_step
@@ -162,7 +169,9 @@ class DCPCallback(TrainerCallback):
         if checkpoint is None or directory is None:
             original(checkpoint)
         elif directory == Path(checkpoint):
-            load.load_optimizer_and_scheduler(trainer, directory, weights_only=self.weights_only)
+            load.load_optimizer_and_scheduler(
+                trainer, directory, weights_only=self.weights_only, safe_globals=self.safe_globals
+            )
         else:
             stock.load_fsdp_optimizer_and_scheduler(trainer, Path(checkpoint), directory)
         self._loaded.add("optimizer")

@@ -6,6 +6,7 @@ The Trainer asks for them one after another, at the points of its set-up where e
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import nn
 from transformers import Trainer
 
 import dcp_plugins as dcp
-from dcp_plugins.errors import PlanError, UnsafeCheckpointError, listing
+from dcp_plugins.errors import PlanError, listing
+from dcp_plugins.format.trust import SafeGlobal
 from dcp_plugins.manager import OptimizerState, RandomState, load_state
 from dcp_plugins.manager.agreement import deciding_ranks
 from dcp_plugins.plan.values import load_value
@@ -53,7 +55,9 @@ def load_model(model: nn.Module, path: Path) -> None:
     set_model_state_dict(model, state[MODEL], options=options)
 
 
-def load_optimizer_and_scheduler(trainer: Trainer, path: Path, *, weights_only: bool) -> None:
+def load_optimizer_and_scheduler(
+    trainer: Trainer, path: Path, *, weights_only: bool, safe_globals: Iterable[SafeGlobal] = ()
+) -> None:
     """Load what optimizer, scheduler and scaler were at the checkpoint, if it was not of weights alone."""
     parts = names_in(path)
     if OPTIMIZER not in parts:
@@ -66,10 +70,17 @@ def load_optimizer_and_scheduler(trainer: Trainer, path: Path, *, weights_only: 
         OPTIMIZER: OptimizerState(model_of(trainer), [bare_optimizer(trainer)]),
         TRAINER: dict.fromkeys(rest, b""),
     }
-    load_state(state, path)
+    load_state(state, path, weights_only=weights_only, safe_globals=safe_globals)
     for name, stateful in ((SCHEDULER, scheduler_of(trainer)), (SCALER, scaler)):
         if name in rest:
-            stateful.load_state_dict(_decoded(state[TRAINER][name], name, path, weights_only=weights_only))
+            value = load_value(
+                f"{path}: {TRAINER}.{name}",
+                io.BytesIO(state[TRAINER][name]),
+                weights_only=weights_only,
+                safe_globals=safe_globals,
+                surface="DCPCallback(weights_only=False)",
+            )
+            stateful.load_state_dict(value)
 
 
 def load_random_state(path: Path) -> None:
@@ -87,10 +98,3 @@ def names_in(path: Path) -> dict[str, set[str]]:
         where = paths.get(fqn) or fqn.split(".", 1)
         parts.setdefault(str(where[0]), set()).add(str(where[1]) if len(where) > 1 else "")
     return parts
-
-
-def _decoded(data: bytes, name: str, path: Path, *, weights_only: bool) -> Any:
-    try:
-        return load_value(f"{path}: {TRAINER}.{name}", io.BytesIO(data), weights_only=weights_only)
-    except UnsafeCheckpointError as exc:
-        raise UnsafeCheckpointError(f"{exc}; for a Trainer that is DCPCallback(weights_only=False)") from exc

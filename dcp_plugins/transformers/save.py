@@ -20,6 +20,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from dcp_plugins.manager import OptimizerState, RandomState, Saver, is_committed
 from dcp_plugins.manager.agreement import deciding_ranks
+from dcp_plugins.plan.unloadable import warn_of_unloadable
 from dcp_plugins.plan.values import dump_value
 from dcp_plugins.state_dict import StateDictOptions, get_model_state_dict
 from dcp_plugins.storage.local import make_directory
@@ -188,10 +189,12 @@ def _state_of(trainer: Trainer, optimizer: Optimizer | None, text: str | None) -
         state[OPTIMIZER] = OptimizerState(model, [optimizer])
         state[RANDOM] = RandomState()
         # Serialised whole: their keys need not be known to load them.
-        rest[SCHEDULER] = dump_value(scheduler_of(trainer).state_dict()).getvalue()
+        bound = {SCHEDULER: scheduler_of(trainer).state_dict()}
         scaler = getattr(trainer.accelerator, "scaler", None)
         if scaler is not None:
-            rest[SCALER] = dump_value(scaler.state_dict()).getvalue()
+            bound[SCALER] = scaler.state_dict()
+        warn_of_unloadable(bound, "DCPCallback(weights_only=False)")
+        rest.update({name: dump_value(value).getvalue() for name, value in bound.items()})
     return state
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed.checkpoint as stock
 
 import dcp_plugins as dcp
-from dcp_plugins.errors import CorruptCheckpointError, UnsafeCheckpointError
+from dcp_plugins.errors import CorruptCheckpointError, UnloadableValueWarning, UnsafeCheckpointError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:Detected an existing")
 
@@ -110,7 +110,8 @@ class Custom:
 
 
 def test_a_class_of_the_users_own_is_named_and_can_be_admitted(tmp_path):
-    dcp.save({"mine": Custom(4)}, checkpoint_id=tmp_path)
+    with pytest.warns(UnloadableValueWarning, match=r"mine \(tests.faults.test_hostile.Custom\)"):
+        dcp.save({"mine": Custom(4)}, checkpoint_id=tmp_path)
     target: dict[str, Any] = {"mine": None}
     failure = _load_fails(tmp_path, target, UnsafeCheckpointError)
     assert "Custom" in str(failure)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed.checkpoint as stock
 
 import dcp_plugins as dcp
+from dcp_plugins.errors import UnloadableValueWarning
 from dcp_plugins.testing.ranks import run_ranks
 from tests.interop.values import assert_same, blank, numbered, other_values, tensor_values
 
@@ -140,10 +141,16 @@ def test_tensors_whose_elements_are_not_plain_memory_are_refused_by_name(tmp_pat
     assert not (tmp_path / "c" / ".metadata").exists()
 
 
-def test_a_value_that_the_restricted_unpickler_cannot_build_names_its_key_and_loads_if_trusted(tmp_path):
-    dcp.save({"recent": collections.deque([1, 2], maxlen=4)}, checkpoint_id=tmp_path)
+def test_a_value_of_an_unlisted_class_names_its_key_and_loads_if_trusted(tmp_path):
+    counted = Counted([1, 2])
+    with pytest.warns(UnloadableValueWarning, match=r"recent \(tests.interop.test_values.Counted\)"):
+        dcp.save({"recent": counted}, checkpoint_id=tmp_path)
     target: dict[str, Any] = {"recent": None}
-    with pytest.raises(dcp.CheckpointException, match="(?s)recent: .*deque.*weights_only=False"):
+    with pytest.raises(dcp.CheckpointException, match="(?s)recent: .*Counted.*weights_only=False"):
         dcp.load(target, checkpoint_id=tmp_path)
     dcp.load(target, checkpoint_id=tmp_path, planner=dcp.DefaultLoadPlanner(weights_only=False))
-    assert target["recent"] == collections.deque([1, 2])
+    assert target["recent"] == counted
+
+
+class Counted(collections.UserList[int]):
+    """A class of the user's own."""

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import dcp_plugins as dcp
+from dcp_plugins.errors import UnloadableValueWarning
 from dcp_plugins.manager import PerRank, RandomState, expected_warnings, load_state, run_state
 from dcp_plugins.testing.ranks import run_ranks
 
@@ -169,9 +170,15 @@ def test_a_state_with_code_in_it_is_read_only_where_it_is_trusted(tmp_path: Path
         def state_dict(self) -> dict[str, Any]:
             return {"position": Position(3), "nested": {"order": None}}
 
-    with expected_warnings():
+    with (
+        expected_warnings(),
+        pytest.warns(UnloadableValueWarning, match=r"Odd.position \(tests.manager.test_run_state.Position\)"),
+    ):
         dcp.save({"data": PerRank(Odd())}, checkpoint_id=tmp_path)
-    with pytest.raises(dcp.CheckpointException, match="Odd of rank 0.*not admitted"):
+    with pytest.raises(
+        dcp.CheckpointException,
+        match=r"Odd of rank 0.*Position, which is not admitted.*PerRank\(..., weights_only=False\)",
+    ):
         load_state({"data": PerRank(Odd())}, tmp_path)
     trusting = Odd()
     load_state({"data": PerRank(trusting, weights_only=False)}, tmp_path)

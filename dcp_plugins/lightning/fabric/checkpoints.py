@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 import dcp_plugins as dcp
 from dcp_plugins.errors import CheckpointNotFoundError, listing
+from dcp_plugins.format.trust import admitted_by_torch
 from dcp_plugins.lightning import layout
 from dcp_plugins.lightning.checkpoint_io import DCPCheckpointIO
 from dcp_plugins.lightning.fabric.state import Filters, divide, is_stateful, naming_module
@@ -155,7 +156,7 @@ class SavesOnEveryRank(SavesThroughDCP, Strategy):
         if isinstance(state, (nn.Module, Optimizer)):
             self._load_raw(path, state, strict=strict, weights_only=plain)
             return {}
-        source = _FileSource(path, plain) if path.is_file() else _DirectorySource(path, plain, plugin)
+        source = _FileSource(path, plain, plugin) if path.is_file() else _DirectorySource(path, plain, plugin)
         if not state:
             return source.rest | source.tensors(source.names)
         _demand(state, source, path, strict=strict)
@@ -192,7 +193,8 @@ class SavesOnEveryRank(SavesThroughDCP, Strategy):
                 )
             fill_raw(Reader(path), module, target, strict=strict, hint=_HINT, no_dist=self.checkpoint_io.no_dist)
             return
-        saved = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+        with admitted_by_torch(self.checkpoint_io.safe_globals):
+            saved = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
         if module is None:
             target.load_state_dict(saved)
             return
@@ -206,8 +208,9 @@ class SavesOnEveryRank(SavesThroughDCP, Strategy):
 class _FileSource:
     """One file with full tensors, as stock strategies write it for models that are not sharded."""
 
-    def __init__(self, path: Path, weights_only: bool) -> None:
-        self._saved: _State = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+    def __init__(self, path: Path, weights_only: bool, plugin: DCPCheckpointIO) -> None:
+        with admitted_by_torch(plugin.safe_globals):
+            self._saved: _State = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
         self.names: Collection[str] = self._saved.keys()
         self.rest: _State = {}
 
@@ -232,7 +235,7 @@ class _DirectorySource:
                 item = dcp.load_from_keys(layout.META_KEY, storage_reader=self._reader)[layout.META_KEY]
             elif not layout.meta_file(path).is_file():
                 return parts, {}  # written by dcp.save, without Lightning
-            return parts, meta_of(item, path, weights_only)
+            return parts, meta_of(item, path, weights_only, plugin.safe_globals)
 
         # Each rank reads for itself, and may fail alone.
         self._parts, self.rest = deciding_ranks(no_dist=self._no_dist).settle("read", read)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import os
 import random
 import shutil
@@ -22,6 +23,7 @@ from dcp_plugins.errors import (
     CheckpointNotFoundError,
     MissingExtraError,
     PlanError,
+    UnloadableValueWarning,
     UnsafeCheckpointError,
     UnsupportedValueError,
 )
@@ -276,16 +278,28 @@ def test_ours_with_stocks_saved_over_it_is_refused_with_what_to_do(tmp_path: Pat
     other.accelerator.load_state(tmp_path / "b")
 
 
+class Phase(enum.Enum):
+    """A class of the user's own."""
+
+    WARM_UP = 1
+
+
 def test_objects_of_the_users_load_as_plain_data_unless_he_says_otherwise(tmp_path: Path) -> None:
     one = run("plain")
-    one.counter.extra = Path("a/class")
-    one.accelerator.save_state(tmp_path / "a")
-    for options, kwargs in (({"weights_only": False}, {}), ({}, {"load_kwargs": {"weights_only": False}})):
+    one.counter.extra = {"path": Path("a/class"), "phase": Phase.WARM_UP}
+    with pytest.warns(UnloadableValueWarning, match=r"the registered object 0, a Counter.extra.phase \(.*Phase\)"):
+        one.accelerator.save_state(tmp_path / "a")
+    for options, kwargs in (
+        ({"weights_only": False}, {}),
+        ({}, {"load_kwargs": {"weights_only": False}}),
+        ({"safe_globals": (Phase,)}, {}),
+        ({}, {"load_kwargs": {"safe_globals": [Phase]}}),
+    ):
         other = run("plain", plugin=DCPPlugin(**options))
         other.accelerator.load_state(tmp_path / "a", **kwargs)
-        assert other.counter.extra == Path("a/class")
+        assert other.counter.extra == one.counter.extra
     other = run("plain")
-    with pytest.raises(UnsupportedValueError, match="registered object 0, a Counter, is more than plain data"):
+    with pytest.raises(UnsupportedValueError, match="(?s)registered object 0, a Counter, is no plain data.*Phase"):
         other.accelerator.load_state(tmp_path / "a")
     other.accelerator.register_for_checkpointing(Counter())
     with pytest.raises(RuntimeError, match="Expected the states of 2 registered objects"):

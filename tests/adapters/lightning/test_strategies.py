@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
-from dcp_plugins.errors import UnsupportedValueError
+from dcp_plugins.errors import UnloadableValueWarning, UnsupportedValueError
 from dcp_plugins.lightning import (
     DCPCheckpointIO,
     DCPDDPStrategy,
@@ -82,12 +82,17 @@ class Choice:
 def test_objects_in_hyperparameters_load_only_where_pickles_are_trusted(tmp_path: Path) -> None:
     path = tmp_path / "a"
     state = {"w": torch.arange(3.0)}
-    DCPCheckpointIO().save_checkpoint({"state_dict": state, "hyper_parameters": {"choice": Choice()}}, path)
+    checkpoint = {"state_dict": state, "hyper_parameters": {"choice": Choice()}}
+    with pytest.warns(UnloadableValueWarning, match=r"hyper_parameters.choice \(.*Choice\).*DCPCheckpointIO"):
+        DCPCheckpointIO().save_checkpoint(checkpoint, path)
+    # Without a warning: it will load what it saves.
+    DCPCheckpointIO(safe_globals=[Choice]).save_checkpoint(checkpoint, tmp_path / "b")
     with pytest.raises(UnsupportedValueError, match="weights_only=False"):
         DCPCheckpointIO().load_checkpoint(path)
     for checkpoint in (
         DCPCheckpointIO(weights_only=False).load_checkpoint(path),
         DCPCheckpointIO().load_checkpoint(path, weights_only=False),
+        DCPCheckpointIO(safe_globals=[Choice]).load_checkpoint(path),
     ):
         assert isinstance(checkpoint["hyper_parameters"]["choice"], Choice)
         assert torch.equal(checkpoint["state_dict"]["w"], state["w"])

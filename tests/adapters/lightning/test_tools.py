@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, OnExceptionCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 
-from dcp_plugins.errors import CheckpointNotFoundError, UnsupportedValueError
+from dcp_plugins.errors import CheckpointNotFoundError, UnloadableValueWarning, UnsupportedValueError
 from dcp_plugins.lightning import (
     DCPCheckpointIO,
     DCPDDPStrategy,
@@ -185,11 +185,13 @@ def test_what_is_no_checkpoint_or_no_plain_data_is_refused(tmp_path: Path) -> No
             act()
     state = Regression().state_dict()
     meta = {"hyper_parameters": {"lr": Choice()}, "pytorch-lightning_version": pl.__version__, "global_step": 1}
-    DCPCheckpointIO().save_checkpoint({"state_dict": state, **meta}, tmp_path / "a")
-    with pytest.raises(UnsupportedValueError, match="not plain data"):
+    with pytest.warns(UnloadableValueWarning, match="hyper_parameters.lr"):
+        DCPCheckpointIO().save_checkpoint({"state_dict": state, **meta}, tmp_path / "a")
+    with pytest.raises(UnsupportedValueError, match="not plain data.*Choice"):
         load_from_checkpoint(Regression, tmp_path / "a")
-    trusted = load_from_checkpoint(Regression, tmp_path / "a", weights_only=False)
-    assert isinstance(trusted.hparams["lr"], Choice)
+    for options in ({"weights_only": False}, {"safe_globals": [Choice]}):
+        trusted = load_from_checkpoint(Regression, tmp_path / "a", **options)
+        assert isinstance(trusted.hparams["lr"], Choice)
 
 
 # -- OnExceptionCheckpoint -------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from transformers import GPT2LMHeadModel, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 import dcp_plugins as dcp
-from dcp_plugins.errors import CheckpointException, UnsafeCheckpointError
+from dcp_plugins.errors import CheckpointException, UnloadableValueWarning, UnsafeCheckpointError
 from dcp_plugins.manager import SaveOptions, Saver
 from dcp_plugins.transformers import DCPCallback, last_checkpoint
 from tests.adapters.transformers.trainers import (
@@ -381,9 +381,11 @@ def annotated(folder: Path, *callbacks: Any, **options: Any) -> Trainer:
 
 
 def test_a_schedulers_pickle_is_loaded_on_explicit_request_alone(tmp_path: Path) -> None:
-    annotated(tmp_path, StopAt(2), DCPCallback()).train()
+    with pytest.warns(UnloadableValueWarning, match=r"scheduler.note \(.*Note\).*DCPCallback"):
+        annotated(tmp_path, StopAt(2), DCPCallback()).train()
     with pytest.raises(UnsafeCheckpointError, match=r"trainer.scheduler: .*Note.*DCPCallback\(weights_only=False\)"):
         annotated(tmp_path, DCPCallback()).train(resume_from_checkpoint=True)
-    runner = annotated(tmp_path, DCPCallback(weights_only=False))
-    runner.train(resume_from_checkpoint=True)
-    assert isinstance(runner.lr_scheduler.note, Note)
+    for callback in (DCPCallback(weights_only=False), DCPCallback(safe_globals=[Note])):
+        runner = annotated(tmp_path, callback)
+        runner.train(resume_from_checkpoint=True)
+        assert isinstance(runner.lr_scheduler.note, Note)

@@ -1,0 +1,278 @@
+"""Finds, when values are saved, those that a load with default options will refuse.
+
+Such a value is an object of a class that is neither among the listed ones (``format/value_builders``) nor declared safe
+at that time. The classes are looked at, nothing is pickled: of an object whose class is not known, only what the class
+says about itself (``__reduce_ex__``) is asked.
+"""
+
+from __future__ import annotations
+
+import array
+import collections
+import copyreg
+import datetime
+import decimal
+import fractions
+import inspect
+import io
+import pathlib
+import random
+import re
+import types
+import uuid
+import warnings
+import zoneinfo
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import numpy as np
+import torch
+
+from dcp_plugins.errors import UnloadableValueWarning
+from dcp_plugins.format.trust import SafeGlobal, Trust
+from dcp_plugins.format.value_builders import builders
+from dcp_plugins.format.value_errors import RefusedError
+from dcp_plugins.format.value_numpy import BIT_GENERATORS, is_plain_dtype
+
+__all__ = ["loaded_with", "note_value", "noting_values", "warn_of_unloadable"]
+
+_MAX_NAMED = 12
+# Between the user's line and the warning: this package, and its decorators.
+_PASSED_MODULES = frozenset({__name__.split(".", maxsplit=1)[0], "contextlib", "functools"})
+_SCALARS = frozenset({type(None), bool, int, float, complex, str, bytes, bytearray})
+_LEAVES = _SCALARS | {
+    torch.Tensor,
+    torch.nn.Parameter,
+    torch.Size,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.torch_version.TorchVersion,
+    torch.storage.UntypedStorage,
+    torch.storage.TypedStorage,
+    range,
+    type(Ellipsis),
+    decimal.Decimal,
+    fractions.Fraction,
+    uuid.UUID,
+    datetime.datetime,
+    datetime.date,
+    datetime.time,
+    datetime.timedelta,
+    datetime.timezone,
+    zoneinfo.ZoneInfo,
+    re.Pattern,
+    io.BytesIO,
+    array.array,
+    random.Random,
+    pathlib.PosixPath,
+    pathlib.WindowsPath,
+    pathlib.PurePosixPath,
+    pathlib.PureWindowsPath,
+    np.random.SeedSequence,
+    *BIT_GENERATORS.values(),
+}
+_SEQUENCES = frozenset({list, tuple, set, frozenset, collections.deque})
+_MAPPINGS = frozenset({dict, collections.OrderedDict, collections.Counter, collections.defaultdict})
+
+
+_loads_with: ContextVar[tuple[bool, tuple[SafeGlobal, ...]]] = ContextVar("loads_with", default=(True, ()))
+
+
+Noted = tuple[Any, tuple[SafeGlobal, ...]]
+_noted: ContextVar[dict[str, Noted] | None] = ContextVar("noted", default=None)
+
+
+@contextmanager
+def loaded_with(*, weights_only: bool, safe_globals: Iterable[SafeGlobal]) -> Iterator[None]:
+    """Say how the surface that saves in this block will load again: its own trust is no reason to warn."""
+    token = _loads_with.set((weights_only, tuple(safe_globals)))
+    try:
+        yield
+    finally:
+        _loads_with.reset(token)
+
+
+@contextmanager
+def noting_values() -> Iterator[dict[str, Noted]]:
+    """Collect the values that objects serialise themselves while a save asks for their state in this block."""
+    noted: dict[str, Noted] = {}
+    token = _noted.set(noted)
+    try:
+        yield noted
+    finally:
+        _noted.reset(token)
+
+
+def note_value(name: str, value: Any, safe_globals: Iterable[SafeGlobal] = ()) -> None:
+    """Let the save that asks for it look at a value that will be bytes when the save sees it.
+
+    Nothing happens outside a save: a load asks for states, too.
+
+    Args:
+        name: How the warning calls the value.
+        value: What is serialised.
+        safe_globals: What its owner is going to admit when it is loaded.
+    """
+    noted = _noted.get()
+    if noted is not None:
+        noted[name] = (value, tuple(safe_globals))
+
+
+def warn_of_unloadable(values: Mapping[str, Any], how: str, noted: Mapping[str, Noted] | None = None) -> None:
+    """Warn once of all values that cannot be loaded again by default, with the key and the class of each.
+
+    Called on the thread that saves, with what this rank saves.
+
+    Args:
+        values: By key. Nested containers are entered, and named by their path.
+        how: How the user of the surface that saves says that a checkpoint is trusted.
+        noted: What `noting_values` collected.
+    """
+    weights_only, safe_globals = _loads_with.get()
+    if not weights_only:
+        return
+    found: dict[str, str] = {}
+    search: _Search | None = None
+    for key, value in values.items():
+        # Nearly all values end here: numbers, tensors, and pairs of numbers.
+        kind = type(value)
+        if kind in _LEAVES or (kind is tuple and _LEAVES.issuperset(map(type, value))):
+            continue
+        search = search or _Search(Trust(safe_globals))
+        for path, name in search.unknown(value, str(key)):
+            found.setdefault(path, name)
+    for key, (value, own) in (noted or {}).items():
+        for path, name in _Search(Trust((*safe_globals, *own))).unknown(value, key):
+            found.setdefault(path, name)
+    if not found:
+        return
+    shown = ", ".join(f"{path} ({name})" for path, name in list(found.items())[:_MAX_NAMED])
+    more = f", ... ({len(found) - _MAX_NAMED} more)" if len(found) > _MAX_NAMED else ""
+    classes = ", ".join(sorted(set(found.values()))[:_MAX_NAMED])
+    warnings.warn(
+        "these values are saved, but a load with default options will refuse them, because building them could run"
+        f" code: {shown}{more}. To load them, admit their classes with"
+        f" torch.serialization.add_safe_globals([{classes}]) or safe_globals=[{classes}], or load with {how}. Or save"
+        " plain data in their place",
+        UnloadableValueWarning,
+        stacklevel=_depth_of_caller(),
+    )
+
+
+class _Search:
+    """Looks for classes that a load would refuse."""
+
+    def __init__(self, trust: Trust) -> None:
+        self._trust = trust
+        self._seen: dict[int, Any] = {}
+
+    def unknown(self, value: Any, path: str) -> Iterator[tuple[str, str]]:
+        """Yield the path of each object that would be refused, with the name of what it needs."""
+        self._seen.clear()
+        # Beneath dicts and lists, tensors of any class are stored as tensors; beneath anything else they are pickled.
+        pending: list[tuple[Any, str, bool]] = [(value, path, False)]
+        while pending:
+            current, where, is_pickled = pending.pop()
+            kind = type(current)
+            if kind in _LEAVES or id(current) in self._seen:
+                continue
+            # Kept: the id of an object that is made on the way, and gone, would be another's.
+            self._seen[id(current)] = current
+            if kind in _MAPPINGS or (not is_pickled and isinstance(current, Mapping)):
+                pending += [
+                    (item, f"{where}.{key}", is_pickled) for key, item in current.items() if type(item) not in _LEAVES
+                ]
+                pending += [(key, where, True) for key in current if type(key) not in _SCALARS]
+                if kind is collections.defaultdict and current.default_factory is not None:
+                    pending.append((current.default_factory, where, True))
+            elif kind in _SEQUENCES or (not is_pickled and isinstance(current, list)):
+                if not _LEAVES.issuperset(map(type, current)):
+                    inside = is_pickled or not isinstance(current, list)
+                    pending += [(item, f"{where}.{at}", inside) for at, item in enumerate(current)]
+            elif is_pickled or not (isinstance(current, torch.Tensor) or hasattr(current, "__create_write_items__")):
+                for refused in self._enter(current, where, pending):
+                    # Another place that holds it, such as a member of an enum, is named as well.
+                    self._seen.pop(id(current), None)
+                    yield refused
+
+    def _enter(self, value: Any, where: str, pending: list[tuple[Any, str, bool]]) -> Iterator[tuple[str, str]]:
+        kind = type(value)
+        if isinstance(value, (np.ndarray, np.generic)) and self._is_listed_array(value):
+            if value.dtype.hasobject:
+                pending += [(item, where, True) for item in value.ravel().tolist()]
+        elif kind in (types.SimpleNamespace, collections.ChainMap):
+            pending += [(item, f"{where}.{name}", True) for name, item in value.__dict__.items()]
+        elif isinstance(value, np.dtype) and is_plain_dtype(value):
+            pass
+        elif isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType, torch.Tensor)):
+            # A tensor says what it is by its class: to reduce it would copy it.
+            name = self._refused(kind if isinstance(value, torch.Tensor) else value)
+            if name:
+                yield where, name
+        else:
+            yield from self._enter_reduced(value, where, pending)
+
+    def _enter_reduced(self, value: Any, where: str, pending: list[tuple[Any, str, bool]]) -> Iterator[tuple[str, str]]:
+        """Look at what pickle would write for an object."""
+        kind = type(value)
+        try:
+            reducer = copyreg.dispatch_table.get(kind)
+            reduced = reducer(value) if reducer is not None else value.__reduce_ex__(2)
+        # It cannot be pickled, and the save is about to say so.
+        except Exception:
+            return
+        if isinstance(reduced, str):
+            module = getattr(value, "__module__", None) or kind.__module__
+            name = self._refused_name(module, reduced)
+            if name:
+                yield where, name
+            return
+        function, args, *rest = reduced
+        if getattr(function, "__name__", "") in ("__newobj__", "__newobj_ex__"):
+            function, args = args[0], args[1:]
+        name = self._refused(function)
+        if name:
+            yield where, name
+            return
+        state, items, pairs = (*rest, None, None, None)[:3]
+        attributes = state if isinstance(state, dict) else {}
+        pending += [(item, f"{where}.{name}", True) for name, item in attributes.items()]
+        pending += [(part, where, True) for part in (*args, None if attributes else state)]
+        pending += [(item, where, True) for item in items or ()]
+        pending += [(part, where, True) for pair in pairs or () for part in pair]
+
+    def _is_listed_array(self, value: Any) -> bool:
+        kind = type(value)
+        is_listed = kind in (np.ndarray, np.ma.MaskedArray) or kind.__module__ == "numpy"
+        return is_listed and is_plain_dtype(value.dtype) and not (kind is np.ma.MaskedArray and value.dtype.hasobject)
+
+    def _refused(self, thing: Any) -> str:
+        """Return the name of a class or function that a load would refuse; empty if it would not."""
+        if self._trust.holds(thing):
+            return ""
+        owner = getattr(thing, "__self__", None)
+        if isinstance(owner, type) and owner is zoneinfo.ZoneInfo:
+            return ""
+        module = getattr(thing, "__module__", None) or type(thing).__module__
+        return self._refused_name(module, getattr(thing, "__qualname__", type(thing).__qualname__))
+
+    def _refused_name(self, module: str, name: str) -> str:
+        if (module, name) in builders().names:
+            return ""
+        try:
+            self._trust.find(module, name)
+        except RefusedError as exc:
+            return exc.name
+        return ""
+
+
+def _depth_of_caller() -> int:
+    """Return the ``stacklevel`` of the first frame outside this package, as seen from the caller of this function."""
+    depth, frame = 1, inspect.currentframe()
+    frame = frame.f_back if frame is not None else None
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in _PASSED_MODULES:
+        depth, frame = depth + 1, frame.f_back
+    return depth if frame is not None else 2
