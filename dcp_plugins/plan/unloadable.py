@@ -13,14 +13,12 @@ import copyreg
 import datetime
 import decimal
 import fractions
-import inspect
 import io
 import pathlib
 import random
 import re
 import types
 import uuid
-import warnings
 import zoneinfo
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -35,12 +33,11 @@ from dcp_plugins.format.trust import SafeGlobal, Trust
 from dcp_plugins.format.value_builders import builders
 from dcp_plugins.format.value_errors import RefusedError
 from dcp_plugins.format.value_numpy import BIT_GENERATORS, is_plain_dtype
+from dcp_plugins.user_warnings import warn_user
 
 __all__ = ["loaded_with", "note_value", "noting_values", "warn_of_unloadable"]
 
 _MAX_NAMED = 12
-# Between the user's line and the warning: this package, and its decorators.
-_PASSED_MODULES = frozenset({__name__.split(".", maxsplit=1)[0], "contextlib", "functools"})
 _SCALARS = frozenset({type(None), bool, int, float, complex, str, bytes, bytearray})
 _LEAVES = _SCALARS | {
     torch.Tensor,
@@ -152,13 +149,12 @@ def warn_of_unloadable(values: Mapping[str, Any], how: str, noted: Mapping[str, 
     shown = ", ".join(f"{path} ({name})" for path, name in list(found.items())[:_MAX_NAMED])
     more = f", ... ({len(found) - _MAX_NAMED} more)" if len(found) > _MAX_NAMED else ""
     classes = ", ".join(sorted(set(found.values()))[:_MAX_NAMED])
-    warnings.warn(
+    warn_user(
         "these values are saved, but a load with default options will refuse them, because building them could run"
         f" code: {shown}{more}. To load them, admit their classes with"
         f" torch.serialization.add_safe_globals([{classes}]) or safe_globals=[{classes}], or load with {how}. Or save"
         " plain data in their place",
         UnloadableValueWarning,
-        stacklevel=_depth_of_caller(),
     )
 
 
@@ -267,12 +263,3 @@ class _Search:
         except RefusedError as exc:
             return exc.name
         return ""
-
-
-def _depth_of_caller() -> int:
-    """Return the ``stacklevel`` of the first frame outside this package, as seen from the caller of this function."""
-    depth, frame = 1, inspect.currentframe()
-    frame = frame.f_back if frame is not None else None
-    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in _PASSED_MODULES:
-        depth, frame = depth + 1, frame.f_back
-    return depth if frame is not None else 2
