@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
 from typing import Any
 
@@ -96,20 +97,33 @@ def _put_back(container: MutableMapping[Any, Any] | list[Any], plain: Any) -> No
             value.load_state_dict(loaded)
         elif holds_stateful(value):
             _put_back(value, loaded)
-        elif not _replace_entries(value, loaded, str(key), dropped):
+        elif not _replace_entries(value, loaded, str(key), dropped, is_callers=True):
             container[key] = loaded
     if dropped:
         logger.warning("entries that the checkpoint does not have are gone from the state: %s", listing(dropped))
 
 
-def _replace_entries(own: Any, loaded: Any, name: str, dropped: list[str]) -> bool:
-    """Give a container the loaded entries, keeping its identity and that of those in it; False if it cannot be done."""
+# Of a mapping of another class a save notes only that it is a mapping.
+_KINDS = frozenset({dict, OrderedDict, Counter, defaultdict})
+
+
+def _replace_entries(own: Any, loaded: Any, name: str, dropped: list[str], *, is_callers: bool = False) -> bool:
+    """Give a container the loaded entries, keeping its identity and that of those in it; False if it cannot be done.
+
+    Args:
+        own: Anything; only a container can be kept.
+        loaded: What was saved in its place.
+        name: What to call it.
+        dropped: Gets the names of entries that are gone.
+        is_callers: The caller holds the container, which is kept although the saved one was of another kind.
+    """
     if own is loaded:
         return True
     if completion_of(own) is not None and isinstance(loaded, Mapping):
         take_over(own, loaded)
         return True
-    if isinstance(own, MutableMapping) and isinstance(loaded, Mapping) and isinstance(own, type(loaded)):
+    is_mapping = isinstance(own, MutableMapping) and isinstance(loaded, Mapping)
+    if is_mapping and (is_callers or type(own) is type(loaded) or type(own) not in _KINDS):
         present: Any = dict(own)
         dropped += [f"{name}.{key}" for key in own if key not in loaded]
         own.clear()

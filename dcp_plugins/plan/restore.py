@@ -118,7 +118,8 @@ def restored_template(
     for key, value in template.items():
         if key in saved:
             made[key] = restoring.like(saved[key], value, (key,), in_object=False)
-        elif strict and not _is_empty(value):
+        elif strict and (restoring.is_recorded or not _is_empty(value)):
+            # Earlier releases, and torch, leave no trace of an empty container.
             restoring.missing.append(str(key))
         else:
             made[key] = value
@@ -137,7 +138,7 @@ class _Restoring:
         self.left: set[str] = set()
         self.missing: list[str] = []
         self._outline = outline
-        self._is_recorded = is_recorded
+        self.is_recorded = is_recorded
         self._strict = strict
         self._problems: list[str] = []
 
@@ -233,7 +234,7 @@ class _Restoring:
     def _empty_like(self, saved: Mapping[Any, Any], template: Any) -> tuple[Any, dict[str, Any]]:
         """Return the new container, and keys by their strings where only the template tells of what type they are."""
         made: Any = type(saved)() if not hasattr(saved, "default_factory") else _cleared(saved)
-        if not isinstance(template, dict) or self._is_recorded:
+        if not isinstance(template, dict) or self.is_recorded:
             return made, {}
         # A checkpoint of stock torch, or of an earlier release, has strings for all keys.
         return _cleared(template), {str(key): key for key in template}
