@@ -61,7 +61,15 @@ def load_directory(
         {layout.optimizer_key(index): (module, optimizer) for index, optimizer in enumerate(chosen)},
         hint=_HINT,
     )
-    item = fill_from_directory(reader, contents.parts, targets, strict=strict, no_dist=no_dist)
+    item = fill_from_directory(
+        reader,
+        contents.parts,
+        targets,
+        strict=strict,
+        no_dist=no_dist,
+        weights_only=weights_only,
+        safe_globals=safe_globals,
+    )
     return meta_of(item, path, weights_only, safe_globals)
 
 
@@ -111,7 +119,14 @@ class Targets:
 
 
 def fill_from_directory(
-    reader: Reader, parts: Mapping[str, Collection[str]], targets: Targets, *, strict: bool, no_dist: bool
+    reader: Reader,
+    parts: Mapping[str, Collection[str]],
+    targets: Targets,
+    *,
+    strict: bool,
+    no_dist: bool,
+    weights_only: bool = True,
+    safe_globals: Iterable[SafeGlobal] = (),
 ) -> dict[str, Any] | None:
     """Load modules and optimizers in place, each rank its shards.
 
@@ -121,6 +136,8 @@ def fill_from_directory(
         targets: What to load; all of it is among the parts.
         strict: Demand that a module's keys and the checkpoint's are the same.
         no_dist: Load in this process alone.
+        weights_only: Read values that are no tensors as plain data.
+        safe_globals: Classes that such values may have all the same.
 
     Returns:
         The item that holds the non-tensor part, if there is one.
@@ -134,7 +151,7 @@ def fill_from_directory(
         state[name] = own_optimizer_state(module, optimizer)
     if layout.META_KEY in parts:
         state[layout.META_KEY] = {layout.PICKLE: b""}
-    load_state(state, storage_reader=reader, no_dist=no_dist)
+    load_state(state, storage_reader=reader, no_dist=no_dist, weights_only=weights_only, safe_globals=safe_globals)
     # Tensors are in place by now. This carries over what is not a tensor, and runs the modules' own load hooks.
     for name, module in targets.modules.items():
         set_model_state_dict(module, state[name], options=options)
@@ -158,7 +175,15 @@ def fill_from_file(saved: Mapping[str, Any], targets: Targets, *, strict: bool) 
 
 
 def fill_raw(
-    reader: Reader, module: nn.Module, target: nn.Module | Optimizer, *, strict: bool, hint: str, no_dist: bool
+    reader: Reader,
+    module: nn.Module,
+    target: nn.Module | Optimizer,
+    *,
+    strict: bool,
+    hint: str,
+    no_dist: bool,
+    weights_only: bool = True,
+    safe_globals: Iterable[SafeGlobal] = (),
 ) -> None:
     """Load a module, or an optimizer whose parameters it names, from a directory that holds nothing but its state."""
     options = StateDictOptions(strict=strict)
@@ -166,7 +191,7 @@ def fill_raw(
         state = own_optimizer_state(module, target)
     else:
         state = own_model_state(target, options=options, hint=f"This is {reader.path}. {hint} to load what they share.")
-    load_state(state, storage_reader=reader, no_dist=no_dist)
+    load_state(state, storage_reader=reader, no_dist=no_dist, weights_only=weights_only, safe_globals=safe_globals)
     if isinstance(target, Optimizer):
         restore_optimizer_state(module, target, state)
     else:

@@ -40,10 +40,10 @@ def optimizer_template(
     is_flat = STATE not in values and GROUPS not in values
     state = values if is_flat else values[STATE]
     completion = OptimizerCompletion(optimizers, names, is_flat=is_flat, takes_any_form=takes_any_form)
-    if not is_flat:
-        completion.note(state)
     if is_flat:
+        completion.note_flat(values)
         return CompletingDict(values, completion)
+    completion.note(state)
     return {**values, STATE: CompletingDict(state, completion, for_holder=True)}
 
 
@@ -111,6 +111,13 @@ class OptimizerCompletion:
         """Keep in mind what the state dict holds."""
         shared = frozenset(key for key in state if key not in self._parameters)
         self.keys = SavedKeys(frozenset(state) - shared, shared)
+
+    def note_flat(self, values: Mapping[str, Any]) -> None:
+        """Keep in mind what a flat state dict holds."""
+        rests = [rest for section, _, rest in (key.partition(".") for key in values) if section == STATE]
+        named = {rest: self._longest_name(rest) for rest in rests}
+        shared = frozenset(rest.partition(".")[0] for rest, name in named.items() if name is None)
+        self.keys = SavedKeys(frozenset(name for name in named.values() if name is not None), shared)
 
     def _for_saved(self, is_flat: bool) -> OptimizerCompletion:
         made = OptimizerCompletion.__new__(OptimizerCompletion)
