@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 
 from dcp_plugins.contract import BytesStorageMetadata, TensorStorageMetadata
+from dcp_plugins.format.memory import PLAIN_TENSORS
 
 __all__ = [
     "CompletingDict",
     "Completion",
+    "Notes",
     "SavedOptimizerState",
     "SavedValue",
     "completion_of",
     "like_saved",
+    "overlapping",
     "saved_values",
     "take_over",
 ]
@@ -63,16 +67,74 @@ class SavedOptimizerState(dict[Any, Any]):
         self.shared = shared
 
 
+@dataclass(slots=True)
+class Notes:
+    """What the completions of one template tell and are told."""
+
+    left: set[str] = field(default_factory=set)
+    """Gets the fqns that are left unread on purpose."""
+    overlapping: frozenset[int] = frozenset()
+    """The ids of the template's tensors that share memory with another one: two values cannot be loaded there."""
+
+    def may_fill(self, tensor: Any, saved: SavedValue) -> bool:
+        """Tell whether a value can be loaded into a tensor of the template: it has the size, and memory of its own."""
+        return (
+            isinstance(tensor, torch.Tensor) and id(tensor) not in self.overlapping and _size_of(tensor) == saved.size
+        )
+
+
+def overlapping(tensors: Iterable[torch.Tensor]) -> frozenset[int]:
+    """Return the ids of tensors that share elements with another one, or within themselves.
+
+    A tensor that occurs twice shares all of them. Tensors without memory of their own class are not looked at.
+    """
+    spans: list[tuple[int, int, int]] = []
+    found: set[int] = set()
+    for tensor in tensors:
+        span = _span_of(tensor)
+        if span is None:
+            continue
+        first, end, is_dense = span
+        if not is_dense:
+            found.add(id(tensor))
+        spans.append((first, end, id(tensor)))
+    spans.sort()
+    end_so_far, widest = 0, 0
+    for first, end, tensor_id in spans:
+        if first < end_so_far:
+            found.update((tensor_id, widest))
+        if end > end_so_far:
+            end_so_far, widest = end, tensor_id
+    return frozenset(found)
+
+
+def _span_of(tensor: torch.Tensor) -> tuple[int, int, bool] | None:
+    """Return a tensor's first and last byte (exclusive), and whether no two of its elements are one."""
+    local = getattr(tensor, "_local_tensor", tensor)
+    if type(local) not in PLAIN_TENSORS or local.is_meta or local.layout is not torch.strided or not local.numel():
+        return None
+    reach = sum((size - 1) * stride for size, stride in zip(local.shape, local.stride(), strict=True))
+    is_dense = all(stride for size, stride in zip(local.shape, local.stride(), strict=True) if size > 1)
+    first = local.data_ptr()
+    return first, first + (reach + 1) * local.element_size(), is_dense
+
+
+def _size_of(tensor: torch.Tensor) -> torch.Size:
+    if isinstance(tensor, ShardedTensor):  # Its own attribute warns that the class is deprecated.
+        return tensor.metadata().size
+    return tensor.shape
+
+
 class Completion(Protocol):
     """Says what to load into one container of a template. Called on each rank, before anything is read."""
 
-    def completed(self, template: Mapping[Any, Any], saved: Mapping[Any, Any], left: set[str]) -> Mapping[Any, Any]:
+    def completed(self, template: Mapping[Any, Any], saved: Mapping[Any, Any], notes: Notes) -> Mapping[Any, Any]:
         """Return the container to load into; neither argument is changed.
 
         Args:
             template: The container as the caller gave it.
             saved: What the checkpoint has at its place: nested, each value a `SavedValue`.
-            left: Gets the fqns that are left unread on purpose.
+            notes: Of the template that the container is in.
 
         Raises:
             PlanError: They do not fit; nothing has been read then.
@@ -150,7 +212,7 @@ def like_saved(saved: Any, template: Any, target_of: Callable[[SavedValue, Any],
         return [
             like_saved(value, places[at] if at < len(places) else None, target_of) for at, value in enumerate(saved)
         ]
-    made = copy.copy(saved)
+    made = dict(saved) if isinstance(saved, SavedOptimizerState) else copy.copy(saved)
     for key, value in saved.items():
         made[key] = like_saved(value, template.get(key) if isinstance(template, Mapping) else None, target_of)
     return made

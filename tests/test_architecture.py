@@ -31,7 +31,7 @@ FLOORS: dict[str, int] = {
     "dcp_plugins.config": 0,
     "dcp_plugins.format": 1,
     "dcp_plugins.geometry": 1,
-    "dcp_plugins.templates": 1,
+    "dcp_plugins.templates": 2,
     "dcp_plugins.storage": 2,
     "dcp_plugins.tensors": 2,
     "dcp_plugins.plan": 3,

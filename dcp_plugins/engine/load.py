@@ -254,7 +254,7 @@ class _Load:
         else:
             reader.set_up_storage_reader(metadata, ranks.is_coordinator)
         self._plan = reader.prepare_local_plan(planner.create_local_plan())
-        if getattr(planner, "unread", "warn") == "ignore":
+        if not given or getattr(planner, "unread", "warn") == "ignore":
             return whole, False
         # A tensor without elements is asked for, and nothing of it is read.
         asked_for = getattr(planner, "state_dict", None)

@@ -99,6 +99,9 @@ def _put_back(container: MutableMapping[Any, Any] | list[Any], plain: Any) -> No
             _put_back(value, loaded)
         elif not _replace_entries(value, loaded, str(key), dropped, is_callers=True):
             container[key] = loaded
+    if isinstance(container, MutableMapping):
+        # Values that were added to a container of objects after this one was made.
+        container.update({key: value for key, value in plain.items() if key not in keys})
     if dropped:
         logger.warning("entries that the checkpoint does not have are gone from the state: %s", listing(dropped))
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import numpy as np
 
 from dcp_plugins.contract import LoadPlan, Metadata
 from dcp_plugins.errors import UnreadValuesWarning, listing
+from dcp_plugins.format.memory import PLAIN_TENSORS
 from dcp_plugins.user_warnings import warn_user
 
 __all__ = ["as_flags", "containers_given", "read_by", "unread_below", "unread_by_all", "warn_of_unread"]
@@ -16,6 +18,8 @@ __all__ = ["as_flags", "containers_given", "read_by", "unread_below", "unread_by
 
 def containers_given(state_dict: Mapping[Any, Any]) -> set[str]:
     """Return the keys of a state dict's root, as strings, under which there is a container."""
+    if PLAIN_TENSORS.issuperset(map(type, state_dict.values())):
+        return set()
     return {str(key) for key, value in state_dict.items() if isinstance(value, (Mapping, list))}
 
 
@@ -24,7 +28,7 @@ def read_by(plan: LoadPlan) -> set[str]:
     return {item.storage_index.fqn for item in plan.items}
 
 
-def unread_below(containers: Collection[str], metadata: Metadata, read: Collection[str]) -> set[str]:
+def unread_below(containers: Collection[str], metadata: Metadata, read: AbstractSet[str]) -> set[str]:
     """Return the fqns that lie in one of the containers and that are not read.
 
     What lies at the root itself does not count: to load a part of a checkpoint by leaving out keys is usual.
@@ -37,11 +41,8 @@ def unread_below(containers: Collection[str], metadata: Metadata, read: Collecti
     if not containers or not isinstance(metadata.planner_data, dict):
         return set()
     paths = metadata.planner_data
-    return {
-        fqn
-        for fqn in metadata.state_dict_metadata
-        if fqn not in read and len(path := paths.get(fqn, ())) > 1 and str(path[0]) in containers
-    }
+    rest = metadata.state_dict_metadata.keys() - read
+    return {fqn for fqn in rest if len(path := paths.get(fqn, ())) > 1 and str(path[0]) in containers}
 
 
 def as_flags(fqns: list[str], chosen: Collection[str]) -> bytes:

@@ -29,7 +29,7 @@ from dcp_plugins.plan import DefaultLoadPlanner
 from dcp_plugins.plan.flatten import Path
 from dcp_plugins.plan.unloadable import note_value
 from dcp_plugins.plan.values import dump_value, load_value
-from dcp_plugins.templates import CompletingDict
+from dcp_plugins.templates import CompletingDict, Notes
 from dcp_plugins.user_warnings import warn_user
 
 __all__ = ["PER_RANK", "PerRank", "RandomState", "RankBoundLoadPlanner", "load_state"]
@@ -214,10 +214,10 @@ class _OwnRank:
     def __init__(self, rank: str) -> None:
         self._rank = rank
 
-    def completed(self, template: Mapping[Any, Any], saved: Mapping[Any, Any], left: set[str]) -> Mapping[Any, Any]:
+    def completed(self, template: Mapping[Any, Any], saved: Mapping[Any, Any], notes: Notes) -> Mapping[Any, Any]:
         made: dict[Any, Any] = {key: b"" for key in saved if key != PER_RANK}
         bound = saved.get(PER_RANK, {})
-        left.update(value.fqn for rank, value in bound.items() if rank != self._rank)
+        notes.left.update(value.fqn for rank, value in bound.items() if rank != self._rank)
         made[PER_RANK] = {self._rank: b""} if self._rank in bound else {}
         return made
 

@@ -91,7 +91,10 @@ def actual_path(paths: Mapping[str, Path], fqn: str) -> tuple[Any, ...]:
 def paths_of(metadata: Metadata) -> Paths:
     """Return the paths that a checkpoint's metadata tells; a key without one is a key of the root."""
     planned: Mapping[str, Path] = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
-    paths = {fqn: planned.get(fqn, (fqn,)) for fqn in metadata.state_dict_metadata}
+    entries = metadata.state_dict_metadata
+    # In the order of the state dict, which is that of the paths: items are in the order of the ranks that wrote them.
+    paths = {fqn: path for fqn, path in planned.items() if fqn in entries}
+    paths.update((fqn, (fqn,)) for fqn in entries if fqn not in paths)
     return Paths(paths, containers_of(metadata) or {})
 
 
@@ -214,10 +217,12 @@ def unflatten_state_dict(flat: Mapping[str, Any], mapping: Mapping[str, Path]) -
                 made.add(at)
                 set_element(nested, mapping.actual(at), containers[at].empty())
 
-    for fqn, value in flat.items():
+    for fqn in mapping if isinstance(mapping, Paths) else flat:
+        if fqn not in flat:
+            continue
         if containers:
             make_containers(mapping[fqn][:-1])
-        set_element(nested, actual_path(mapping, fqn), value)
+        set_element(nested, actual_path(mapping, fqn), flat[fqn])
     for path in containers:
         make_containers(path)
     return nested

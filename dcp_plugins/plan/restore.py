@@ -17,7 +17,15 @@ from dcp_plugins.contract import Metadata
 from dcp_plugins.errors import PlanError, listing
 from dcp_plugins.format.containers import containers_of
 from dcp_plugins.plan.flatten import get_element, paths_of, set_element, unflatten_state_dict
-from dcp_plugins.templates import SavedOptimizerState, SavedValue, completion_of, like_saved, take_over
+from dcp_plugins.templates import (
+    Notes,
+    SavedOptimizerState,
+    SavedValue,
+    completion_of,
+    like_saved,
+    overlapping,
+    take_over,
+)
 from dcp_plugins.tensors.sharded import size_of
 
 __all__ = ["Completed", "Outline", "complete_in_place", "restored_template", "saved_tree"]
@@ -64,16 +72,16 @@ def complete_in_place(template: dict[Any, Any], metadata: Metadata) -> Completed
     places = list(_completing(template, ()))
     if not places:
         return Completed()
-    left: set[str] = set()
     present = dict(_tensors(template))
+    notes = Notes(overlapping=overlapping(tensor for _, tensor in _tensors(template)))
     saved = saved_tree(metadata)
     for path, container in places:
         below = get_element(saved, path)
         completion = completion_of(container)
         assert completion is not None
-        completed = completion.completed(container, below if isinstance(below, Mapping) else {}, left)
+        completed = completion.completed(container, below if isinstance(below, Mapping) else {}, notes)
         take_over(container, completed)
-    return Completed(left, present)
+    return Completed(notes.left, present)
 
 
 def _completing(container: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], dict[Any, Any]]]:
@@ -110,10 +118,11 @@ def restored_template(
     """
     saved = saved_tree(metadata)
     present = dict(_tensors(template))
-    restoring = _Restoring(outline, is_recorded=containers_of(metadata) is not None, strict=strict)
+    notes = Notes(overlapping=overlapping(tensor for _, tensor in _tensors(template)))
+    restoring = _Restoring(outline, notes, is_recorded=containers_of(metadata) is not None, strict=strict)
     completion = completion_of(template)
     if completion is not None:
-        return dict(completion.completed(template, saved, restoring.left)), Completed(restoring.left, present)
+        return dict(completion.completed(template, saved, notes)), Completed(notes.left, present)
     made: dict[Any, Any] = {}
     for key, value in template.items():
         if key in saved:
@@ -124,7 +133,7 @@ def restored_template(
         else:
             made[key] = value
     restoring.raise_problems(metadata)
-    return made, Completed(restoring.left, present)
+    return made, Completed(notes.left, present)
 
 
 def _is_empty(value: Any) -> bool:
@@ -134,8 +143,8 @@ def _is_empty(value: Any) -> bool:
 class _Restoring:
     """The state of one walk over a template and what was saved."""
 
-    def __init__(self, outline: Outline, *, is_recorded: bool, strict: bool) -> None:
-        self.left: set[str] = set()
+    def __init__(self, outline: Outline, notes: Notes, *, is_recorded: bool, strict: bool) -> None:
+        self._notes = notes
         self.missing: list[str] = []
         self._outline = outline
         self.is_recorded = is_recorded
@@ -148,7 +157,7 @@ class _Restoring:
         in_object = in_object or kind == "object"
         completion = completion_of(template)
         if completion is not None and isinstance(saved, Mapping):
-            return completion.completed(template, saved, self.left)
+            return completion.completed(template, saved, self._notes)
         if isinstance(saved, SavedValue):
             return self._leaf(saved, template, path, in_object=in_object)
         if kind == "holder":
@@ -181,12 +190,18 @@ class _Restoring:
 
     def _leaf(self, saved: SavedValue, template: Any, path: tuple[Any, ...], *, in_object: bool) -> Any:
         def target_of(saved: SavedValue, template: Any) -> torch.Tensor:
-            fits = isinstance(template, torch.Tensor) and saved.size == size_of(template)
-            if fits and (not in_object or template.dtype == saved.dtype):
+            is_tensor = isinstance(template, torch.Tensor)
+            fits = is_tensor and saved.size == size_of(template)
+            if fits and (not in_object or template.dtype == saved.dtype) and self._notes.may_fill(template, saved):
+                if saved.dtype is not None and not torch.can_cast(saved.dtype, template.dtype):
+                    self._problems.append(
+                        f"{saved.fqn}: the checkpoint holds {saved.dtype}, which a tensor of {template.dtype} cannot"
+                        " hold without loss"
+                    )
                 # Its own memory, in its own layout.
                 own: torch.Tensor = template
                 return own
-            if isinstance(template, torch.Tensor) and not fits and not in_object and template.numel():
+            if is_tensor and not fits and not in_object and template.numel():
                 self._problems.append(
                     f"Size mismatch between saved {tuple(saved.size or ())} and current: {tuple(size_of(template))} for"
                     f" {saved.fqn}"
@@ -207,6 +222,9 @@ class _Restoring:
         lacking, left_over = own.keys() - theirs.keys(), theirs.keys() - own.keys()
         if lacking and self._strict:
             self.missing += [f"{place}.{key}" for key in lacking]
+        # A value is placed where it was; what an object has saved needs an object.
+        values = {key for key in left_over if not is_list and isinstance(theirs[key], SavedValue)}
+        left_over -= values
         if left_over and self._strict:
             self._problems.append(
                 f"The checkpoint holds under '{place}' what this run has no object for: {listing(left_over)}. Make the"
@@ -216,6 +234,8 @@ class _Restoring:
             key: self.like(theirs[key], value, (*path, key), in_object=False) if key in theirs else value
             for key, value in own.items()
         }
+        for key in values:
+            made[key] = self.like(theirs[key], None, (*path, key), in_object=False)
         return [made[at] for at in range(len(made))] if is_list else made
 
     def _find_missing(self, saved: Any, template: Any, path: tuple[Any, ...], *, in_object: bool) -> None:
@@ -233,7 +253,7 @@ class _Restoring:
 
     def _empty_like(self, saved: Mapping[Any, Any], template: Any) -> tuple[Any, dict[str, Any]]:
         """Return the new container, and keys by their strings where only the template tells of what type they are."""
-        made: Any = type(saved)() if not hasattr(saved, "default_factory") else _cleared(saved)
+        made: Any = {} if isinstance(saved, SavedOptimizerState) else _cleared(saved)
         if not isinstance(template, dict) or self.is_recorded:
             return made, {}
         # A checkpoint of stock torch, or of an earlier release, has strings for all keys.

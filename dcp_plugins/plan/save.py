@@ -92,8 +92,9 @@ class DefaultSavePlanner(SavePlanner):
         global_plan, metadata = create_default_global_save_plan(all_plans)
         if self.flatten_state_dict:
             merged = Paths()
-            for plan in reversed(global_plan):
-                merged.update(plan.planner_data)
+            for plan in global_plan:
+                # The first rank's paths count, and their order.
+                merged.update({fqn: path for fqn, path in plan.planner_data.items() if fqn not in merged})
                 if isinstance(plan.planner_data, Paths):
                     merged.unite(plan.planner_data.containers)
             # A plain dict: other writers pickle it, and stock torch reads what they write.

@@ -13,13 +13,14 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from dcp_plugins.errors import PlanError, listing
+from dcp_plugins.format.memory import PLAIN_TENSORS
 from dcp_plugins.state_dict.fit import keeps_sizes
 from dcp_plugins.state_dict.flatten import GROUPS, PARAMS, STATE
 from dcp_plugins.state_dict.fsdp1 import FlatPiece
 from dcp_plugins.state_dict.initial import mark_fresh, underlying
 from dcp_plugins.state_dict.keys import is_extra_state, keeps_keys, self_loading
 from dcp_plugins.state_dict.names import Names
-from dcp_plugins.templates import CompletingDict, SavedOptimizerState, SavedValue, like_saved, saved_values
+from dcp_plugins.templates import CompletingDict, Notes, SavedOptimizerState, SavedValue, like_saved, saved_values
 from dcp_plugins.tensors.sharded import size_of
 
 __all__ = ["OptimizerCompletion", "SavedKeys", "model_template", "optimizer_template", "saved_keys_of"]
@@ -85,14 +86,16 @@ class OptimizerCompletion:
                         for name in names.spellings(names.tensors[fqn]):
                             self._parameters[name] = own
 
-    def completed(self, template: Mapping[Any, Any], saved: Mapping[Any, Any], left: set[str]) -> Mapping[Any, Any]:
+    def completed(self, template: Mapping[Any, Any], saved: Mapping[Any, Any], notes: Notes) -> Mapping[Any, Any]:
         saved_is_flat = bool(saved) and STATE not in saved and GROUPS not in saved
         if saved and saved_is_flat != self._is_flat and not self._takes_any_form:
             # The load will say that the forms differ.
             return dict(template)
         completion = self._for_saved(saved_is_flat)
         if saved_is_flat:
-            made = {key: value for key, value in self._flat(template, saved, completion) if value is not _ELSEWHERE}
+            made = {
+                key: value for key, value in self._flat(template, saved, completion, notes) if value is not _ELSEWHERE
+            }
             return CompletingDict(made, completion)
         result: dict[Any, Any] = {}
         for key, value in saved.items():
@@ -101,7 +104,7 @@ class OptimizerCompletion:
             result[key] = like_saved(value, template.get(key), _plain_target)
         state = saved.get(STATE)
         own = template.get(STATE)
-        made = self._state(own if isinstance(own, Mapping) else {}, state) if isinstance(state, Mapping) else {}
+        made = self._state(own if isinstance(own, Mapping) else {}, state, notes) if isinstance(state, Mapping) else {}
         completion.note(state if isinstance(state, Mapping) else {})
         result[STATE] = CompletingDict(made, completion, for_holder=True)
         result.setdefault(GROUPS, [])
@@ -125,7 +128,7 @@ class OptimizerCompletion:
         made._is_flat = is_flat
         return made
 
-    def _state(self, template: Mapping[Any, Any], saved: Mapping[Any, Any]) -> dict[Any, Any]:
+    def _state(self, template: Mapping[Any, Any], saved: Mapping[Any, Any], notes: Notes) -> dict[Any, Any]:
         shared = saved.shared if isinstance(saved, SavedOptimizerState) else ()
         made: dict[Any, Any] = {}
         for key, value in saved.items():
@@ -133,13 +136,13 @@ class OptimizerCompletion:
             if owner is not None:
                 if owner.is_elsewhere:
                     continue
-                made[key] = like_saved(value, template.get(key), owner.target_of)
+                made[key] = like_saved(value, template.get(key), owner.targets(notes))
             elif str(key) in shared or key in template:
                 made[key] = like_saved(value, template.get(key), _plain_target)
         return made
 
     def _flat(
-        self, template: Mapping[Any, Any], saved: Mapping[Any, Any], completion: OptimizerCompletion
+        self, template: Mapping[Any, Any], saved: Mapping[Any, Any], completion: OptimizerCompletion, notes: Notes
     ) -> Iterable[tuple[str, Any]]:
         listed = {key.partition(".")[2].rpartition(".")[0] for key in saved if key.startswith(f"{GROUPS}.")}
         had_state: set[str] = set()
@@ -151,7 +154,7 @@ class OptimizerCompletion:
             if section == STATE and name is not None:
                 had_state.add(name)
                 owner = self._parameters[name]
-                yield key, _ELSEWHERE if owner.is_elsewhere else like_saved(value, own, owner.target_of)
+                yield key, _ELSEWHERE if owner.is_elsewhere else like_saved(value, own, owner.targets(notes))
             elif name is not None or key in template:
                 yield key, like_saved(value, own, _plain_target)
             elif section == STATE and not any(rest.startswith(f"{fqn}.") for fqn in listed):
@@ -185,12 +188,13 @@ class _Owner:
         piece = self._piece
         return piece is not None and not piece.is_whole and not piece.local().numel()
 
-    def target_of(self, saved: SavedValue, own: Any) -> torch.Tensor:
-        """Return the tensor to fill: the optimizer's own if it has the saved size, or a new one."""
+    def targets(self, notes: Notes) -> Callable[[SavedValue, Any], torch.Tensor]:
+        """Return what finds the tensor to fill: the optimizer's own if a value can be loaded there, or a new one."""
+        return lambda saved, own: own if notes.may_fill(own, saved) else self._new(saved)
+
+    def _new(self, saved: SavedValue) -> torch.Tensor:
         assert saved.size is not None
         assert saved.dtype is not None
-        if isinstance(own, torch.Tensor) and size_of(own) == saved.size:
-            return own
         parameter, optimizer = self._parameter(), self._optimizer()
         if parameter is None or optimizer is None:
             raise PlanError(
@@ -247,7 +251,7 @@ class _ModelCompletion:
         self._strict = strict
         self._hint = hint
 
-    def completed(self, template: Mapping[Any, Any], saved: Mapping[Any, Any], left: set[str]) -> Mapping[Any, Any]:
+    def completed(self, template: Mapping[Any, Any], saved: Mapping[Any, Any], notes: Notes) -> Mapping[Any, Any]:
         missing = [key for key in template if key not in saved and not is_extra_state(key)]
         unexpected = [key for key in saved if key not in template]
         problems = []
@@ -257,6 +261,7 @@ class _ModelCompletion:
                 wrong = [key for key in keys if not _is_below(key, free)]
                 if wrong:
                     problems.append(f"{what} key(s): {listing(wrong)}")
+        tied = _earlier_tied(template, saved)
         made: OrderedDict[Any, Any] = OrderedDict()
         versions = getattr(template, "_metadata", None)
         if versions is not None:
@@ -264,12 +269,15 @@ class _ModelCompletion:
             made._metadata = versions  # type: ignore[attr-defined]
         misfits: list[str] = []
         for key, value in saved.items():
-            if key in template:
+            if key in tied:
+                # One memory under several names: as in ``load_state_dict``, the last one's value counts.
+                notes.left.update(found.fqn for found in saved_values(value))
+            elif key in template:
                 made[key] = like_saved(value, template[key], self._target_for(key, misfits))
             elif self._strict:
                 made[key] = like_saved(value, None, _plain_target)
             else:
-                left.update(found.fqn for found in saved_values(value))
+                notes.left.update(found.fqn for found in saved_values(value))
         problems += misfits
         if problems:
             raise PlanError(f"The model and the checkpoint do not fit: {'. '.join(problems)}. {self._hint}")
@@ -291,6 +299,21 @@ class _ModelCompletion:
             return own
 
         return target_of
+
+
+def _earlier_tied(template: Mapping[Any, Any], saved: Mapping[Any, Any]) -> set[Any]:
+    """Return the names of a model's tensors whose memory has another name later on that was saved, too."""
+    last: dict[tuple[int, torch.Size], Any] = {}
+    earlier: set[Any] = set()
+    for key, value in template.items():
+        local = getattr(value, "_local_tensor", value)
+        if key not in saved or type(local) not in PLAIN_TENSORS or local.is_meta or not local.numel():
+            continue
+        place = (local.data_ptr(), local.shape)
+        if place in last:
+            earlier.add(last[place])
+        last[place] = key
+    return earlier
 
 
 def _is_below(key: str, paths: Iterable[str]) -> bool:

@@ -176,6 +176,8 @@ class _Plan:
         self._names = names
         self._problems = problems
         self._initial: dict[int, dict[str, Any]] | None = None if may_step_replica else {}
+        # What an owner has saved comes back as it was saved.
+        self._may_convert = may_step_replica
         groups_of: dict[str, int] = {fqn: at for at, group in enumerate(saved.groups) for fqn in group.params}
         self._state: dict[Any, Any] = {}
         self._groups: list[dict[str, Any]] = []
@@ -308,7 +310,8 @@ class _Plan:
                 self._value_for(parameter, f"{path}.{at}", key, element, owns[at], top=False)
                 for at, element in enumerate(value)
             )
-        if isinstance(own, torch.Tensor) and own.dim() == 0 and isinstance(value, int | float):
+        is_number = isinstance(value, int | float) and self._may_convert
+        if is_number and isinstance(own, torch.Tensor) and own.dim() == 0:
             return torch.full_like(own, value)
         return value
 
