@@ -1,4 +1,4 @@
-"""`Checkpointer`: what ``save_state``, ``load_state`` and two others do for one accelerator, instead of stock's."""
+"""`Checkpointer`: ``save_state``, ``load_state``, ``end_training`` and ``free_memory`` of one accelerator."""
 
 from __future__ import annotations
 
@@ -310,7 +310,7 @@ class Checkpointer:
         load_state(state, storage_reader=reader, no_dist=self._is_alone)
 
         def apply() -> None:
-            # Tensors are in place by now. This carries over what is not a tensor, and runs the modules' own load hooks.
+            # The load has filled the tensors. This call sets the other values, and runs the modules' load hooks.
             for index, model in enumerate(models):
                 loaded = state[layout.model_part(index)]["model"]
                 set_model_state_dict(model, loaded, options=StateDictOptions(strict=strict))

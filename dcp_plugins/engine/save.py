@@ -16,8 +16,8 @@ from dcp_plugins.engine.commit import commit, commit_alone
 from dcp_plugins.engine.setup import Opening, accepts, open_writer, ranks_of, storage_second, to_plain
 from dcp_plugins.engine.thread_runner import thread_runner
 from dcp_plugins.events import record
-from dcp_plugins.format.containers import attach, encoded_of
 from dcp_plugins.format.metadata import MetadataEncoder
+from dcp_plugins.format.saved_mappings import attach, encoded_of
 from dcp_plugins.plan import DefaultSavePlanner
 from dcp_plugins.plan.cache import CachedPlan, lookup, new_generation, store
 from dcp_plugins.plan.codec import PackedChoice, PackedPlan, choose, chosen, pack, unpack
