@@ -242,7 +242,7 @@ def _rewrite(accelerator: Accelerator, folder: Path, target: Path, safe_globals:
                 weights_only=True,
                 safe_globals=safe_globals,
                 map_location="cpu",
-                surface=_HOW_TO_TRUST,
+                how_to_trust=_HOW_TO_TRUST,
             )
         except UnsafeCheckpointError as exc:
             if fnmatch.fnmatch(path.name, f"{SAMPLER_NAME}*.bin"):

@@ -240,7 +240,7 @@ def _join_as_failed(ranks: Ranks, failure: BaseException) -> None:
 
     # This rank raises the failure itself, now.
     if is_ending():
-        # No thread would do it.
+        # The interpreter starts no more threads.
         with contextlib.suppress(CheckpointException):
             ranks.settle("stage", fail)
     else:

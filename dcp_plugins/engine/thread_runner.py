@@ -147,14 +147,14 @@ class ThreadRunner:
         await_saves(list(self._saves))
 
     def check_can_start(self) -> None:
-        """Refuse a save that nothing would wait for, and let the process end with status 1.
+        """Check that the interpreter would wait for a save; if not, raise, and make the process end with status 1.
 
         Raises:
             RuntimeError: The main thread has ended.
         """
         if not is_ending():
             return
-        # The exception may end a thread only, of which the status of the process would not tell.
+        # The exception may end only a thread. Without this hook the status of the process would be 0.
         atexit.register(_exit_with_failure)
         raise RuntimeError(
             f"async_save was called on thread {threading.current_thread().name!r} after the main thread had ended: the "
@@ -234,8 +234,8 @@ def _run(
 
 
 def is_ending() -> bool:
-    """Whether the main thread has ended, so that the interpreter ends with the last thread."""
-    # The private flag is set a little earlier: before the exit hooks run, on the main thread.
+    """Whether the main thread has ended: the interpreter then waits for no new thread."""
+    # The private flag is set earlier, before the main thread runs the exit hooks.
     return getattr(threading, "_SHUTTING_DOWN", False) or not threading.main_thread().is_alive()
 
 

@@ -161,7 +161,7 @@ def decode_meta(
             weights_only=weights_only,
             safe_globals=safe_globals,
             map_location="cpu",
-            surface=_HOW_TO_TRUST,
+            how_to_trust=_HOW_TO_TRUST,
         )
     except UnsafeCheckpointError as exc:
         raise UnsupportedValueError(

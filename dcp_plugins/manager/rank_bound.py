@@ -246,7 +246,7 @@ def _own_state(
         io.BytesIO(state[PER_RANK][str(rank)]),
         weights_only=weights_only,
         safe_globals=safe_globals,
-        surface=_HOW_TO_TRUST,
+        how_to_trust=_HOW_TO_TRUST,
     )
 
 

@@ -125,7 +125,7 @@ class DataFile:
         return offset, len(view)
 
     def _write_by_pickle(self, tensor: torch.Tensor) -> tuple[int, int]:
-        """Append a subclass, whose pickle is its own, around the tensors inside."""
+        """Append a tensor subclass: its own pickle, and the tensors inside as records."""
         pickled = pickle_subclass(tensor)
         if pickled is None:
             return self.write_bytes(saved_by_torch(tensor))
@@ -143,7 +143,7 @@ class DataFile:
         return offset, self.position - offset
 
     def _write_elements(self, tensor: torch.Tensor, nbytes: int) -> int:
-        """Append the bytes of a tensor that is plain memory, on any device, and return their CRC-32."""
+        """Append the bytes of a tensor in plain memory, on any device, and return their CRC-32."""
         if not nbytes:
             return 0
         if is_directly_addressable(tensor):
@@ -152,7 +152,7 @@ class DataFile:
         with elsewhere():
             for block in host_blocks(tensor.detach()):
                 crc = self._write_data(as_buffer(block), block.numel() * block.element_size(), crc)
-                # The block's memory is about to be filled again.
+                # Write the block now: the next one is copied into the same memory.
                 self.flush()
         return crc
 

@@ -21,9 +21,9 @@ __all__ = ["RankFiles", "new_tensor", "placement", "split_by_file"]
 
 @dataclass(frozen=True, slots=True)
 class RankFiles(Mapping[str, Any]):
-    """What the coordinator tells a rank about its files; travels as the plan's ``storage_data``.
+    """The coordinator's instructions to a rank about its files, sent as the plan's ``storage_data``.
 
-    As a mapping it has the keys of torch's ``storage_data``, for a ``write_data`` that was written for torch's writer.
+    The mapping has the keys of torch's ``storage_data``, for a ``write_data`` that was written for torch's writer.
     """
 
     save_id: str

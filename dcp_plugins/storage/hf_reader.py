@@ -84,7 +84,7 @@ class HuggingFaceStorageReader(FileSystemReader):
         require_local_path(path)
         super().__init__(path, thread_count=thread_count)
         self._pool = ScratchPool()
-        # Of the files that entries of torch's own class name.
+        # By file, of the files in entries of torch's own class.
         self._headers: dict[str, Header] = {}
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -227,7 +227,7 @@ class HuggingFaceStorageReader(FileSystemReader):
         )
 
     def _located(self, item: ReadItem, info: HFStorageInfo) -> StoredArray:
-        """Return where a chunk lies in its file, which torch's entry, put there by a subclass, does not say."""
+        """Return where a chunk lies in its file, from the file's header: torch's entries, of a subclass, lack it."""
         path = self.path / info.relative_path
         header = self._headers.get(info.relative_path)
         if header is None:

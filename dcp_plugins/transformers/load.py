@@ -80,7 +80,7 @@ def load_optimizer_and_scheduler(
                 io.BytesIO(state[TRAINER][name]),
                 weights_only=weights_only,
                 safe_globals=safe_globals,
-                surface="DCPCallback(weights_only=False)",
+                how_to_trust="DCPCallback(weights_only=False)",
             )
             stateful.load_state_dict(value)
 
