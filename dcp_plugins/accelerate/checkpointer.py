@@ -153,7 +153,7 @@ class Checkpointer:
         path, kind = self._decide("find", lambda: self._find(input_dir))
         models = list(accelerator._models)
         if not is_fsdp(accelerator):
-            # They take out what they load themselves. Under FSDP stock calls them after models and optimizers.
+            # A hook removes the models that it loads itself. Under FSDP stock calls hooks after models and optimizers.
             self._call_load_hooks(models, path)
         with tempfile.TemporaryDirectory(prefix="dcp_accelerate_") as folder:
             if kind == "ours":
@@ -374,7 +374,7 @@ class Checkpointer:
 
 
 class _Wish(NamedTuple):
-    """What one process has to say about whether to save."""
+    """One process's part in the decision whether to save."""
 
     asynchronous: str
     is_due: bool

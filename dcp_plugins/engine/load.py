@@ -250,7 +250,7 @@ class _Load:
         metadata, whole = self._read_metadata()
         planner, reader, ranks = self._planner, self._reader, self._ranks
         if isinstance(planner, EmptyStateDictLoadPlanner) and isinstance(reader, FileSystemReader):
-            # This planner allocates what the metadata says; any other is given tensors that exist.
+            # This planner allocates tensors of the sizes in the metadata. Any other planner gets tensors that exist.
             reader.check_sizes(metadata)
         planner.set_up_planner(self.state_dict, metadata, ranks.is_coordinator)
         if accepts(reader.set_up_storage_reader, "kwargs"):

@@ -160,7 +160,7 @@ class _Save:
         self.writer: StorageWriter
         """Set in the first exchange."""
         self.metadata: Metadata | None = None
-        """Of the whole checkpoint; on the coordinator only, once the plan is agreed."""
+        """The whole checkpoint's metadata; set on the coordinator only, after the ranks have agreed on the plan."""
 
     def agreed_plan(self) -> Callable[[], SavePlan]:
         """Agree with all ranks on what each writes; plans are only exchanged if some rank's has changed.

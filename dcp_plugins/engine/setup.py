@@ -1,4 +1,4 @@
-"""What save and load have in common before the first phase: ranks, storage, planners of every age."""
+"""The set-up that saves and loads share: ranks, storage, and plain values in the place of objects."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _open(
     argument: str,
 ) -> StorageT:
     if storage is not None:
-        # Without a new id a storage object keeps the one it was made with; torch does not reset it either.
+        # If no id is given, a storage object keeps its own; torch does not reset it either.
         if checkpoint_id is not None:
             storage.reset(checkpoint_id)
         return storage

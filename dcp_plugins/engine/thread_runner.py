@@ -69,7 +69,7 @@ class SaveFuture(Future[Metadata]):
             found: Any = super().result(timeout)
             return found.unpack() if isinstance(found, PackedMetadata) else found
         except BaseException as exc:
-            # Not for a timeout of this wait.
+            # A timeout of this wait is not the save's failure.
             if self.done() and super().exception() is exc:
                 self._seen = True
             raise
@@ -124,7 +124,7 @@ class ThreadRunner:
 
     def __init__(self) -> None:
         self.turn = threading.RLock()
-        # Those in flight, the one that is being written first, and those that failed without anybody having seen it.
+        # The saves in flight, the one that is being written first, and the failed saves whose failure nobody has seen.
         self._saves: list[SaveFuture] = []
         self._has_exit_hook = False
 
@@ -176,7 +176,7 @@ class ThreadRunner:
             future.add_done_callback(then)
         may_begin = threading.Event()
         # A thread for each save: one that waits for work would have to be told when the interpreter wants to end.
-        # Not a daemon, so that the interpreter waits for a save in flight.
+        # The thread is no daemon, so that the interpreter waits for a save in flight.
         self._saves = [save for save in self._saves if not save.is_settled]
         future.before = list(self._saves)
         arguments = ([job], future, may_begin)

@@ -22,13 +22,13 @@ __all__ = ["JSON", "Decoded", "MetadataEncoder", "decode", "decode_extras", "dec
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """What a ``.metadata`` file holds."""
+    """The contents of a ``.metadata`` file."""
 
     metadata: Metadata
     """The description of the checkpoint, verified unless the pickle was trusted."""
 
     extras: Mapping[str, JSON]
-    """What the save recorded beyond DCP's format; empty for files of stock torch."""
+    """The extras that the save recorded in the trailer; empty for files of stock torch."""
 
     has_trailer: bool
     """Whether the bytes were checked against a CRC-32; false for files of stock torch."""

@@ -20,7 +20,7 @@ from dcp_plugins.format.tensor_pickle import row_major_strides, storage_class_of
 
 __all__ = ["PickledSubclass", "pickle_subclass"]
 
-_PROTOCOL = 2  # As torch.save's.
+_PROTOCOL = 2  # The protocol of torch.save.
 _CPU = torch.device("cpu")
 # Torch sets these attributes on a wrapper that becomes a parameter or a buffer. They are no part of its value.
 _ROLES = ("_is_param", "_is_buffer")

@@ -1,4 +1,4 @@
-"""What all strategies of this package have in common: checkpoints that every rank writes and reads.
+"""The mixin of all strategies of this package: checkpoints that every rank writes and reads.
 
 A stock strategy calls its ``CheckpointIO`` on rank 0 with full tensors, or bypasses it for sharded ones. The mixin here
 calls ours on every rank with the values as they are, and restores after the model has been set up, so that tensors are
@@ -68,7 +68,7 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
     """
 
     _saved: _Saved | None = None
-    """What the last save in the background has saved: the next one may be of the same."""
+    """The last save in the background: the next save may be of the same step and values."""
     _has_saved_again = False
     _step_hook: RemovableHandle | None = None
     _interruption_timeout_seconds = 30.0
@@ -76,7 +76,7 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
 
     @property
     def _stateful_module(self) -> nn.Module:
-        """What the state dicts are taken from: the LightningModule, or a wrapper that keeps its parameters."""
+        """The module to take state dicts from: the LightningModule, or a wrapper that keeps its parameters."""
         assert self.lightning_module is not None
         return self.lightning_module
 
@@ -256,7 +256,7 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
         is_fitting = module.trainer.state.fn == TrainerFn.FITTING
         path = self._decide_on_rank_zero(lambda: self._find_checkpoint(Path(checkpoint_path)))
         if path is None:
-            # What is restored from this is what there is.
+            # Nothing to resume from: Lightning restores the state that the trainer has already.
             return module.trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         return self.checkpoint_io.load_checkpoint(
             path,

@@ -141,7 +141,7 @@ class DefaultLoadPlanner(LoadPlanner):
         """Key the state dict as torch did before 2.4, if the checkpoint has keys that only that gives."""
         state_dict = self.original_state_dict
         if self.flatten_sharded_tensors:
-            # As for the keys it is compared with: a ShardedTensor without a shard on this rank has none.
+            # As in set_up_planner: a ShardedTensor without a shard on this rank must have no key here either.
             state_dict = flatten_sharded_tensors(state_dict)
         old_state_dict, old_mappings = flatten_state_dict(state_dict, enter_plain_dicts=False)
         if any(fqn not in self.state_dict and fqn in metadata.state_dict_metadata for fqn in old_state_dict):
@@ -160,7 +160,7 @@ class DefaultLoadPlanner(LoadPlanner):
             set_element(self.original_state_dict, actual_path(self.mappings, fqn), loaded)
         else:
             self.state_dict[fqn] = loaded
-            # Not the same dict where sharded tensors were flattened, which copies.
+            # A second dict, if sharded tensors were flattened: flattening copies the dict.
             self.original_state_dict[fqn] = loaded
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:

@@ -23,7 +23,7 @@ from dcp_plugins.tensors.sharded import size_of
 __all__ = ["CompletionResult", "Outline", "Role", "complete_in_place", "restored_template", "saved_tree"]
 
 Role = Literal["object", "holder"]
-"""What a state has at a place: an object with a ``state_dict`` method, or a dict or list that holds such objects."""
+"""The kind of a place in a state: an object with a ``state_dict`` method, or a dict or list that holds such objects."""
 Outline = Mapping[tuple[Any, ...], Role]
 """The roles of the places in a state, by path; places with plain values are left out."""
 
@@ -32,7 +32,7 @@ _PLAIN_LEAVES = frozenset({torch.Tensor, torch.nn.Parameter, str, int, float, bo
 
 @dataclass(frozen=True, slots=True)
 class CompletionResult:
-    """What the planner has to know of a template after its completion."""
+    """The facts about a completed template that the planner needs."""
 
     left_unread: set[str] = field(default_factory=set)
     """The fqns that this rank leaves unread on purpose."""

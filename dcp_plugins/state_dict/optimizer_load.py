@@ -160,7 +160,7 @@ def _plan_all(
 
 
 class _Plan:
-    """What one optimizer will get. Making it changes nothing."""
+    """The new state of one optimizer. Making the plan changes nothing."""
 
     def __init__(
         self,
@@ -393,7 +393,7 @@ class _Plan:
     @staticmethod
     def _memory_like(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         fits = dtype.is_floating_point == parameter.dtype.is_floating_point
-        # What load_state_dict would convert it to.
+        # The dtype that Optimizer.load_state_dict would convert it to.
         return torch.empty_like(parameter.detach(), dtype=parameter.dtype if fits else dtype)
 
     def _initial_value(self, parameter: torch.Tensor, key: Any) -> torch.Tensor | None:

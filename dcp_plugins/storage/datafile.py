@@ -24,7 +24,7 @@ __all__ = ["DataFile"]
 # Fits the last-level cache: the checksum brings a piece in, the write finds it there. Pieces for the second-level cache
 # are no faster, and each takes the interpreter lock twice from a training loop beside it.
 _PIECE_BYTES = 2 * 1024 * 1024
-# What is collected before a system call; IOV_MAX is 1024 on Linux.
+# Limits of the buffers in one system call; IOV_MAX is 1024 on Linux.
 _MAX_PENDING_BUFFERS = 1000
 _MAX_PENDING_BYTES = 4 * 1024 * 1024
 _BUFFERS_PER_CONTAINER = 4
@@ -47,7 +47,7 @@ class DataFile:
         self._file = file
         self._sync = sync
         self._pending: list[Any] = []
-        # Of buffers among the pending ones.
+        # Tensors whose memory pending buffers point to.
         self._owners: list[Sequence[torch.Tensor]] = []
         self._pending_bytes = 0
         self.position = 0

@@ -28,7 +28,7 @@ class RankFiles(Mapping[str, Any]):
 
     save_id: str
     num_files: int | None
-    """Of the whole save, over all ranks; None where no rank knows the others."""
+    """The number of files of the whole save, over all ranks; None if no rank knows the others' numbers."""
     shard: int | None
     """Number of the rank, from 1; None where tensors are saved whole."""
     index_by_fqn: dict[str, int]

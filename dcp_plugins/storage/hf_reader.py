@@ -40,7 +40,7 @@ __all__ = ["ArrayRead", "HuggingFaceStorageReader", "StoredArray"]
 
 logger = logging.getLogger(__name__)
 
-# What one system call reads; IOV_MAX is 1024 on Linux.
+# Limits of one system call; IOV_MAX is 1024 on Linux.
 _MAX_BATCH_READS = 1000
 _MAX_BATCH_BYTES = 16 * 1024 * 1024
 
@@ -197,7 +197,7 @@ class HuggingFaceStorageReader(FileSystemReader):
                 f"of a {entry.properties.dtype} tensor of size {tuple(entry.size)}: the files do not belong together"
             )
         entry.chunks.append(chunk)
-        # Without the global shape the chunks are all there is to tell it.
+        # The file does not say the global shape: it follows from the chunks.
         entry.size = torch.Size([max(one, other) for one, other in zip(entry.size, size, strict=True)])
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:

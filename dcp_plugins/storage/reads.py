@@ -50,7 +50,7 @@ class TensorRead(NamedTuple):
     dtype: torch.dtype
     """Dtype that the metadata gives the stored tensor."""
     target: torch.Tensor
-    """What to fill, of shape ``item.lengths``; shares memory with the state dict."""
+    """The tensor to fill, of shape ``item.lengths``; shares memory with the state dict."""
     adopt: Callable[[ReadItem, torch.Tensor], bool] | None = None
     """Called with a whole loaded chunk of a subclass; returns whether the chunk has replaced the target. If it returns
     False, the target is filled."""

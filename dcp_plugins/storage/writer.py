@@ -215,7 +215,7 @@ class FileSystemWriter(StorageWriter):
         first: list[WriteItem] = []
         second: list[WriteItem] = []
         for item in items:
-            # What is not a tensor may have tensors inside, which nobody can ask about.
+            # Values that are not tensors may have tensors inside: nobody can tell where their memory is.
             if item.type is WriteItemType.BYTE_IO:
                 first.append(item)
                 continue
@@ -238,7 +238,7 @@ class FileSystemWriter(StorageWriter):
         if self.single_file_per_rank:
             shares = split_by_bytes(runs, sizes_bytes, thread_count)
         else:
-            # What counts then is the number of files that are synced at the same time.
+            # One file for each item: syncing the files takes the time, so each thread gets an equal number of files.
             single = [Run((item,)) for run in runs for item in run.items]
             num_shares = min(thread_count, len(single))
             shares = [single[first::num_shares] for first in range(num_shares)]

@@ -1,4 +1,4 @@
-"""What all strategies for Fabric have in common: ``fabric.save`` and ``fabric.load`` on every rank.
+"""The mixin of all strategies for Fabric: ``fabric.save`` and ``fabric.load`` on every rank.
 
 Stock strategies save either one file from rank 0 or, if the model is sharded, a directory from every rank. The mixin
 here always saves the directory, in stock's layout for it (``layout.py``), under the names of the user's entries.
