@@ -18,7 +18,6 @@ from torch import nn
 import dcp_plugins as dcp
 from dcp_plugins.accelerate import layout
 from dcp_plugins.accelerate.collect import (
-    changed_by_forward,
     check_files,
     is_fsdp,
     optimizers_of,
@@ -37,6 +36,7 @@ from dcp_plugins.format.trust import check_safe_globals
 from dcp_plugins.manager import KeepPolicy, Saver, load_state
 from dcp_plugins.manager.agreement import on_rank_zero
 from dcp_plugins.manager.record import RECORD_KEY, record_item
+from dcp_plugins.manager.saver import renormed_weights
 from dcp_plugins.plan.unloadable import loaded_with
 from dcp_plugins.state_dict import StateDictOptions, set_model_state_dict
 from dcp_plugins.state_dict.owned import restore_optimizer_state
@@ -109,7 +109,7 @@ class Checkpointer:
                 state,
                 path,
                 optimizers=optimizers_of(accelerator),
-                changed_by_forward=changed_by_forward(accelerator._models),
+                changed_by_forward=renormed_weights(accelerator._models),
                 writer=PartsWriter(
                     path, parts=parts, sync_files=self.plugin.sync_files, thread_count=self.plugin.thread_count
                 ),

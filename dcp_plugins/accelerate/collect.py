@@ -12,7 +12,7 @@ from __future__ import annotations
 import fnmatch
 import io
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,6 @@ _SMALL_FILES = (
 )
 
 __all__ = [
-    "changed_by_forward",
     "check_files",
     "is_fsdp",
     "optimizers_of",
@@ -285,14 +284,6 @@ def _restore_trusted(
     for index, value in enumerate(accelerator._custom_objects):
         path = folder / f"custom_checkpoint_{index}.pkl"
         value.load_state_dict(load_file(path, map_location="cpu", weights_only=False))
-
-
-def changed_by_forward(models: Sequence[nn.Module]) -> Iterator[torch.Tensor]:
-    """Yield the parameters that a forward pass changes: embeddings whose rows are kept below a norm."""
-    for model in models:
-        for child in model.modules():
-            if isinstance(child, (nn.Embedding, nn.EmbeddingBag)) and child.max_norm is not None:
-                yield child.weight
 
 
 def wanted_of(

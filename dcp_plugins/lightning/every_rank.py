@@ -32,10 +32,11 @@ from dcp_plugins.lightning.layout import META_FILES, last_checkpoint, saved_step
 from dcp_plugins.lightning.model_checkpoint import link_after_commit
 from dcp_plugins.lightning.optimizer_state import optimizer_state_of
 from dcp_plugins.lightning.requeue import Requeue, is_requeue_checkpoint
-from dcp_plugins.lightning.strategy_base import SavesThroughDCP, instead_of, make_room, renormed
+from dcp_plugins.lightning.strategy_base import SavesThroughDCP, instead_of, make_room
 from dcp_plugins.lightning.twin import Fingerprint
 from dcp_plugins.manager import SaveOptions, is_committed, remove_if_uncommitted
 from dcp_plugins.manager.agreement import deciding_ranks
+from dcp_plugins.manager.saver import renormed_weights
 from dcp_plugins.state_dict import get_model_state_dict
 from dcp_plugins.user_warnings import warn_user
 
@@ -159,7 +160,7 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
             path,
             options=options,
             optimizers=self.optimizers,
-            changed_by_forward=renormed(self._stateful_module),
+            changed_by_forward=renormed_weights([self._stateful_module]),
         )
         if fingerprint is not None:
             self._saved = _Saved(path, rest["global_step"], options, fingerprint)

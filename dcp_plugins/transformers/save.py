@@ -9,13 +9,13 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate.optimizer import AcceleratedOptimizer
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerState
 from transformers.trainer_callback import ExportableState
@@ -23,6 +23,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from dcp_plugins.manager import OptimizerState, RandomState, Saver, is_committed
 from dcp_plugins.manager.agreement import deciding_ranks
+from dcp_plugins.manager.saver import renormed_weights
 from dcp_plugins.plan.unloadable import warn_of_unloadable
 from dcp_plugins.plan.values import dump_value
 from dcp_plugins.state_dict import StateDictOptions, get_model_state_dict
@@ -89,7 +90,7 @@ def save_checkpoint(
         # An optimizer with a `train` method (a schedule-free one) also changes parameters between steps, when training
         # goes on after an evaluation. Its state and parameters are copied before training goes on.
         optimizers=[] if optimizer is None or hasattr(optimizer, "train") else [optimizer],
-        changed_by_forward=_renormed(model_of(trainer)),
+        changed_by_forward=renormed_weights([model_of(trainer)]),
         # The Trainer begins an upload on this thread, and the upload reads the files.
         blocking=True if push or not trainer.is_in_train else None,
     )
@@ -199,10 +200,3 @@ def _state_of(trainer: Trainer, optimizer: Optimizer | None, text: str | None) -
         warn_of_unloadable(bound, "DCPCallback(weights_only=False)")
         rest.update({name: dump_value(value).getvalue() for name, value in bound.items()})
     return state
-
-
-def _renormed(model: nn.Module) -> Iterator[Tensor]:
-    """Yield the parameters that a forward pass changes: embeddings whose rows are kept below a norm."""
-    for child in model.modules():
-        if isinstance(child, (nn.Embedding, nn.EmbeddingBag)) and child.max_norm is not None:
-            yield child.weight
