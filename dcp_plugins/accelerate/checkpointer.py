@@ -155,16 +155,17 @@ class Checkpointer:
         if not is_fsdp(accelerator):
             # A hook removes the models that it loads itself. Under FSDP stock calls hooks after models and optimizers.
             self._call_load_hooks(models, path)
+        kwargs = dict(load_kwargs or {})
+        weights_only = kwargs.pop("weights_only", self.plugin.weights_only)
+        safe_globals = check_safe_globals(kwargs.pop("safe_globals", self.plugin.safe_globals))
         with tempfile.TemporaryDirectory(prefix="dcp_accelerate_") as folder:
             if kind == "ours":
-                self._load_ours(path, models, Path(folder), strict=strict)
+                trust = {"weights_only": weights_only, "safe_globals": safe_globals}
+                self._load_ours(path, models, Path(folder), strict=strict, trust=trust)
             else:
                 self._load_stock(path, models, strict=strict)
             if is_fsdp(accelerator):
                 self._call_load_hooks([], path)
-            kwargs = dict(load_kwargs or {})
-            weights_only = kwargs.pop("weights_only", self.plugin.weights_only)
-            safe_globals = check_safe_globals(kwargs.pop("safe_globals", self.plugin.safe_globals))
             self._together(
                 "restore",
                 lambda: restore_files(
@@ -290,7 +291,9 @@ class Checkpointer:
         if self._accelerator._load_model_state_pre_hook:
             self._together("load hooks", call)
 
-    def _load_ours(self, path: Path, models: Sequence[nn.Module], folder: Path, *, strict: bool) -> None:
+    def _load_ours(
+        self, path: Path, models: Sequence[nn.Module], folder: Path, *, strict: bool, trust: Mapping[str, Any]
+    ) -> None:
         """Load models and optimizers, and put the other files into a folder."""
         accelerator = self._accelerator
         reader = dcp.FileSystemReader(path)
@@ -307,7 +310,7 @@ class Checkpointer:
             return state
 
         state = self._together("prepare", prepare)
-        load_state(state, storage_reader=reader, no_dist=self._is_alone)
+        load_state(state, storage_reader=reader, no_dist=self._is_alone, **trust)
 
         def apply() -> None:
             # The load has filled the tensors. This call sets the other values, and runs the modules' load hooks.

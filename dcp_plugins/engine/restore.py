@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
 from typing import Any
 
@@ -103,20 +104,33 @@ def _put_back(container: MutableMapping[Any, Any] | list[Any], plain: Any) -> No
             value.load_state_dict(loaded)
         elif holds_stateful(value):
             _put_back(value, loaded)
-        elif not _replace_entries(value, loaded, str(key), dropped):
+        elif not _replace_entries(value, loaded, str(key), dropped, is_callers=True):
             container[key] = loaded
     if dropped:
         logger.warning("removed entries from the state that the checkpoint does not have: %s", listing(dropped))
 
 
-def _replace_entries(own: Any, loaded: Any, name: str, dropped: list[str]) -> bool:
-    """Replace the entries of a dict or list, and of those in it, by the loaded ones; False if the kinds differ."""
+# The kinds that a save records; it records a mapping of any other class as a dict.
+_KINDS = frozenset({dict, OrderedDict, Counter, defaultdict})
+
+
+def _replace_entries(own: Any, loaded: Any, name: str, dropped: list[str], *, is_callers: bool = False) -> bool:
+    """Replace the entries of a dict or list, and of those in it, by the loaded ones; False if the kinds differ.
+
+    Args:
+        own: The value in the state; only a dict or list can get new entries.
+        loaded: The loaded value for its place.
+        name: The name of the place, for the log.
+        dropped: The function adds the names of removed entries.
+        is_callers: The caller holds ``own``: fill a mapping although the saved one was of another kind.
+    """
     if own is loaded:
         return True
     if completion_of(own) is not None and isinstance(loaded, Mapping):
         apply_completed(own, loaded)
         return True
-    if isinstance(own, MutableMapping) and isinstance(loaded, Mapping) and isinstance(own, type(loaded)):
+    is_mapping = isinstance(own, MutableMapping) and isinstance(loaded, Mapping)
+    if is_mapping and (is_callers or type(own) is type(loaded) or type(own) not in _KINDS):
         present: Any = dict(own)
         dropped += [f"{name}.{key}" for key in own if key not in loaded]
         own.clear()

@@ -65,7 +65,15 @@ def load_directory(
         {layout.optimizer_key(index): (module, optimizer) for index, optimizer in enumerate(chosen)},
         hint=_HINT,
     )
-    item = fill_from_directory(reader, contents.parts, targets, strict=strict, no_dist=no_dist)
+    item = fill_from_directory(
+        reader,
+        contents.parts,
+        targets,
+        strict=strict,
+        no_dist=no_dist,
+        weights_only=weights_only,
+        safe_globals=safe_globals,
+    )
     return meta_of(item, path, weights_only, safe_globals)
 
 
@@ -115,7 +123,14 @@ class Targets:
 
 
 def fill_from_directory(
-    reader: Reader, parts: Mapping[str, Collection[str]], targets: Targets, *, strict: bool, no_dist: bool
+    reader: Reader,
+    parts: Mapping[str, Collection[str]],
+    targets: Targets,
+    *,
+    strict: bool,
+    no_dist: bool,
+    weights_only: bool = True,
+    safe_globals: Iterable[SafeGlobal] = (),
 ) -> dict[str, Any] | None:
     """Load modules and optimizers in place, each rank its shards.
 
@@ -125,6 +140,8 @@ def fill_from_directory(
         targets: The modules and optimizers to load; the checkpoint has a part for each.
         strict: Raise if a module's keys and the checkpoint's differ.
         no_dist: Load in this process alone.
+        weights_only: Decode values that are no tensors as plain data.
+        safe_globals: Classes that such values may also have.
 
     Returns:
         The item with the non-tensor part, if the checkpoint has one.
@@ -138,7 +155,7 @@ def fill_from_directory(
         state[name] = own_optimizer_state(module, optimizer)
     if layout.META_KEY in parts:
         state[layout.META_KEY] = {layout.PICKLE: b""}
-    load_state(state, storage_reader=reader, no_dist=no_dist)
+    load_state(state, storage_reader=reader, no_dist=no_dist, weights_only=weights_only, safe_globals=safe_globals)
     # The load has filled the tensors. This call sets the other values, and runs the modules' load hooks.
     for name, module in targets.modules.items():
         set_model_state_dict(module, state[name], options=options)
@@ -162,7 +179,15 @@ def fill_from_file(saved: Mapping[str, Any], targets: Targets, *, strict: bool) 
 
 
 def fill_raw(
-    reader: Reader, module: nn.Module, target: nn.Module | Optimizer, *, strict: bool, hint: str, no_dist: bool
+    reader: Reader,
+    module: nn.Module,
+    target: nn.Module | Optimizer,
+    *,
+    strict: bool,
+    hint: str,
+    no_dist: bool,
+    weights_only: bool = True,
+    safe_globals: Iterable[SafeGlobal] = (),
 ) -> None:
     """Load one module or one optimizer from a directory that holds its state and nothing else.
 
@@ -179,7 +204,7 @@ def fill_raw(
         state = own_optimizer_state(module, target)
     else:
         state = own_model_state(target, options=options, hint=f"This is {reader.path}. {hint} to load what they share.")
-    load_state(state, storage_reader=reader, no_dist=no_dist)
+    load_state(state, storage_reader=reader, no_dist=no_dist, weights_only=weights_only, safe_globals=safe_globals)
     if isinstance(target, Optimizer):
         restore_optimizer_state(module, target, state)
     else:

@@ -122,7 +122,8 @@ def restored_template(
     for key, value in template.items():
         if key in saved:
             made[key] = restoring.like(saved[key], value, (key,), in_object=False)
-        elif strict and not _is_empty(value):
+        elif strict and (restoring.is_recorded or not _is_empty(value)):
+            # Earlier releases, and torch, leave no trace of an empty container.
             restoring.missing.append(str(key))
         else:
             made[key] = value
@@ -141,7 +142,7 @@ class _Restoring:
         self.left_unread: set[str] = set()
         self.missing: list[str] = []
         self._outline = outline
-        self._is_recorded = is_recorded
+        self.is_recorded = is_recorded
         self._strict = strict
         self._problems: list[str] = []
 
@@ -248,7 +249,7 @@ class _Restoring:
     def _empty_like(self, saved: Mapping[Any, Any], template: Any) -> tuple[Any, dict[str, Any]]:
         """Return a new, empty mapping, and the template's keys by their strings if the checkpoint has only strings."""
         made: Any = type(saved)() if not hasattr(saved, "default_factory") else _cleared(saved)
-        if not isinstance(template, dict) or self._is_recorded:
+        if not isinstance(template, dict) or self.is_recorded:
             return made, {}
         # Stock torch, and earlier releases of this package, turned each key into its string.
         return _cleared(template), {str(key): key for key in template}

@@ -40,6 +40,7 @@ def optimizer_template(
     is_flat = not is_nested(values)
     completion = OptimizerCompletion(optimizers, names, is_flat=is_flat, takes_any_form=takes_any_form)
     if is_flat:
+        completion.note_flat(values)
         return CompletingDict(values, completion)
     state = values[STATE]
     completion.note(state)
@@ -118,6 +119,13 @@ class OptimizerCompletion:
         """Remember the keys of the state that the state dict has."""
         shared = frozenset(key for key in state if key not in self._parameters)
         self.keys = OptimizerStateKeys(frozenset(state) - shared, shared)
+
+    def note_flat(self, values: Mapping[str, Any]) -> None:
+        """Remember the keys of the state that a flat state dict has."""
+        rests = [rest for section, _, rest in (key.partition(".") for key in values) if section == STATE]
+        named = {rest: self._longest_name(rest) for rest in rests}
+        shared = frozenset(rest.partition(".")[0] for rest, name in named.items() if name is None)
+        self.keys = OptimizerStateKeys(frozenset(name for name in named.values() if name is not None), shared)
 
     def _for_saved(self, is_flat: bool) -> OptimizerCompletion:
         made = OptimizerCompletion.__new__(OptimizerCompletion)

@@ -19,6 +19,7 @@ from dcp_plugins.state_dict.initial import has_state, initial_state
 from dcp_plugins.state_dict.names import Names, state_dict_call
 from dcp_plugins.state_dict.options import StateDictOptions
 from dcp_plugins.state_dict.types import OptimizerStateType
+from dcp_plugins.state_dict.values import of_its_kind
 
 __all__ = ["as_optimizers", "check_membership", "get_optimizers"]
 
@@ -149,7 +150,7 @@ def _piece_state(piece: FlatPiece, value: Any) -> Any:
         # Several parameters share it, and each must be able to load its own.
         return value if piece.is_original else value.clone()
     if isinstance(value, Mapping):
-        return {key: _piece_state(piece, element) for key, element in value.items()}
+        return of_its_kind(value, lambda _, element: _piece_state(piece, element))
     if type(value) in (list, tuple):
         return type(value)(_piece_state(piece, element) for element in value)
     return value
@@ -157,8 +158,8 @@ def _piece_state(piece: FlatPiece, value: Any) -> Any:
 
 def _detached_containers(value: Any) -> Any:
     """Copy dicts and lists, but not their values. Without the copy, a load would put numbers into the live state."""
-    if type(value) is dict:
-        return {key: _detached_containers(element) for key, element in value.items()}
+    if isinstance(value, dict):
+        return of_its_kind(value, lambda _, element: _detached_containers(element))
     if type(value) is list:
         return [_detached_containers(element) for element in value]
     return value

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from dcp_plugins.state_dict.flatten import GROUPS, PARAMS, STATE
 from dcp_plugins.state_dict.initial import underlying
 from dcp_plugins.state_dict.names import state_dict_call
-from dcp_plugins.state_dict.values import restored
+from dcp_plugins.state_dict.values import of_its_kind, restored
 
 __all__ = ["install"]
 
@@ -92,9 +92,9 @@ def _fitted(value: Any, parameter: torch.Tensor, key: Any, *, step_on_device: bo
             return value.to(parameter.device, torch.float32) if step_on_device else value
         return value if value.device == parameter.device else value.to(parameter.device)
     if isinstance(value, dict):
-        return {
-            name: _fitted(element, parameter, name, step_on_device=step_on_device) for name, element in value.items()
-        }
+        return of_its_kind(
+            value, lambda name, element: _fitted(element, parameter, name, step_on_device=step_on_device)
+        )
     if type(value) in (list, tuple):
         return type(value)(_fitted(element, parameter, None, step_on_device=step_on_device) for element in value)
     # Queues and their like: the caller keeps what it has given.

@@ -7,7 +7,6 @@ except tensors that ``get_optimizer_state_dict`` made for this very optimizer to
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +33,7 @@ from dcp_plugins.state_dict.optimizer_shared import shared_state
 from dcp_plugins.state_dict.options import StateDictOptions
 from dcp_plugins.state_dict.problems import EmptyGroups, Problems, spellings
 from dcp_plugins.state_dict.together import optimizer_pairs, settled
-from dcp_plugins.state_dict.values import copied, equal, renamed
+from dcp_plugins.state_dict.values import copied, equal, of_its_kind, renamed
 from dcp_plugins.tensors.sharded import size_of
 
 __all__ = ["load_optimizers"]
@@ -299,11 +298,12 @@ class _Plan:
             return self._target_for(parameter, path, key, value, own, top)
         if isinstance(value, Mapping):
             own = own if isinstance(own, dict) else {}
-            # A copy, so that a Counter or an OrderedDict stays one.
-            made: Any = copy.copy(value)
-            for name, element in value.items():
-                made[name] = self._value_for(parameter, f"{path}.{name}", key, element, own.get(name), top=False)
-            return made
+            return of_its_kind(
+                value,
+                lambda name, element: self._value_for(
+                    parameter, f"{path}.{name}", key, element, own.get(name), top=False
+                ),
+            )
         if type(value) in (list, tuple):
             owns = own if isinstance(own, list | tuple) and len(own) == len(value) else [None] * len(value)
             return type(value)(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 
-__all__ = ["copied", "equal", "renamed", "restored"]
+__all__ = ["copied", "equal", "of_its_kind", "renamed", "restored"]
 
 
 def copied(value: Any, device: torch.device | None = None) -> Any:
@@ -16,10 +16,18 @@ def copied(value: Any, device: torch.device | None = None) -> Any:
     if isinstance(value, torch.Tensor):
         return value.detach().clone() if device is None else value.detach().to(device, copy=True)
     if isinstance(value, dict):
-        return {key: copied(element, device) for key, element in value.items()}
+        return of_its_kind(value, lambda _, element: copied(element, device))
     if type(value) in (list, tuple):
         return type(value)(copied(element, device) for element in value)
     return value
+
+
+def of_its_kind(value: Any, convert: Callable[[Any, Any], Any]) -> Any:
+    """Return a mapping of the same kind (a Counter, an OrderedDict) with each value converted, given its key."""
+    made = copy.copy(value)
+    for key, element in value.items():
+        made[key] = convert(key, element)
+    return made
 
 
 def equal(first: Any, second: Any) -> bool:
@@ -59,7 +67,9 @@ def restored(wanted: Any, found: Any, key: Any = None) -> Any:
             return found
         return wanted.to(found.device)
     if isinstance(wanted, dict) and isinstance(found, dict):
-        return {name: restored(wanted[name], value, name) if name in wanted else value for name, value in found.items()}
+        if type(wanted) is not type(found):
+            found = of_its_kind(wanted, found.get)
+        return of_its_kind(found, lambda name, value: restored(wanted[name], value, name) if name in wanted else value)
     if type(wanted) in (list, tuple) and type(found) is type(wanted) and len(found) == len(wanted):
         return type(wanted)(restored(one, other) for one, other in zip(wanted, found, strict=True))
     if isinstance(wanted, Iterable):

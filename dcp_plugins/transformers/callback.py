@@ -159,8 +159,11 @@ class DCPCallback(TrainerCallback):
         if directory is None:
             original(resume_from_checkpoint, model)
         else:
-            load.load_model(model_of(trainer) if model is None else model, directory)
+            self._load_model(model_of(trainer) if model is None else model, directory)
         self._loaded.add("model")
+
+    def _load_model(self, model: Any, directory: Path) -> None:
+        load.load_model(model, directory, weights_only=self.weights_only, safe_globals=self.safe_globals)
 
     def load_optimizer_and_scheduler(
         self, trainer: Trainer, original: Callable[..., Any], checkpoint: str | None
@@ -195,7 +198,7 @@ class DCPCallback(TrainerCallback):
             original()
             return
         log.info("Loading the best model from %s (score: %s)", best, trainer.state.best_metric)
-        load.load_model(model_of(trainer), directory)
+        self._load_model(model_of(trainer), directory)
 
     def finalize(self, trainer: Trainer, original: Callable[..., Any], trial: Any, *args: Any, **kwargs: Any) -> Any:
         # The best model may be in flight, and with save_total_limit=1 the Trainer deletes all but that.

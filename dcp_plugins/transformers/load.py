@@ -30,7 +30,9 @@ from dcp_plugins.user_warnings import warn_user
 __all__ = ["load_model", "load_optimizer_and_scheduler", "load_random_state", "names_in"]
 
 
-def load_model(model: nn.Module, path: Path) -> None:
+def load_model(
+    model: nn.Module, path: Path, *, weights_only: bool = True, safe_globals: Iterable[SafeGlobal] = ()
+) -> None:
     """Load the weights of a checkpoint into a model, in place; every rank calls it.
 
     As the Trainer does, this loads the keys that the model and the checkpoint share, and warns of the others. Keys of
@@ -52,7 +54,7 @@ def load_model(model: nn.Module, path: Path) -> None:
             warn_user(f"Keys {what} the checkpoint {path}, left as they are: {listing(names)}")
     options = StateDictOptions(strict=False)
     state = {MODEL: own_model_state(model, options=options, values=wanted, hint=f"This is {path}.")}
-    load_state(state, path)
+    load_state(state, path, weights_only=weights_only, safe_globals=safe_globals)
     # The load has filled the tensors. This call sets the other values, and runs the modules' load hooks.
     set_model_state_dict(model, state[MODEL], options=options)
 

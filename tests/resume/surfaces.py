@@ -26,6 +26,7 @@ __all__ = ["SURFACES", "Net", "uninterrupted"]
 STEPS_BEFORE, STEPS_AFTER = 3, 2
 
 MakeOptimizer = Callable[[nn.Module], Optimizer]
+MakeModel = Callable[[], nn.Module]
 
 
 class Net(nn.Module):
@@ -48,14 +49,14 @@ def train(model: nn.Module, optimizer: Any, num_steps: int) -> None:
         optimizer.step()
 
 
-def uninterrupted(make: MakeOptimizer) -> nn.Module:
-    model = Net()
+def uninterrupted(make: MakeOptimizer, make_model: MakeModel = Net) -> nn.Module:
+    model = make_model()
     train(model, make(model), STEPS_BEFORE + STEPS_AFTER)
     return model
 
 
-def _engine(folder: Path, make: MakeOptimizer, options: StateDictOptions) -> nn.Module:
-    model, other = Net(), Net()
+def _engine(folder: Path, make: MakeOptimizer, make_model: MakeModel, options: StateDictOptions) -> nn.Module:
+    model, other = make_model(), make_model()
     optimizer, fresh = make(model), make(other)
     train(model, optimizer, STEPS_BEFORE)
     with _alone():
@@ -75,16 +76,16 @@ def _engine(folder: Path, make: MakeOptimizer, options: StateDictOptions) -> nn.
     return other
 
 
-def engine(folder: Path, make: MakeOptimizer) -> nn.Module:
-    return _engine(folder, make, StateDictOptions())
+def engine(folder: Path, make: MakeOptimizer, make_model: MakeModel = Net) -> nn.Module:
+    return _engine(folder, make, make_model, StateDictOptions())
 
 
-def engine_flat(folder: Path, make: MakeOptimizer) -> nn.Module:
-    return _engine(folder, make, StateDictOptions(flatten_optimizer_state_dict=True))
+def engine_flat(folder: Path, make: MakeOptimizer, make_model: MakeModel = Net) -> nn.Module:
+    return _engine(folder, make, make_model, StateDictOptions(flatten_optimizer_state_dict=True))
 
 
-def _manager(folder: Path, make: MakeOptimizer, options: SaveOptions) -> nn.Module:
-    model, other = Net(), Net()
+def _manager(folder: Path, make: MakeOptimizer, make_model: MakeModel, options: SaveOptions) -> nn.Module:
+    model, other = make_model(), make_model()
     optimizer, fresh = make(model), make(other)
     train(model, optimizer, STEPS_BEFORE)
     with CheckpointManager(folder, options=options) as manager:
@@ -95,20 +96,20 @@ def _manager(folder: Path, make: MakeOptimizer, options: SaveOptions) -> nn.Modu
     return other
 
 
-def manager(folder: Path, make: MakeOptimizer) -> nn.Module:
-    return _manager(folder, make, SaveOptions())
+def manager(folder: Path, make: MakeOptimizer, make_model: MakeModel = Net) -> nn.Module:
+    return _manager(folder, make, make_model, SaveOptions())
 
 
-def manager_async(folder: Path, make: MakeOptimizer) -> nn.Module:
-    return _manager(folder, make, SaveOptions(asynchronous="thread"))
+def manager_async(folder: Path, make: MakeOptimizer, make_model: MakeModel = Net) -> nn.Module:
+    return _manager(folder, make, make_model, SaveOptions(asynchronous="thread"))
 
 
-def accelerate(folder: Path, make: MakeOptimizer) -> nn.Module:
+def accelerate(folder: Path, make: MakeOptimizer, make_model: MakeModel = Net) -> nn.Module:
     from accelerate import Accelerator
 
     from dcp_plugins.accelerate import enable
 
-    model, other = Net(), Net()
+    model, other = make_model(), make_model()
     optimizer, fresh = make(model), make(other)
     first = enable(Accelerator(cpu=True))
     model, optimizer = first.prepare(model, optimizer)
@@ -121,7 +122,7 @@ def accelerate(folder: Path, make: MakeOptimizer) -> nn.Module:
     return other
 
 
-def fabric(folder: Path, make: MakeOptimizer) -> nn.Module:
+def fabric(folder: Path, make: MakeOptimizer, make_model: MakeModel = Net) -> nn.Module:
     from lightning.fabric import Fabric
 
     import dcp_plugins.lightning
@@ -129,7 +130,7 @@ def fabric(folder: Path, make: MakeOptimizer) -> nn.Module:
     assert dcp_plugins.lightning
     runs = Fabric(accelerator="cpu", devices=1, strategy="dcp")
     runs.launch()
-    model, other = Net(), Net()
+    model, other = make_model(), make_model()
     own, optimizer = runs.setup(model, make(model))
     train(own, optimizer, STEPS_BEFORE)
     runs.save(folder / "c", {"model": own, "optimizer": optimizer})
@@ -139,7 +140,7 @@ def fabric(folder: Path, make: MakeOptimizer) -> nn.Module:
     return other
 
 
-def _lightning(folder: Path, make: MakeOptimizer, strategy: str) -> nn.Module:
+def _lightning(folder: Path, make: MakeOptimizer, make_model: MakeModel, strategy: str) -> nn.Module:
     from lightning.pytorch import LightningModule, Trainer
 
     import dcp_plugins.lightning
@@ -150,7 +151,7 @@ def _lightning(folder: Path, make: MakeOptimizer, strategy: str) -> nn.Module:
     class Module(LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.net = Net()
+            self.net = make_model()
 
         def training_step(self, batch: Any, index: int) -> Any:
             return self.net(batch[0])["loss"]
@@ -185,15 +186,15 @@ def _lightning(folder: Path, make: MakeOptimizer, strategy: str) -> nn.Module:
     return module.net
 
 
-def lightning(folder: Path, make: MakeOptimizer) -> nn.Module:
-    return _lightning(folder, make, "dcp")
+def lightning(folder: Path, make: MakeOptimizer, make_model: MakeModel = Net) -> nn.Module:
+    return _lightning(folder, make, make_model, "dcp")
 
 
-def lightning_async(folder: Path, make: MakeOptimizer) -> nn.Module:
-    return _lightning(folder, make, "dcp_async")
+def lightning_async(folder: Path, make: MakeOptimizer, make_model: MakeModel = Net) -> nn.Module:
+    return _lightning(folder, make, make_model, "dcp_async")
 
 
-def hf_trainer(folder: Path, make: MakeOptimizer) -> nn.Module:
+def hf_trainer(folder: Path, make: MakeOptimizer, make_model: MakeModel = Net) -> nn.Module:
     from transformers import Trainer, TrainingArguments
 
     from dcp_plugins.transformers import DCPCallback
@@ -201,7 +202,7 @@ def hf_trainer(folder: Path, make: MakeOptimizer) -> nn.Module:
     data = [{"x": torch.full((3,), 0.1)} for _ in range(16)]
 
     def trainer(max_steps: int) -> Trainer:
-        model = Net()
+        model = make_model()
         arguments = TrainingArguments(
             str(folder),
             max_steps=max_steps,
@@ -226,7 +227,7 @@ def hf_trainer(folder: Path, make: MakeOptimizer) -> nn.Module:
     return model
 
 
-SURFACES: list[Callable[[Path, MakeOptimizer], nn.Module]] = [
+SURFACES: list[Callable[..., nn.Module]] = [
     engine,
     engine_flat,
     manager,

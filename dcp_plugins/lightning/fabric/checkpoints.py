@@ -192,7 +192,16 @@ class SavesOnEveryRank(SavesThroughDCP, Strategy):
                     f"The optimizer that is to be loaded from the directory {path} trains parameters of no module that"
                     " fabric.setup knows, so their names are unknown. Set up its module first."
                 )
-            fill_raw(Reader(path), module, target, strict=strict, hint=_HINT, no_dist=self.checkpoint_io.no_dist)
+            fill_raw(
+                Reader(path),
+                module,
+                target,
+                strict=strict,
+                hint=_HINT,
+                no_dist=self.checkpoint_io.no_dist,
+                weights_only=weights_only,
+                safe_globals=self.checkpoint_io.safe_globals,
+            )
             return
         with admitted_by_torch(self.checkpoint_io.safe_globals):
             saved = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
@@ -228,6 +237,7 @@ class _DirectorySource:
     def __init__(self, path: Path, weights_only: bool, plugin: DCPCheckpointIO) -> None:
         self._reader = Reader(path)
         self._no_dist = plugin.no_dist
+        self._weights_only, self._safe_globals = weights_only, plugin.safe_globals
 
         def read() -> tuple[Mapping[str, Collection[str]], _State]:
             parts = layout.parts_of(self._reader.read_metadata())
@@ -248,7 +258,15 @@ class _DirectorySource:
     def fill(self, targets: Targets, *, strict: bool) -> None:
         if targets.modules or targets.optimizers:
             parts = {name: keys for name, keys in self._parts.items() if name != layout.META_KEY}
-            fill_from_directory(self._reader, parts, targets, strict=strict, no_dist=self._no_dist)
+            fill_from_directory(
+                self._reader,
+                parts,
+                targets,
+                strict=strict,
+                no_dist=self._no_dist,
+                weights_only=self._weights_only,
+                safe_globals=self._safe_globals,
+            )
 
 
 def _demand(state: _State, source: _FileSource | _DirectorySource, path: Path, *, strict: bool) -> None:

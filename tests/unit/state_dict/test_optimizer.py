@@ -424,3 +424,45 @@ def test_patched_methods_speak_canonical_names_and_do_not_recurse() -> None:
     optimizer.load_state_dict(state)
     model.load_state_dict(model.state_dict())
     assert_equal(optimizer.state_dict(), state)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_state_dict_that_lost_the_state_of_one_parameter_is_refused_also_for_a_fresh_optimizer(flat: bool) -> None:
+    model = Net()
+    optimizer = torch.optim.Adam(model.parameters())
+    train(model, optimizer)
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    state: Any = get_optimizer_state_dict(model, optimizer, options=options)
+    if flat:
+        for key in [key for key in state if key.startswith("state.last.weight.")]:
+            del state[key]
+    else:
+        del state["state"]["last.weight"]
+    fresh = torch.optim.Adam(model.parameters())
+    with pytest.raises(PlanError, match="Missing optimizer state for parameter.*last.weight"):
+        set_optimizer_state_dict(model, fresh, state)
+    assert not fresh.state
+
+
+def test_a_parameter_without_state_is_no_loss_where_it_had_none_when_the_state_dict_was_made() -> None:
+    model = with_frozen_first_layer(Net())
+    optimizer = torch.optim.Adam(model.parameters())
+    train(model, optimizer)
+    state: Any = get_optimizer_state_dict(model, optimizer)
+    model.requires_grad_(True)
+    fresh = torch.optim.Adam(model.parameters())
+    set_optimizer_state_dict(model, fresh, state)
+    assert len(fresh.state) == len(optimizer.state)
+
+
+def test_a_state_dict_that_does_not_tell_what_had_state_is_loaded_with_a_warning() -> None:
+    model = Net()
+    optimizer = torch.optim.Adam(model.parameters())
+    train(model, optimizer)
+    own: Any = get_optimizer_state_dict(model, optimizer)
+    state = {"state": dict(own["state"]), "param_groups": own["param_groups"]}
+    del state["state"]["last.weight"]
+    fresh = torch.optim.Adam(model.parameters())
+    with pytest.warns(UserWarning, match=r"no state for last\.weight, and does not tell whether there was any"):
+        set_optimizer_state_dict(model, fresh, state)
+    assert len(fresh.state) == len(optimizer.state) - 1
