@@ -89,7 +89,7 @@ class UnsupportedValueError(CheckpointError, ValueError, TypeError):
 
 
 class CorruptCheckpointError(CheckpointError, RuntimeError):
-    """What storage returned is not what a save wrote: truncated, overwritten, or with flipped bits."""
+    """Stored bytes are not the bytes that a save wrote: truncated, overwritten, or with flipped bits."""
 
 
 class UnsafeCheckpointError(CorruptCheckpointError):

@@ -1,7 +1,8 @@
-"""What a load fills: a template, and in it containers that a checkpoint's keys complete.
+"""Templates: the state dicts that a load fills, and the dicts in them that are completed from the checkpoint's keys.
 
-A plain template asks for what it has. A `CompletingDict` in it is handed what the checkpoint has below its place, and
-answers with the container to load into: with values that the template lacked, and without those that were not saved.
+A load reads the keys that its template has. A `CompletingDict` in the template changes that for its own place: its
+`Completion` sees what the checkpoint holds there, and returns the dict to load into. The returned dict has the saved
+keys that the template lacked, and lacks the keys that were not saved.
 """
 
 from __future__ import annotations
@@ -24,24 +25,25 @@ __all__ = [
     "Notes",
     "SavedOptimizerState",
     "SavedValue",
+    "apply_completed",
     "completion_of",
     "like_saved",
     "overlapping",
     "saved_values",
-    "take_over",
 ]
 
-HOLDER_KEY = "state"
-"""Under which key a `CompletingDict` stands for the mapping that holds it."""
+COMPLETING_CHILD_KEY = "state"
+"""A `CompletingDict` under this key may complete the dict that holds it, see ``completes_parent``."""
 
 
 @dataclass(frozen=True, slots=True)
 class SavedValue:
-    """One value of a checkpoint, as its metadata describes it; the leaf of a nested dict of what was saved."""
+    """A value of a checkpoint, as the metadata describes it: a leaf of the tree that `saved_tree` returns."""
 
     fqn: str
-    """Its key in the checkpoint."""
+    """The value's key in the checkpoint."""
     entry: TensorStorageMetadata | BytesStorageMetadata
+    """The description of the value in ``.metadata``."""
 
     @property
     def size(self) -> torch.Size | None:
@@ -55,11 +57,11 @@ class SavedValue:
 
 
 class SavedOptimizerState(dict[Any, Any]):
-    """The saved state of an optimizer, by parameter.
+    """The saved state of an optimizer: by parameter, each value a `SavedValue`.
 
     Args:
-        values: What is in it.
-        shared: The keys, as strings, that are no parameter's.
+        values: The saved state.
+        shared: The keys, as strings, that belong to no parameter.
     """
 
     def __init__(self, values: Mapping[Any, Any], shared: tuple[str, ...]) -> None:
@@ -71,7 +73,7 @@ class SavedOptimizerState(dict[Any, Any]):
 class Notes:
     """What the completions of one template tell and are told."""
 
-    left: set[str] = field(default_factory=set)
+    left_unread: set[str] = field(default_factory=set)
     """Gets the fqns that are left unread on purpose."""
     overlapping: frozenset[int] = frozenset()
     """The ids of the template's tensors that share memory with another one: two values cannot be loaded there."""
@@ -126,60 +128,63 @@ def _size_of(tensor: torch.Tensor) -> torch.Size:
 
 
 class Completion(Protocol):
-    """Says what to load into one container of a template. Called on each rank, before anything is read."""
+    """Decides what a load reads into one dict of a template.
+
+    The load's planner calls it on each rank, after the metadata was read and before data is read.
+    """
 
     def completed(self, template: Mapping[Any, Any], saved: Mapping[Any, Any], notes: Notes) -> Mapping[Any, Any]:
-        """Return the container to load into; neither argument is changed.
+        """Return the dict to load into, without changing ``template`` or ``saved``.
 
         Args:
-            template: The container as the caller gave it.
-            saved: What the checkpoint has at its place: nested, each value a `SavedValue`.
-            notes: Of the template that the container is in.
+            template: The dict as the caller gave it.
+            saved: What the checkpoint has at its place: nested dicts and lists, each value a `SavedValue`.
+            notes: The notes on the template. The method adds the fqns that this rank leaves unread on purpose.
 
         Raises:
-            PlanError: They do not fit; nothing has been read then.
+            PlanError: The template and the checkpoint do not fit; nothing has been read then.
         """
         ...
 
 
 class CompletingDict(dict[Any, Any]):
-    """A dict that a load completes from what was saved.
+    """A dict that a load completes from the checkpoint's keys.
 
-    Copies of it complete as well. Its pickle is that of an ordinary dict, so that no file depends on this class.
+    A copy completes itself as well. The pickle is that of an ``OrderedDict``, so that no file depends on this class.
 
     Args:
-        values: What is in it.
-        completion: Says what to load.
-        for_holder: The completion is for the mapping that holds this one under the key "state". That mapping can be
-            copied by ``dict(...)`` without losing the completion.
+        values: The entries of the dict.
+        completion: Decides what a load reads.
+        completes_parent: The completion is for the dict that holds this one under the key "state". That dict may be an
+            ordinary one, which a user's ``dict(...)`` copies without losing the completion.
     """
 
-    def __init__(self, values: Mapping[Any, Any], completion: Completion, *, for_holder: bool = False) -> None:
+    def __init__(self, values: Mapping[Any, Any], completion: Completion, *, completes_parent: bool = False) -> None:
         super().__init__(values)
         self.completion = completion
-        self.for_holder = for_holder
+        self.completes_parent = completes_parent
 
     def __copy__(self) -> CompletingDict:
-        return CompletingDict(self, self.completion, for_holder=self.for_holder)
+        return CompletingDict(self, self.completion, completes_parent=self.completes_parent)
 
     def copy(self) -> CompletingDict:
-        """Return a shallow copy that completes as well."""
+        """Return a shallow copy that completes itself as well."""
         return self.__copy__()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompletingDict:
         # The completion refers to live parameters, which must not be copied.
-        copied = CompletingDict({}, self.completion, for_holder=self.for_holder)
+        copied = CompletingDict({}, self.completion, completes_parent=self.completes_parent)
         memo[id(self)] = copied
         copied.update({copy.deepcopy(key, memo): copy.deepcopy(value, memo) for key, value in self.items()})
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # ``dict`` itself is no global that torch's weights-only unpickler admits.
+        # Torch's weights-only unpickler admits OrderedDict as a global, and refuses dict.
         return OrderedDict, (), None, None, iter(self.items())
 
 
-def take_over(container: dict[Any, Any], completed: Mapping[Any, Any]) -> None:
-    """Give a container of a template the entries that it was completed to, and what is known of them."""
+def apply_completed(container: dict[Any, Any], completed: Mapping[Any, Any]) -> None:
+    """Replace the entries and the completion of a template's dict, in place, by those of the dict loaded for it."""
     container.clear()
     container.update(completed)
     if isinstance(container, CompletingDict) and isinstance(completed, CompletingDict):
@@ -187,24 +192,24 @@ def take_over(container: dict[Any, Any], completed: Mapping[Any, Any]) -> None:
 
 
 def completion_of(container: Any) -> Completion | None:
-    """Return the completion of a container of a template; None if it asks for just what it has."""
-    if isinstance(container, CompletingDict) and not container.for_holder:
+    """Return the completion of a dict of a template; None if a load reads just the keys that the dict has."""
+    if isinstance(container, CompletingDict) and not container.completes_parent:
         return container.completion
-    held = container.get(HOLDER_KEY) if isinstance(container, dict) else None
-    return held.completion if isinstance(held, CompletingDict) and held.for_holder else None
+    held = container.get(COMPLETING_CHILD_KEY) if isinstance(container, dict) else None
+    return held.completion if isinstance(held, CompletingDict) and held.completes_parent else None
 
 
 def like_saved(saved: Any, template: Any, target_of: Callable[[SavedValue, Any], Any]) -> Any:
-    """Return containers like the saved ones, to load into.
+    """Return dicts and lists like the saved ones, to load into.
 
     Args:
-        saved: Nested containers of `SavedValue`.
-        template: What the caller has at this place: anything.
-        target_of: Returns the tensor to fill for a saved tensor, given what the template has in its place.
+        saved: Nested dicts and lists of `SavedValue`, or one `SavedValue`.
+        template: Whatever the caller has at this place.
+        target_of: Returns the tensor to fill, given a saved tensor and the template's value at its place.
     """
     if isinstance(saved, SavedValue):
         if saved.size is None:
-            # It will be replaced. A container would be entered, and a tensor asked for.
+            # The loaded value replaces this one. A dict, a list or a tensor here would be planned as something else.
             return None if isinstance(template, (Mapping, list, torch.Tensor)) else template
         return target_of(saved, template)
     if isinstance(saved, list):
@@ -219,7 +224,7 @@ def like_saved(saved: Any, template: Any, target_of: Callable[[SavedValue, Any],
 
 
 def saved_values(saved: Any) -> Iterator[SavedValue]:
-    """Yield the values in nested containers."""
+    """Yield the values in nested dicts and lists."""
     if isinstance(saved, SavedValue):
         yield saved
     elif isinstance(saved, Mapping):

@@ -1,4 +1,4 @@
-"""Warnings that point at the line of the user's program which led to them."""
+"""Warnings that point at the user's line, not at a line of this package."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["warn_user"]
 
 _PACKAGE = os.path.join(Path(__file__).parent, "")
 
-# These modules call this package, or run its functions, on behalf of the user's line further out.
+# Modules that call this package for the user: the user's line is further out.
 _BETWEEN = frozenset(
     {
         "accelerate",
@@ -32,8 +32,8 @@ _BETWEEN = frozenset(
 def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
     """Issue a warning at the innermost line outside of this package, of torch and of the frameworks.
 
-    A constant ``stacklevel`` is right for one depth of calls only: a warning that is reached on several paths would
-    point into this package, and Python would show it once for all callers.
+    A constant ``stacklevel`` is right for one depth of calls only. On other paths the warning would point into this
+    package, and Python would show it once for all callers.
     """
     frame = _user_frame(sys._getframe(1))
     warnings.warn_explicit(
@@ -42,7 +42,7 @@ def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
         filename=frame.f_code.co_filename,
         lineno=frame.f_lineno,
         module=frame.f_globals.get("__name__") or "<unknown>",
-        # Python's filters remember here which warnings this module has shown.
+        # Python's filters keep in this dict which warnings the module has shown.
         registry=frame.f_globals.setdefault("__warningregistry__", {}),
         module_globals=frame.f_globals,
     )
@@ -59,5 +59,5 @@ def _user_frame(innermost: FrameType) -> FrameType:
                 return frame
             outside = outside or frame
         frame = frame.f_back
-    # A thread of the background has no line of the user's beneath it.
+    # A background thread has no line of the user's on its stack.
     return outside or outermost

@@ -1,4 +1,4 @@
-"""`Checkpointer`: what ``save_state``, ``load_state`` and two others do for one accelerator, instead of stock's."""
+"""`Checkpointer`: ``save_state``, ``load_state``, ``end_training`` and ``free_memory`` of one accelerator."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from torch import nn
 import dcp_plugins as dcp
 from dcp_plugins.accelerate import layout
 from dcp_plugins.accelerate.collect import (
-    changed_by_forward,
     check_files,
     is_fsdp,
     optimizers_of,
@@ -37,6 +36,7 @@ from dcp_plugins.format.trust import check_safe_globals
 from dcp_plugins.manager import KeepPolicy, Saver, load_state
 from dcp_plugins.manager.agreement import on_rank_zero
 from dcp_plugins.manager.record import RECORD_KEY, record_item
+from dcp_plugins.manager.saver import renormed_weights
 from dcp_plugins.plan.unloadable import loaded_with
 from dcp_plugins.state_dict import StateDictOptions, set_model_state_dict
 from dcp_plugins.state_dict.owned import restore_optimizer_state
@@ -109,7 +109,7 @@ class Checkpointer:
                 state,
                 path,
                 optimizers=optimizers_of(accelerator),
-                changed_by_forward=changed_by_forward(accelerator._models),
+                changed_by_forward=renormed_weights(accelerator._models),
                 writer=PartsWriter(
                     path, parts=parts, sync_files=self.plugin.sync_files, thread_count=self.plugin.thread_count
                 ),
@@ -153,7 +153,7 @@ class Checkpointer:
         path, kind = self._decide("find", lambda: self._find(input_dir))
         models = list(accelerator._models)
         if not is_fsdp(accelerator):
-            # They take out what they load themselves. Under FSDP stock calls them after models and optimizers.
+            # A hook removes the models that it loads itself. Under FSDP stock calls hooks after models and optimizers.
             self._call_load_hooks(models, path)
         kwargs = dict(load_kwargs or {})
         weights_only = kwargs.pop("weights_only", self.plugin.weights_only)
@@ -313,7 +313,7 @@ class Checkpointer:
         load_state(state, storage_reader=reader, no_dist=self._is_alone, **trust)
 
         def apply() -> None:
-            # Tensors are in place by now. This carries over what is not a tensor, and runs the modules' own load hooks.
+            # The load has filled the tensors. This call sets the other values, and runs the modules' load hooks.
             for index, model in enumerate(models):
                 loaded = state[layout.model_part(index)]["model"]
                 set_model_state_dict(model, loaded, options=StateDictOptions(strict=strict))
@@ -377,7 +377,7 @@ class Checkpointer:
 
 
 class _Wish(NamedTuple):
-    """What one process has to say about whether to save."""
+    """One process's part in the decision whether to save."""
 
     asynchronous: str
     is_due: bool

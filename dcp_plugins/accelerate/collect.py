@@ -1,7 +1,10 @@
-"""What makes up the state of an ``Accelerator``: models, optimizers by the names of parameters, and small files.
+"""The state of an ``Accelerator``: models, optimizers by the names of parameters, and small files.
 
-Schedulers, samplers, scaler, random states and registered objects are written and read by Accelerate's own functions,
-into and from a temporary directory, so that they are what stock Accelerate would have saved, whatever devices it knows.
+Accelerate's own functions write schedulers, samplers, scaler, random states and registered objects into a temporary
+directory, and read them from one. The small files are so the same as stock Accelerate's, on every device it supports.
+
+Optimizers are saved with the state that they have. A load is driven by the checkpoint's keys: it allocates the saved
+state of an optimizer that has not stepped yet.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import fnmatch
 import io
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +49,6 @@ _SMALL_FILES = (
 )
 
 __all__ = [
-    "changed_by_forward",
     "check_files",
     "is_fsdp",
     "optimizers_of",
@@ -60,7 +62,7 @@ __all__ = [
 
 
 def is_fsdp(accelerator: Accelerator) -> bool:
-    """Tell whether Accelerate takes its own way with models and optimizers, and hands none to the hooks."""
+    """Tell whether the accelerator uses FSDP: Accelerate then gives the hooks no models and no state dicts."""
     return bool(accelerator.distributed_type == DistributedType.FSDP)
 
 
@@ -73,7 +75,7 @@ def optimizers_of(accelerator: Accelerator) -> list[Optimizer]:
 
 
 def owner_of(optimizer: Optimizer, models: Sequence[nn.Module]) -> nn.Module:
-    """Return the model whose parameters an optimizer has; a module around them if it has several's, or others too."""
+    """Return the model of an optimizer's parameters; a module around several models, or around loose parameters."""
     walked = [names_of(model) for model in models]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     owners = [index for index, names in enumerate(walked) if any(names.fqns(parameter) for parameter in parameters)]
@@ -89,7 +91,7 @@ def owner_of(optimizer: Optimizer, models: Sequence[nn.Module]) -> nn.Module:
 
 
 def weights_of(accelerator: Accelerator) -> list[dict[str, Any]]:
-    """Return the state dicts that hooks are shown, as stock Accelerate makes them: none under FSDP."""
+    """Return the state dicts that Accelerate gives to hooks: none under FSDP."""
     if is_fsdp(accelerator):
         return []
     return [accelerator.get_state_dict(model, unwrap=False) for model in accelerator._models]
@@ -98,13 +100,13 @@ def weights_of(accelerator: Accelerator) -> list[dict[str, Any]]:
 def state_of(
     accelerator: Accelerator, shown: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]], left: Sequence[Any]
 ) -> dict[str, Any]:
-    """Return what is to be saved.
+    """Return the state dict to save.
 
     Args:
-        accelerator: Everything that was prepared and registered.
-        shown: What `weights_of` returned.
-        before: Copies of these, made before the hooks ran.
-        left: What the hooks have left in the list: they take out what they save themselves.
+        accelerator: With everything that was prepared and registered.
+        shown: The state dicts that `weights_of` returned.
+        before: Copies of these state dicts, made before the hooks ran.
+        left: The list after the hooks: a hook removes the state dicts that it saves itself.
     """
     models = accelerator._models
     state: dict[str, Any] = {}
@@ -136,7 +138,7 @@ def _are_same(weights: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
 
 
 class _Recorded:
-    """Stands for an object while Accelerate saves it: hands on its state, and keeps a reference to it."""
+    """Stands for an object while Accelerate saves it: returns the object's state, and keeps it for the warning."""
 
     def __init__(self, value: Any, name: str, seen: dict[str, Any]) -> None:
         self._value = value
@@ -149,7 +151,7 @@ class _Recorded:
 
 
 def small_files(accelerator: Accelerator) -> dict[str, bytes]:
-    """Return what stock Accelerate would write on this process beside models and optimizers, by file name."""
+    """Return the files that stock Accelerate writes on this process beside models and optimizers, by name."""
     seen: dict[str, Any] = {}
     schedulers = [
         _Recorded(one, f"the scheduler {index}, a {type(one).__name__}", seen)
@@ -175,10 +177,10 @@ def small_files(accelerator: Accelerator) -> dict[str, bytes]:
 
 
 def check_files(accelerator: Accelerator, names: Iterable[str], path: Path) -> None:
-    """Check that a checkpoint holds the states of schedulers, scaler and registered objects, before any is changed.
+    """Check that a checkpoint has the states of schedulers, scaler and registered objects, before any is changed.
 
     Raises:
-        PlanError: Some are missing, or there are states of more objects than are registered; lists them.
+        PlanError: States are missing, or there are states of more objects than are registered; lists all of them.
     """
     names = set(names)
     wanted = {
@@ -212,21 +214,23 @@ def restore_files(
     weights_only: bool,
     safe_globals: Iterable[SafeGlobal],
 ) -> None:
-    """Restore what `small_files` returned from a directory that holds the files, which `check_files` has looked at.
+    """Restore schedulers, samplers, scaler, random states and registered objects from a directory of their files.
+
+    `check_files` has checked the names of the files before.
 
     Raises:
         UnsupportedValueError: A state is more than plain data.
     """
     with tempfile.TemporaryDirectory(prefix="dcp_accelerate_") as rewritten:
         if weights_only:
-            # Accelerate unpickles the files itself. It gets files that this process has pickled, of what was decoded.
+            # Accelerate unpickles files. Give it new files, pickled by this process from the decoded values.
             _rewrite(accelerator, folder, Path(rewritten), safe_globals)
             folder = Path(rewritten)
         _restore_trusted(accelerator, folder, map_location=map_location, load_kwargs=load_kwargs)
 
 
 def _rewrite(accelerator: Accelerator, folder: Path, target: Path, safe_globals: Iterable[SafeGlobal]) -> None:
-    """Decode the small files in a directory as plain data, and write what they held into another directory."""
+    """Decode the small files in a directory as plain data, and write the values into another directory."""
     for path in sorted(folder.iterdir()):
         if not path.is_file() or not any(fnmatch.fnmatch(path.name, pattern) for pattern in _SMALL_FILES):
             continue
@@ -237,11 +241,11 @@ def _rewrite(accelerator: Accelerator, folder: Path, target: Path, safe_globals:
                 weights_only=True,
                 safe_globals=safe_globals,
                 map_location="cpu",
-                surface=_HOW_TO_TRUST,
+                how_to_trust=_HOW_TO_TRUST,
             )
         except UnsafeCheckpointError as exc:
             if fnmatch.fnmatch(path.name, f"{SAMPLER_NAME}*.bin"):
-                # Accelerate writes the sampler itself into such a file, and reads few of them.
+                # Accelerate pickles the whole sampler into such a file, and reads only few of these files.
                 continue
             raise UnsupportedValueError(
                 f"The state of {_owner(accelerator, path.name)} is no plain data: {exc}"
@@ -274,20 +278,12 @@ def _restore_trusted(
     )
     first = folder / f"{RNG_STATE_NAME}_0.pkl"
     if "step" not in restored and first.is_file():
-        # Saved on fewer processes: there is no random state of this one, which keeps its own. The count is everybody's.
+        # Fewer processes saved the checkpoint: this process keeps its random state. The step count is the same on all.
         restored = load_file(first)
     accelerator.step = restored.get("step", accelerator.step)
     for index, value in enumerate(accelerator._custom_objects):
         path = folder / f"custom_checkpoint_{index}.pkl"
         value.load_state_dict(load_file(path, map_location="cpu", weights_only=False))
-
-
-def changed_by_forward(models: Sequence[nn.Module]) -> Iterator[torch.Tensor]:
-    """Yield the parameters that a forward pass changes: embeddings whose rows are kept below a norm."""
-    for model in models:
-        for child in model.modules():
-            if isinstance(child, (nn.Embedding, nn.EmbeddingBag)) and child.max_norm is not None:
-                yield child.weight
 
 
 def wanted_of(
@@ -298,10 +294,10 @@ def wanted_of(
     strict: bool,
     path: Path,
 ) -> dict[str, Any]:
-    """Return what to load of models and optimizers.
+    """Return the state dict of models and optimizers to load into.
 
     Raises:
-        PlanError: They are not those of the checkpoint; lists everything that differs.
+        PlanError: The checkpoint lacks a model or an optimizer; lists all of them.
     """
     state: dict[str, Any] = {}
     problems = []

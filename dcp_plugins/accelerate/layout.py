@@ -1,4 +1,4 @@
-"""What a checkpoint directory holds, and which directories are checkpoints.
+"""The contents of a checkpoint directory, and the search for checkpoints.
 
 ::
 
@@ -66,7 +66,7 @@ _FILE = re.compile(
     r"(scheduler|sampler|dl_state_dict)(_[0-9]+)?\.bin|scaler\.pt|random_states_[0-9]+\.pkl|custom_checkpoint_[0-9]+\.pkl"
 )
 _REPLACED = re.compile(rf"({OPTIMIZER_NAME}|{FSDP_MODEL_NAME})(_[0-9]+)?\.bin")
-"""Of a stock checkpoint that ours has replaced. Its model.safetensors may be the user's own: hooks write that, too."""
+"""Files of a stock checkpoint that ours has replaced. A user's hook may have written its model.safetensors."""
 AUTOMATIC_NAMES = StepNames(prefix="checkpoint_")
 _LAST_OF_STOCK = f"{RNG_STATE_NAME}_0.pkl"
 _NEVER_COMMITTED = "never committed"
@@ -85,13 +85,13 @@ def optimizer_part(index: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What a committed checkpoint of ours says that it holds."""
+    """The contents of a committed checkpoint of ours, from its metadata."""
 
     model_names: Mapping[int, frozenset[str]]
-    """Of each model that was saved, its parameters and buffers."""
+    """The names of the parameters and buffers of each saved model, by its number."""
     optimizers: frozenset[int]
     files: Mapping[int, frozenset[str]]
-    """Of each rank that saved, the names of the files that stock Accelerate would have written there."""
+    """The names of the small files of each rank that saved, which stock Accelerate would have written, by rank."""
 
     def files_for(self, rank: int, num_processes: int) -> dict[str, int]:
         """Say which files this process restores from, and of which rank.

@@ -115,7 +115,7 @@ class Ranks:
         return CheckpointException(step, failures)
 
     def _one_each(self, replies: list[R]) -> list[R]:
-        """Refuse replies of which there is not one for each rank, while that can still be told to all."""
+        """Check that there is one reply for each rank, while all ranks can still be told of the failure."""
         if not isinstance(replies, Sequence) or len(replies) != self.world_size:
             found = f"{len(replies)} in a list" if isinstance(replies, Sequence) else f"a {type(replies).__name__}"
             raise ValueError(f"expected {self.world_size} replies, one for each rank, found {found}")
@@ -172,9 +172,9 @@ class Ranks:
         return values[0] if self.is_coordinator else self._unpacked_reply(step, payload[0])
 
     def _packed_replies(self, step: str, values: list[Any], travels: Sequence[bool]) -> list[bytes | None]:
-        """Pickle the replies that travel; where one cannot be, replace all in ``values`` by that failure.
+        """Pickle the replies that are sent; if one cannot be pickled, replace all in ``values`` by that failure.
 
-        A rank that cannot be told what to do would be missing in the next exchange: then no rank may act on its reply.
+        A rank without its reply would miss the next exchange: if one reply is lost, no rank may act on its own.
         """
 
         def pack() -> list[bytes | None]:
@@ -190,7 +190,7 @@ class Ranks:
     def _unpacked_reply(self, step: str, payload: bytes) -> Any:
         reply = loads(payload)
         if isinstance(reply, Failure):
-            # Plain data and sealed values always come whole: this is a fault of the caller, who has to seal the reply.
+            # Plain data and sealed values can always be unpickled: this caller forgot to seal its reply.
             raise CheckpointException(step, {self.rank: (reply.exception, reply.stack)}) from reply.exception
         return reply
 
@@ -239,7 +239,7 @@ def _packed(value: Any) -> bytes:
     """Pickle a request; a value that cannot be pickled is replaced by that failure."""
     try:
         return dumps(value)
-    # Whatever a plugin put into its plan may fail to pickle in its own way; the other ranks must hear of it.
+    # An object of a plugin may fail with any error; the other ranks must hear of it.
     except Exception as exc:
         return dumps(Failure(exc, stack_of(exc)))
 

@@ -1,4 +1,4 @@
-"""The values and failures that ranks send each other, and how they survive the journey."""
+"""Outcomes: the values and failures that ranks send each other, and how they are pickled."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ class Failure:
 def _rebuild_failure(payload: bytes | None, description: str, stack: traceback.StackSummary) -> Failure:
     try:
         exception = pickle.loads(payload) if payload is not None else None
-    # The class of an exception may fail to be found or built with any error; the description is left then.
+    # The class may be missing here, or fail with any error: the description stands for the exception then.
     except Exception:
         exception = None
     return Failure(exception if isinstance(exception, BaseException) else RuntimeError(description), stack)
 
 
 class Sealed(Generic[T]):
-    """A value in a reply that holds objects of plugins: each rank unpickles it inside of its next exchange.
+    """A value with objects of plugins in a reply: each rank unpickles it inside of its next exchange.
 
     A rank that unpickled such a reply as soon as it came, and failed, would raise alone, and the other ranks would wait
-    for it in their next exchange. Arriving sealed cannot fail; `open` may, where the failure is told to all.
+    for it in their next exchange. A sealed reply always arrives. `open` may fail, inside of an exchange that tells all.
     """
 
     __slots__ = ("_payload", "_step", "_value")
@@ -83,7 +83,7 @@ def outcome_of(function: Callable[[], T]) -> T | Failure:
     """Return the result of a call, or its failure."""
     try:
         return function()
-    # Everything, KeyboardInterrupt too: the other ranks are waiting for this rank's answer and must hear of it.
+    # Any failure, KeyboardInterrupt too: the other ranks wait for this rank's answer.
     except BaseException as exc:
         return Failure(exc, stack_of(exc))
 
@@ -109,7 +109,7 @@ def failures_in(outcomes: list[Any]) -> dict[int, WrappedException]:
 
 @dataclass(frozen=True, slots=True)
 class _FailedStep:
-    """A ``CheckpointException`` on its journey: each failure in it travels by itself."""
+    """A ``CheckpointException`` as it is pickled: each of its failures is pickled apart from the others."""
 
     step: str
     failures: dict[int, Failure]
@@ -119,7 +119,7 @@ def dumps(value: Any) -> bytes:
     """Pickle an outcome.
 
     Raises:
-        Exception: The value cannot be pickled. A failure and a ``CheckpointException`` always can.
+        Exception: The value cannot be pickled. A failure and a ``CheckpointException`` can always be pickled.
     """
     if isinstance(value, CheckpointException):
         value = _FailedStep(
@@ -129,10 +129,10 @@ def dumps(value: Any) -> bytes:
 
 
 def loads(payload: bytes) -> Any:
-    """Unpickle an outcome; a value where that fails counts as a failure."""
+    """Unpickle an outcome; return a `Failure` if a value cannot be unpickled."""
     try:
         value = pickle.loads(payload)
-    # A plugin's class may fail to unpickle in its own way; raising here would leave the other ranks waiting.
+    # A class of a plugin may fail with any error. Raising it here would leave the other ranks waiting.
     except Exception as exc:
         return Failure(exc, stack_of(exc))
     if isinstance(value, _FailedStep):
@@ -146,7 +146,7 @@ def _by_rank(failures: dict[int, Failure]) -> dict[int, WrappedException]:
 
 
 def portable(exc: CheckpointException) -> CheckpointException:
-    """Return the exception with the failures in it replaced by their description where they cannot be pickled."""
+    """Return the exception with a description in the place of each failure that cannot be pickled."""
     rebuilt = loads(dumps(exc))
     assert isinstance(rebuilt, CheckpointException)
     return rebuilt
@@ -155,7 +155,7 @@ def portable(exc: CheckpointException) -> CheckpointException:
 def _dumps_or_none(exc: BaseException) -> bytes | None:
     try:
         return pickle.dumps(exc)
-    # An exception class may refuse to be pickled with any error; its text is left then.
+    # Pickling an exception may fail with any error: its description is sent then.
     except Exception:
         return None
 
@@ -163,7 +163,7 @@ def _dumps_or_none(exc: BaseException) -> bytes | None:
 def _described(exc: BaseException) -> str:
     try:
         text = str(exc)
-    # The exception's own code, which may fail in any way.
+    # ``__str__`` of a user's exception may fail with any error.
     except Exception:
         text = "(its text cannot be had)"
     return f"{type(exc).__qualname__}: {text}"

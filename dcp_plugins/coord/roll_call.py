@@ -27,7 +27,7 @@ __all__ = ["Exchanges", "Missing", "exchanges_of"]
 
 _PREFIX = "dcp_plugins/ranks"
 _DEADLINE_SECONDS = 5.0
-# A killed process closes its connections a moment before the system says that it has ended.
+# A killed process closes its connections a moment before /proc shows that it has ended.
 _SETTLING_SECONDS = 1.0
 _POLL_SECONDS = 0.05
 # Several ranks may have been killed at once.
@@ -39,9 +39,9 @@ class Missing:
     """The result of a roll call."""
 
     gone: dict[int, str] = field(default_factory=dict)
-    """Ranks whose process has ended, and how that is known."""
+    """Ranks whose process has ended, with the evidence for it."""
     silent: list[int] = field(default_factory=list)
-    """Ranks that did not answer, of which nothing more is known."""
+    """Ranks that did not answer and of which nothing else is known."""
 
 
 class Exchanges:
@@ -52,15 +52,15 @@ class Exchanges:
         self._rank = dist.get_rank(group)
         self._world_size = dist.get_world_size(group)
         ranks = dist.get_process_group_ranks(group)
-        # Of the default group, whose first rank usually keeps the store.
+        # The first rank of the default group usually keeps the store.
         self._first_rank = ranks.index(0) if 0 in ranks else None
         self._count = 0
 
     def begin(self) -> None:
-        """Note that this rank comes to its next exchange; before the first one it leaves its record."""
+        """Count an exchange that this rank is about to enter; before the first one, leave the record of its process."""
         self._count += 1
         if self._count == 1 and self._store is not None:
-            # A store that does not answer is found out by the exchange itself.
+            # If the store does not answer, the exchange itself fails and says so.
             with contextlib.suppress(RuntimeError, OSError):
                 self._store.set(f"{_PREFIX}/record/{self._rank}", json.dumps(_own_record()))
 
@@ -69,12 +69,12 @@ class Exchanges:
         if self._store is None:
             return Missing()
         calls: list[_RollCall] = [_RollCall(self._store, self._rank, self._world_size, self._count)]
-        # On a thread: a store whose machine is gone answers at its own timeout only, which may be half an hour.
+        # On a thread, because a call to a store on a lost machine blocks until the store's timeout, perhaps 30 minutes.
         thread = threading.Thread(target=calls[0].take, name="dcp-roll-call", daemon=True)
         try:
             thread.start()
         except RuntimeError:
-            # The interpreter is ending, and starts no more threads.
+            # The interpreter is shutting down and starts no more threads.
             return Missing()
         thread.join(_DEADLINE_SECONDS + 1)
         return calls[0].result(is_over=not thread.is_alive(), keeper=self._keeper())
@@ -113,7 +113,7 @@ class _RollCall:
                 if not self._unknown or is_found or elapsed >= _DEADLINE_SECONDS:
                     break
                 time.sleep(_POLL_SECONDS)
-        # A store fails with an error of the transport, of several classes; it is the answer.
+        # A store raises errors of several classes. The error is part of the result.
         except Exception as exc:
             self._store_failure = f"{type(exc).__name__}: {exc}"
 
@@ -132,7 +132,7 @@ class _RollCall:
             if time.monotonic() >= deadline:
                 return
             answer = self._read(f"{_PREFIX}/answer/{rank}")
-            # A rank that came through the same exchange fails in the next one, and the reverse.
+            # A rank may have passed the exchange that failed here, and fail in the next one, or one earlier.
             if answer is not None and int(answer) >= self._count - 1:
                 self._unknown.discard(rank)
                 continue
@@ -150,7 +150,7 @@ class _RollCall:
                 self._missing.gone[rank] = f"its process {process['pid']} on host {process['host']} has ended"
 
     def _read(self, key: str) -> bytes | None:
-        # Getting a key that is not there would wait for it.
+        # `get` waits for a key that does not exist.
         return self._store.get(key) if self._store.check([key]) else None
 
 
@@ -169,7 +169,7 @@ _by_group: weakref.WeakKeyDictionary[dist.ProcessGroup, Exchanges] = weakref.Wea
 
 def _store_of(group: dist.ProcessGroup) -> dist.Store | None:
     try:
-        # There is no public way to ask for it.
+        # Torch has no public function for the store of a group.
         found: dist.Store = distributed_c10d._world.pg_map[group][1]
     except (AttributeError, KeyError):
         return None
@@ -182,7 +182,7 @@ def _own_record() -> dict[str, Any]:
 
 
 def _machine() -> str:
-    """Identify what numbers of processes belong to: a boot of a machine, and a namespace on it."""
+    """Return the scope of process ids: the boot of a machine, and the pid namespace on it."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot}/{Path('/proc/self/ns/pid').stat().st_ino}"
@@ -193,7 +193,7 @@ def _machine() -> str:
 def _start_of(pid: int) -> str | None:
     """Return when a process began, in ticks since the boot; None if it has ended, or cannot be asked."""
     try:
-        # Behind the name, which may hold anything: state first, the start as the twentieth field.
+        # The fields follow the name, which may hold anything: state is the first, the start the twentieth.
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
         return None

@@ -43,7 +43,7 @@ class AsyncCheckpointerType(Enum):
 
 @dataclass
 class AsyncSaveResponse:
-    """What ``async_save`` returns where the stager itself works in the background."""
+    """The result of ``async_save`` with a stager that works in the background."""
 
     staging_completion: Future[None]
     """Done when the snapshot is taken: parameters may change from then on."""
@@ -220,7 +220,7 @@ def _stager_for(writer: StorageWriter, in_process: bool) -> AsyncStager:
     if isinstance(writer, AsyncStager):
         return writer
     if in_process:
-        # It keeps its memory as well; a stager of the writer's own would not share it.
+        # The shared stager keeps its memory for the next save too. The writer's own memory is not shared memory.
         return shared_stager(for_process=True)
     if isinstance(writer, FileSystemWriter) and writer.cache_staged_state_dict:
         stager = _writers_stagers.get(writer)
@@ -240,7 +240,7 @@ def _join_as_failed(ranks: Ranks, failure: BaseException) -> None:
 
     # This rank raises the failure itself, now.
     if is_ending():
-        # No thread would do it.
+        # The interpreter starts no more threads.
         with contextlib.suppress(CheckpointException):
             ranks.settle("stage", fail)
     else:

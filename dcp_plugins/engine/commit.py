@@ -34,8 +34,7 @@ def commit(writer: StorageWriter, ranks: Ranks, metadata: Metadata | None, write
     try:
         return reply.open()
     except UnsupportedValueError as exc:
-        # The checkpoint exists, and no exchange follows in which the others could be told: this rank must not be the
-        # only one to raise.
+        # The checkpoint exists, and no exchange follows to tell the other ranks: this rank must not raise alone.
         warn_user(f"the save is complete, but its metadata cannot be returned on rank {ranks.rank}: {exc}")
         return _UnavailableMetadata(str(exc))
 
@@ -48,7 +47,7 @@ def commit_alone(writer: StorageWriter, metadata: Metadata, *results: Any) -> Me
 
 
 class _UnavailableMetadata(Metadata):
-    """Metadata that could not be unpickled on this rank: reading any field of it says so."""
+    """Stands for metadata that this rank could not unpickle: reading a field raises the reason."""
 
     def __init__(self, reason: str) -> None:
         self._reason = reason

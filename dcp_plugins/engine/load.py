@@ -51,13 +51,17 @@ def load(
     process_group: dist.ProcessGroup | None = None,
     no_dist: bool = False,
 ) -> None:
-    """Load a checkpoint into a state dict, in place, each rank what it holds.
+    """Load a checkpoint into a state dict, in place: each rank reads the boxes of tensors that it holds.
 
     Layout and world size may differ from those of the save. Tensors are filled where they lie; other values are
     replaced; a ``Stateful`` gets its loaded state through ``load_state_dict``.
 
+    The load reads the keys that the state dict has. In the state dicts of this package's getters, the model's and the
+    optimizer's part have the checkpoint's keys instead. An `UnreadValuesWarning` names saved values that no rank reads
+    although they lie below a nested dict or list of the state dict.
+
     Args:
-        state_dict: Says what is wanted: its keys, and for tensors the size, dtype, device and local boxes.
+        state_dict: Its keys say what to load; its tensors have the size, dtype, device and local boxes to load into.
         checkpoint_id: Where the checkpoint is, for a path: its directory.
         storage_reader: Reads from the storage; None chooses one by the id.
         planner: Plans the load; None takes ``DefaultLoadPlanner``.
@@ -235,18 +239,18 @@ class _Load:
         """Read metadata and plan this rank's reads.
 
         Returns:
-            Whether the metadata is the whole checkpoint's, and whether it tells of values that lie below a container
-            of this rank's state dict and that this rank does not read.
+            Whether the metadata is the whole checkpoint's, and whether this rank leaves values unread that lie below a
+            nested dict or list of its state dict.
         """
-        # Before all that may fail: a Stateful may run collectives of its own, in which no rank may be missing.
+        # First, before anything that may fail: a Stateful may run collectives, in which no rank may be missing.
         self.state_dict = self._describe()
-        # Before the planner completes it: an empty container is one that was given.
+        # Before the planner completes the state dict and changes it.
         given = containers_given(self.state_dict)
         self._reader = self._open_storage()
         metadata, whole = self._read_metadata()
         planner, reader, ranks = self._planner, self._reader, self._ranks
         if isinstance(planner, EmptyStateDictLoadPlanner) and isinstance(reader, FileSystemReader):
-            # This planner allocates what the metadata says; any other is given tensors that exist.
+            # This planner allocates tensors of the sizes in the metadata. Any other planner gets tensors that exist.
             reader.check_sizes(metadata)
         planner.set_up_planner(self.state_dict, metadata, ranks.is_coordinator)
         if accepts(reader.set_up_storage_reader, "kwargs"):
@@ -256,7 +260,7 @@ class _Load:
         self._plan = reader.prepare_local_plan(planner.create_local_plan())
         if not given or getattr(planner, "unread", "warn") == "ignore":
             return whole, False
-        # A tensor without elements is asked for, and nothing of it is read.
+        # The plan has no item for a tensor without elements, which is not unread all the same.
         asked_for = getattr(planner, "state_dict", None)
         self._read = read_by(self._plan).union(asked_for if isinstance(asked_for, dict) else ())
         self._unread = unread_below(given, metadata, self._read) - getattr(planner, "left_unread", set())
@@ -264,9 +268,9 @@ class _Load:
         return whole, bool(self._unread)
 
     def _judge_unread(self) -> None:
-        """Warn of saved values that no rank reads, or raise, as the planner says.
+        """Warn of saved values that no rank reads, or raise, as the planner's ``unread`` says.
 
-        A value that one rank leaves may be another's: a pipeline stage's, or one that belongs to a rank.
+        Another rank may read what this rank leaves: the parameters of its pipeline stage, or its random state.
         """
         assert self._metadata is not None
         fqns = list(self._metadata.state_dict_metadata)
@@ -302,7 +306,7 @@ class _Load:
         try:
             metadata = self._reader.read_metadata(rank=self._ranks.rank)
         except Exception as exc:
-            # The first failure says what the user is after; the second only that the fallback had nothing either.
+            # Raise the first failure, about the checkpoint that the user named; the second is about the fallback only.
             raise missing from exc
         logger.info("no metadata of the whole checkpoint, loading what rank %s saved alone", self._ranks.rank)
         return metadata, False

@@ -68,7 +68,7 @@ def load_sharded_optimizer_state_dict(
             "load_sharded_optimizer_state_dict needs an initialised process group: it shards over its ranks"
         )
     ranks = Ranks(None, distributed=True)
-    # Told to all: a rank that cannot read the metadata would be missing when the others agree on their plans.
+    # In an exchange: a rank that fails alone to read the metadata would be missing when the others agree on plans.
     describing = Opening(lambda: _describe(model_state_dict, optimizer_key, storage_reader, planner))
     with describing.unwrapped():
         flat, paths, own_planner = ranks.settle("describe", describing)
@@ -79,7 +79,7 @@ def load_sharded_optimizer_state_dict(
 def _describe(
     model_state_dict: dict[str, Any], optimizer_key: str, storage_reader: StorageReader, planner: LoadPlanner | None
 ) -> tuple[dict[str, Any], Mapping[str, tuple[str | int, ...]], LoadPlanner]:
-    """Return empty tensors for what the checkpoint has of the optimizer, the paths of its keys, and the planner."""
+    """Return empty tensors for the optimizer's keys in the checkpoint, the paths of the keys, and the planner."""
     metadata = storage_reader.read_metadata()
     paths: Mapping[str, tuple[str | int, ...]] = metadata.planner_data or {}
     parts, group = _parts_by_fqn(model_state_dict)

@@ -217,7 +217,7 @@ def _skeleton(value: Any, values: list[Any], numbers: dict[int, int]) -> Any:
         return {key: _skeleton(item, values, numbers) for key, item in value.items()}
     if kind is OrderedDict:
         made = OrderedDict((key, _skeleton(item, values, numbers)) for key, item in value.items())
-        # What Module.state_dict() puts there: the versions of the modules.
+        # Module.state_dict() puts an attribute there: the versions of the modules.
         made.__dict__.update(value.__dict__)
         return made
     # One without a tensor is a value as a whole, which may grow from save to save.

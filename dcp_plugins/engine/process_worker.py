@@ -57,7 +57,7 @@ class SaveRequest:
     use_collectives: bool
     wants_events: bool
     working_directory: str
-    """What relative paths are relative to."""
+    """The directory that relative paths start from."""
 
 
 _PR_SET_PDEATHSIG = 1

@@ -1,4 +1,4 @@
-"""Restoring: a load by the one who made the checkpoint, who gets back all that was saved, with its structure."""
+"""Restoring: a load for the owner of the checkpoint, driven by the checkpoint's keys and not by the state's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from dcp_plugins.errors import listing
 from dcp_plugins.events import record
 from dcp_plugins.format.trust import SafeGlobal
 from dcp_plugins.plan import RestoringLoadPlanner
-from dcp_plugins.templates import completion_of, take_over
+from dcp_plugins.plan.restore import Outline, Role
+from dcp_plugins.templates import apply_completed, completion_of
 
 __all__ = ["restore"]
 
@@ -35,24 +36,24 @@ def restore(
     weights_only: bool = True,
     safe_globals: Iterable[SafeGlobal] = (),
 ) -> None:
-    """Load a checkpoint into a state, in place, driven by what was saved and not by what the state has now.
+    """Load a checkpoint into a state, in place, with every value that was saved below the state's root keys.
 
-    An object gets the state dict that it was saved with. Of containers, the saved entries and kinds replace the present
-    ones; those that the caller holds keep their identity. Tensors of the saved size are filled where they lie. Keys of
-    the state's root choose what is loaded: others that were saved are left.
+    Each object gets the state dict that it was saved with. The saved entries replace the entries of dicts and lists,
+    which keep their identity. Tensors of the saved size are filled where they lie. Root keys of the checkpoint that the
+    state does not have are not loaded.
 
     Args:
-        state: As it was given to the save, perhaps in part. Every rank of the group passes its own.
+        state: The state that was saved, or some root keys of it. Every rank of the group passes its own.
         open_storage: Returns the reader of the checkpoint, reset; called once.
         process_group: The ranks that load; None takes the default group.
         no_dist: Load into this process alone.
-        allow_partial_load: Leave what the checkpoint lacks as it is, and what has no place in the state unread.
-        weights_only: Read values as plain data.
-        safe_globals: Classes that values may have all the same, as for `DefaultLoadPlanner`.
+        allow_partial_load: Leave values that the checkpoint lacks as they are, and saved values without a place unread.
+        weights_only: Decode values as plain data, as for `DefaultLoadPlanner`.
+        safe_globals: Classes that values may also have, as for `DefaultLoadPlanner`.
 
     Raises:
-        CheckpointException: Some rank failed; raised on every rank: a key is missing, something that was saved has no
-            place in the state, a size differs, data is damaged.
+        CheckpointException: Some rank failed; raised on every rank: a key is missing, a saved value has no place in the
+            state, a size differs, data is damaged.
     """
     with record("load"):
         ranks = ranks_of(process_group, no_dist=no_dist, verb="load")
@@ -66,8 +67,9 @@ def restore(
         ranks.settle("apply", lambda: _put_back(state, plain))
 
 
-def _outline_of(state: Mapping[Any, Any]) -> dict[tuple[Any, ...], str]:
-    outline: dict[tuple[Any, ...], str] = {}
+def _outline_of(state: Mapping[Any, Any]) -> Outline:
+    """Return the places of the objects in a state, before each is replaced by its state dict."""
+    outline: dict[tuple[Any, ...], Role] = {}
 
     def visit(value: Any, path: tuple[Any, ...]) -> None:
         if is_stateful(value):
@@ -83,13 +85,18 @@ def _outline_of(state: Mapping[Any, Any]) -> dict[tuple[Any, ...], str]:
 
 
 def _put_back(container: MutableMapping[Any, Any] | list[Any], plain: Any) -> None:
-    """Hand the loaded values over: to objects their state dicts, to the containers of the caller their entries."""
+    """Give the objects their loaded state dicts, and the caller's dicts and lists their loaded entries.
+
+    Args:
+        container: The caller's dict or list.
+        plain: The loaded dict or list for it, with state dicts in the place of objects.
+    """
     if completion_of(container) is not None:
         assert isinstance(container, dict)
-        take_over(container, plain)
+        apply_completed(container, plain)
         return
     dropped: list[str] = []
-    # In the order of a save, in which ``state_dict`` may have run collectives.
+    # In the order of a save: ``load_state_dict`` may run collectives, and ranks may have built their dicts differently.
     keys: Any = range(len(container)) if isinstance(container, list) else sorted(container, key=str)
     for key in keys:
         value, loaded = container[key], plain[key]
@@ -103,27 +110,27 @@ def _put_back(container: MutableMapping[Any, Any] | list[Any], plain: Any) -> No
         # Values that were added to a container of objects after this one was made.
         container.update({key: value for key, value in plain.items() if key not in keys})
     if dropped:
-        logger.warning("entries that the checkpoint does not have are gone from the state: %s", listing(dropped))
+        logger.warning("removed entries from the state that the checkpoint does not have: %s", listing(dropped))
 
 
-# Of a mapping of another class a save notes only that it is a mapping.
+# The kinds that a save records; it records a mapping of any other class as a dict.
 _KINDS = frozenset({dict, OrderedDict, Counter, defaultdict})
 
 
 def _replace_entries(own: Any, loaded: Any, name: str, dropped: list[str], *, is_callers: bool = False) -> bool:
-    """Give a container the loaded entries, keeping its identity and that of those in it; False if it cannot be done.
+    """Replace the entries of a dict or list, and of those in it, by the loaded ones; False if the kinds differ.
 
     Args:
-        own: Anything; only a container can be kept.
-        loaded: What was saved in its place.
-        name: What to call it.
-        dropped: Gets the names of entries that are gone.
-        is_callers: The caller holds the container, which is kept although the saved one was of another kind.
+        own: The value in the state; only a dict or list can get new entries.
+        loaded: The loaded value for its place.
+        name: The name of the place, for the log.
+        dropped: The function adds the names of removed entries.
+        is_callers: The caller holds ``own``: fill a mapping although the saved one was of another kind.
     """
     if own is loaded:
         return True
     if completion_of(own) is not None and isinstance(loaded, Mapping):
-        take_over(own, loaded)
+        apply_completed(own, loaded)
         return True
     is_mapping = isinstance(own, MutableMapping) and isinstance(loaded, Mapping)
     if is_mapping and (is_callers or type(own) is type(loaded) or type(own) not in _KINDS):

@@ -16,8 +16,8 @@ from dcp_plugins.engine.commit import commit, commit_alone
 from dcp_plugins.engine.setup import Opening, accepts, open_writer, ranks_of, storage_second, to_plain
 from dcp_plugins.engine.thread_runner import thread_runner
 from dcp_plugins.events import record
-from dcp_plugins.format.containers import attach, encoded_of
 from dcp_plugins.format.metadata import MetadataEncoder
+from dcp_plugins.format.saved_mappings import attach, encoded_of
 from dcp_plugins.plan import DefaultSavePlanner
 from dcp_plugins.plan.cache import CachedPlan, lookup, new_generation, store
 from dcp_plugins.plan.codec import PackedChoice, PackedPlan, choose, chosen, pack, unpack
@@ -103,7 +103,7 @@ def save_state_dict(
 
 
 def described(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Return a state dict with values in the place of objects; warn of values that a load will refuse."""
+    """Return a state dict with the state dicts of its objects; warn of values that a load will refuse."""
     with noting_values() as noted:
         plain = to_plain(state_dict)
     warn_of_unloadable(plain, "planner=DefaultLoadPlanner(weights_only=False)", noted)
@@ -123,7 +123,7 @@ def run_save(
 
     Args:
         open_storage: Returns the writer, reset; called once, inside of the first exchange.
-        is_staged: The state dict is a snapshot: whoever took it has looked at its values.
+        is_staged: Whether the state dict is a snapshot, whose values were checked when it was taken.
     """
     step = _Save(state_dict, open_storage, planner, ranks, use_collectives, is_staged=is_staged)
     if not use_collectives:
@@ -160,13 +160,13 @@ class _Save:
         self.writer: StorageWriter
         """Set in the first exchange."""
         self.metadata: Metadata | None = None
-        """Of the whole checkpoint; on the coordinator only, once the plan is agreed."""
+        """The whole checkpoint's metadata; set on the coordinator only, after the ranks have agreed on the plan."""
 
     def agreed_plan(self) -> Callable[[], SavePlan]:
         """Agree with all ranks on what each writes; plans are only exchanged if some rank's has changed.
 
         Returns:
-            Returns what this rank writes; to be called inside of the next exchange, because it may fail.
+            A function that returns the plan of this rank's writes. Call it inside of the next exchange: it may fail.
         """
         answer = self._ranks.reduce_scatter("plan", self._propose, self._answer)
         if isinstance(answer, _Resend):
@@ -175,7 +175,7 @@ class _Save:
         return lambda: self._final_plan(answer)
 
     def _final_plan(self, answer: _Reuse | _Resend | _NewPlan) -> SavePlan:
-        """Return what this rank writes by the coordinator's answer, and keep it for the next save."""
+        """Return the plan of this rank's writes, from the coordinator's answer, and keep it for the next save."""
         if isinstance(answer, _Reuse):
             assert self._earlier is not None, "only what every rank has offered is reused"
             final_plan = self._earlier.final_plan
@@ -235,8 +235,8 @@ class _Save:
 
     def _describe(self) -> None:
         """Turn objects into values and let the planner and the writer see them."""
-        # Before all that may fail: a Stateful may run collectives of its own, in which no rank may be missing. The
-        # values of a snapshot were looked at when it was taken, on the thread that trains.
+        # First, before anything that may fail: a Stateful may run collectives, in which no rank may be missing. The
+        # values of a snapshot were checked when it was taken, on the thread that trains.
         state_dict = to_plain(self._state_dict) if self._is_staged else described(self._state_dict)
         self.writer = self._open_storage()
         planner, writer, ranks = self._planner, self.writer, self._ranks

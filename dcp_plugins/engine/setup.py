@@ -1,4 +1,4 @@
-"""What save and load have in common before the first phase: ranks, storage, planners of every age."""
+"""The set-up that saves and loads share: ranks, storage, and plain values in the place of objects."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dcp_plugins.contract import Stateful, StorageReader, StorageWriter
 from dcp_plugins.coord import Ranks
 from dcp_plugins.errors import CheckpointException
 from dcp_plugins.storage import find_reader, find_writer
-from dcp_plugins.templates import CompletingDict, take_over
+from dcp_plugins.templates import CompletingDict, apply_completed
 from dcp_plugins.user_warnings import warn_user
 
 __all__ = [
@@ -94,7 +94,7 @@ def _open(
     argument: str,
 ) -> StorageT:
     if storage is not None:
-        # Without a new id a storage object keeps the one it was made with; torch does not reset it either.
+        # If no id is given, a storage object keeps its own; torch does not reset it either.
         if checkpoint_id is not None:
             storage.reset(checkpoint_id)
         return storage
@@ -128,9 +128,12 @@ def storage_second(argument: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 def to_plain(state_dict: Mapping[str, Any], *, keep_completing: bool = False) -> dict[str, Any]:
     """Return a copy in which every ``Stateful``, in dicts and lists at any depth, is replaced by its state dict.
 
-    Containers that complete themselves are for loading, with ``keep_completing``; for a save they become plain dicts.
-    Containers that hold neither are not copied. Keys are visited sorted: a ``state_dict`` method may run collectives,
-    and ranks may order their dicts differently.
+    Dicts and lists without a ``Stateful`` are not copied. Keys are visited sorted: a ``state_dict`` method may run
+    collectives, and ranks may order their dicts differently.
+
+    Args:
+        state_dict: Any nested dict; it is not changed.
+        keep_completing: Keep each `CompletingDict`, for a load; for a save they become plain dicts.
     """
     if type(state_dict) is dict and _holds_leaves_only(state_dict):
         return state_dict.copy()
@@ -142,7 +145,7 @@ def to_plain(state_dict: Mapping[str, Any], *, keep_completing: bool = False) ->
     # In the caller's order again: it is the order in which a checkpoint is rebuilt without a target.
     ordered = {key: plain[key] for key in state_dict if key in plain}
     if keep_completing and isinstance(state_dict, CompletingDict):
-        return CompletingDict(ordered, state_dict.completion, for_holder=state_dict.for_holder)
+        return CompletingDict(ordered, state_dict.completion, completes_parent=state_dict.completes_parent)
     return ordered
 
 
@@ -154,7 +157,7 @@ def put_back(container: MutableMapping[str, Any] | list[Any], plain: Any) -> Non
         plain: What ``to_plain`` returned, filled.
     """
     if isinstance(container, CompletingDict):
-        take_over(container, plain)
+        apply_completed(container, plain)
         return
     keys: Any = range(len(container)) if isinstance(container, list) else sorted(container, key=str)
     for key in keys:

@@ -69,7 +69,7 @@ class SaveFuture(Future[Metadata]):
             found: Any = super().result(timeout)
             return found.unpack() if isinstance(found, PackedMetadata) else found
         except BaseException as exc:
-            # Not for a timeout of this wait.
+            # A timeout of this wait is not the save's failure.
             if self.done() and super().exception() is exc:
                 self._seen = True
             raise
@@ -124,7 +124,7 @@ class ThreadRunner:
 
     def __init__(self) -> None:
         self.turn = threading.RLock()
-        # Those in flight, the one that is being written first, and those that failed without anybody having seen it.
+        # The saves in flight, the one that is being written first, and the failed saves whose failure nobody has seen.
         self._saves: list[SaveFuture] = []
         self._has_exit_hook = False
 
@@ -147,14 +147,14 @@ class ThreadRunner:
         await_saves(list(self._saves))
 
     def check_can_start(self) -> None:
-        """Refuse a save that nothing would wait for, and let the process end with status 1.
+        """Check that the interpreter would wait for a save; if not, raise, and make the process end with status 1.
 
         Raises:
             RuntimeError: The main thread has ended.
         """
         if not is_ending():
             return
-        # The exception may end a thread only, of which the status of the process would not tell.
+        # The exception may end only a thread. Without this hook the status of the process would be 0.
         atexit.register(_exit_with_failure)
         raise RuntimeError(
             f"async_save was called on thread {threading.current_thread().name!r} after the main thread had ended: the "
@@ -176,7 +176,7 @@ class ThreadRunner:
             future.add_done_callback(then)
         may_begin = threading.Event()
         # A thread for each save: one that waits for work would have to be told when the interpreter wants to end.
-        # Not a daemon, so that the interpreter waits for a save in flight.
+        # The thread is no daemon, so that the interpreter waits for a save in flight.
         self._saves = [save for save in self._saves if not save.is_settled]
         future.before = list(self._saves)
         arguments = ([job], future, may_begin)
@@ -234,8 +234,8 @@ def _run(
 
 
 def is_ending() -> bool:
-    """Whether the main thread has ended, so that the interpreter ends with the last thread."""
-    # The private flag is set a little earlier: before the exit hooks run, on the main thread.
+    """Whether the main thread has ended: the interpreter then waits for no new thread."""
+    # The private flag is set earlier, before the main thread runs the exit hooks.
     return getattr(threading, "_SHUTTING_DOWN", False) or not threading.main_thread().is_alive()
 
 

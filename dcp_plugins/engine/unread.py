@@ -1,4 +1,4 @@
-"""Saved values that a load leaves unread, though it was given the container that they were saved in."""
+"""Unread values: saved values that no rank's load reads, although the state dict has the dict or list around them."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ __all__ = ["as_flags", "containers_given", "read_by", "unread_below", "unread_by
 
 
 def containers_given(state_dict: Mapping[Any, Any]) -> set[str]:
-    """Return the keys of a state dict's root, as strings, under which there is a container."""
+    """Return the keys of a state dict's root, as strings, whose value is a dict or a list."""
     if PLAIN_TENSORS.issuperset(map(type, state_dict.values())):
         return set()
     return {str(key) for key, value in state_dict.items() if isinstance(value, (Mapping, list))}
 
 
 def read_by(plan: LoadPlan) -> set[str]:
-    """Return the fqns, as the checkpoint has them, of which a plan reads something."""
+    """Return the checkpoint's fqns of which a plan reads at least a part."""
     return {item.storage_index.fqn for item in plan.items}
 
 
 def unread_below(containers: Collection[str], metadata: Metadata, read: AbstractSet[str]) -> set[str]:
-    """Return the fqns that lie in one of the containers and that are not read.
+    """Return the fqns that lie below one of the given root keys and that are not read.
 
-    What lies at the root itself does not count: to load a part of a checkpoint by leaving out keys is usual.
+    Values at the root do not count: users load a part of a checkpoint by leaving out root keys.
 
     Args:
-        containers: Keys of the state dict's root.
-        metadata: The checkpoint's.
-        read: The fqns of which something is read.
+        containers: Keys of the state dict's root, as `containers_given` returns them.
+        metadata: The checkpoint's metadata.
+        read: The fqns of which at least a part is read.
     """
     if not containers or not isinstance(metadata.planner_data, dict):
         return set()
@@ -46,16 +46,16 @@ def unread_below(containers: Collection[str], metadata: Metadata, read: Abstract
 
 
 def as_flags(fqns: list[str], chosen: Collection[str]) -> bytes:
-    """Return one bit for each fqn: whether it is among the chosen ones."""
+    """Return one bit for each fqn, packed into bytes: whether the fqn is among the chosen ones."""
     return np.packbits(np.fromiter((fqn in chosen for fqn in fqns), dtype=bool, count=len(fqns))).tobytes()
 
 
 def unread_by_all(fqns: list[str], found: list[tuple[bytes, bytes]]) -> list[str]:
-    """Return the fqns that some rank leaves and none reads.
+    """Return the fqns that some rank leaves unread and no rank reads.
 
     Args:
-        fqns: In the order of the flags.
-        found: Of each rank, flags of what it reads and of what it leaves.
+        fqns: All fqns, in the order of the flags.
+        found: By rank, the flags of the fqns that the rank reads and of those that it leaves unread.
     """
     read, left = (
         np.bitwise_or.reduce([np.frombuffer(flags, dtype=np.uint8) for flags in column])
@@ -66,10 +66,10 @@ def unread_by_all(fqns: list[str], found: list[tuple[bytes, bytes]]) -> list[str
 
 
 def warn_of_unread(names: list[str]) -> None:
-    """Warn of saved values that no rank reads."""
+    """Issue one `UnreadValuesWarning` that names the saved values that no rank reads."""
     warn_user(
-        f"{len(names)} saved value(s) lie below the state dict's containers and were not loaded: {listing(names)}. A"
-        " load asks for what the state dict has. To load them, put them into it; to hide this, pass"
-        " planner=DefaultLoadPlanner(unread='ignore')",
+        f"{len(names)} saved value(s) below nested dicts or lists of the state dict were not loaded: {listing(names)}."
+        " A load reads the keys that the state dict has. To load these values, add their keys to it. To hide"
+        " this warning, pass planner=DefaultLoadPlanner(unread='ignore')",
         UnreadValuesWarning,
     )

@@ -60,7 +60,7 @@ __all__ = [
 ]
 
 SMALL_CONTAINER_BYTES = 2048
-"""What is known of a container may be remembered by its bytes, up to this many: one number takes 1.2 KB."""
+"""Containers up to this size may be keys of a cache: a container of one number has 1.2 KB."""
 
 _MAX_PICKLE_BYTES = 1024 * 1024
 
@@ -73,13 +73,13 @@ class Layout:
     """
 
     tensor: StoredTensor
-    """What ``data.pkl`` says: dtype, shape, strides and the extent of the storage."""
+    """The tensor as ``data.pkl`` describes it: dtype, shape, strides and the extent of the storage."""
     head: bytes
     """Everything before the data."""
     nbytes: int
     """Length of the data (record ``data/0``)."""
     tail_parts: tuple[bytes, bytes, bytes]
-    """What follows the data, cut where the CRC-32 of the data stands (in the descriptor, in the directory)."""
+    """The bytes after the data, split at the two places of the data's CRC-32 (in the descriptor, in the directory)."""
 
     data_start: int = field(init=False, compare=False)
     tail_length: int = field(init=False, compare=False)

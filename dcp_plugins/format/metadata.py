@@ -11,24 +11,24 @@ from dataclasses import dataclass
 
 from dcp_plugins.collector import collector_paused
 from dcp_plugins.contract import Metadata
-from dcp_plugins.format.containers import EXTRA, attach, containers_of, encoded_of
 from dcp_plugins.format.metadata_pickle import PickleWriter
 from dcp_plugins.format.metadata_reader import read_pickle, read_trusted_pickle
 from dcp_plugins.format.metadata_trailer import JSON, add_trailer, split_trailer
 from dcp_plugins.format.metadata_verifier import verify
+from dcp_plugins.format.saved_mappings import EXTRA, attach, encoded_of, saved_mappings_of
 
 __all__ = ["JSON", "Decoded", "MetadataEncoder", "decode", "decode_extras", "decode_with_extras", "encode"]
 
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """What a ``.metadata`` file holds."""
+    """The contents of a ``.metadata`` file."""
 
     metadata: Metadata
     """The description of the checkpoint, verified unless the pickle was trusted."""
 
     extras: Mapping[str, JSON]
-    """What the save recorded beyond DCP's format; empty for files of stock torch."""
+    """The extras that the save recorded in the trailer; empty for files of stock torch."""
 
     has_trailer: bool
     """Whether the bytes were checked against a CRC-32; false for files of stock torch."""
@@ -101,8 +101,8 @@ def decode_with_extras(data: bytes | bytearray | memoryview, source: str, *, tru
         return Decoded(metadata, {}, has_trailer=False)
     if isinstance(trailer.extras.get(EXTRA), list):
         attach(metadata, trailer.extras[EXTRA])
-        # Malformed, it is found now and not in the midst of a load.
-        containers_of(metadata)
+        # Decoded here, so that a malformed record fails when the metadata is read, not in the middle of a load.
+        saved_mappings_of(metadata)
     newer_version = trailer.version if trailer.is_newer else None
     return Decoded(metadata, trailer.extras, has_trailer=True, newer_version=newer_version)
 

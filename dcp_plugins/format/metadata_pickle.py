@@ -14,9 +14,9 @@ from typing import Any
 
 from dcp_plugins.contract import Metadata, StorageMeta
 from dcp_plugins.errors import UnsupportedValueError
-from dcp_plugins.format.containers import fields_of
 from dcp_plugins.format.metadata_writer import Emitter
 from dcp_plugins.format.pickle_opcodes import pickle_foreign
+from dcp_plugins.format.saved_mappings import fields_of
 
 __all__ = ["PickleWriter"]
 

@@ -35,7 +35,7 @@ __all__ = ["JSON", "TRAILER_VERSION", "Trailer", "add_trailer", "split_trailer"]
 JSON = Any  # None | bool | int | float | str | list[JSON] | dict[str, JSON]
 
 TRAILER_VERSION = 1
-"""Of the extras that this package writes, and the highest that it understands."""
+"""The version of the extras that this package writes, and the highest that it reads."""
 
 _MAGIC = b"DCPPmeta"
 _FIELDS = struct.Struct("<8sIIQII")

@@ -54,7 +54,7 @@ _PATHS = (
 _MAX_DEPTH = 16
 
 _get_tensor = operator.attrgetter("properties", "size", "chunks")
-# Of torch 2.13: dtype, layout, requires_grad, memory_format, pin_memory. Later versions have more.
+# The fields in torch 2.13: dtype, layout, requires_grad, memory_format, pin_memory. Later versions have more.
 _get_properties = operator.attrgetter(*[field.name for field in dataclasses.fields(TensorProperties)])
 _get_chunk = operator.attrgetter("offsets", "sizes")
 _get_index = operator.attrgetter("fqn", "offset", "index")

@@ -20,9 +20,9 @@ from dcp_plugins.format.tensor_pickle import row_major_strides, storage_class_of
 
 __all__ = ["PickledSubclass", "pickle_subclass"]
 
-_PROTOCOL = 2  # As torch.save's.
+_PROTOCOL = 2  # The protocol of torch.save.
 _CPU = torch.device("cpu")
-# Set by torch where a wrapper is made a parameter or a buffer; no part of its value.
+# Torch sets these attributes on a wrapper that becomes a parameter or a buffer. They are no part of its value.
 _ROLES = ("_is_param", "_is_buffer")
 
 
@@ -48,13 +48,13 @@ def pickle_subclass(tensor: torch.Tensor) -> PickledSubclass | None:
     try:
         pickler.dump(tensor)
     except (_StorageInsideError, RecursionError):
-        # Recursion: a tensor that refers to itself needs the memo.
+        # A RecursionError comes of a tensor that refers to itself: only a memo, which is off here, ends the recursion.
         return None
     return PickledSubclass(stream.getvalue(), pickler.parts)
 
 
 class _StorageInsideError(Exception):
-    """A storage was met that belongs to no tensor of plain memory."""
+    """The pickle has a storage that belongs to no tensor of plain memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class _Pickler(pickle.Pickler):
         if handles_operators(value):
             return _on_host(value.__reduce_ex__(_PROTOCOL))  # type: ignore[no-untyped-call]
         if type(value) is torch.nn.Parameter or not _is_memory(value):
-            # A parameter is pickled as the plain tensor in it.
+            # Pickle the plain tensor in the parameter.
             return NotImplemented
         if type(value) is not torch.Tensor and type(value).__reduce_ex__ is not torch.Tensor.__reduce_ex__:
             return NotImplemented
@@ -112,9 +112,9 @@ def _is_memory(tensor: torch.Tensor) -> bool:
 
 
 def _on_host(reduced: Any) -> Any:
-    """Return what a wrapper's class pickles as, for a wrapper on the host that is no parameter and needs no gradient.
+    """Rewrite the result of a wrapper's ``__reduce_ex__`` to describe a plain wrapper on the host, without gradient.
 
-    What a class of the user's pickles in a way of its own is left as it is.
+    The result of a class that reduces itself in another way is returned as it is.
     """
     match reduced:
         case (outer, (inner, kind, (first, dtype, size, stride, offset, layout, _, _), state)):

@@ -1,4 +1,4 @@
-"""Tensor subclasses that hold their elements in tensors of their own: what is inside, copies part by part, and views.
+"""Tensor subclasses that hold their elements in tensors of their own: their parts, copies and views.
 
 Such a *wrapper* (low-bit optimizer state, quantised weights) names its parts with ``__tensor_flatten__`` and is rebuilt
 around others with ``__tensor_unflatten__``. Its operators are its own: ``copy_`` may round to few bits, and ``narrow``
@@ -30,18 +30,18 @@ __all__ = [
 
 
 def handles_operators(tensor: torch.Tensor) -> bool:
-    """Whether the class runs operators itself, so that its elements may be anywhere."""
+    """Whether the class runs operators itself: its elements need not be in its own memory."""
     kind = type(tensor)
     return kind not in PLAIN_TENSORS and kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
 
 
 def is_wrapper(tensor: torch.Tensor) -> bool:
-    """Whether the tensor names the tensors that it is made of."""
+    """Whether the tensor is a wrapper, with ``__tensor_flatten__`` to name the tensors inside."""
     return type(tensor) not in PLAIN_TENSORS and bool(is_traceable_wrapper_subclass(tensor))
 
 
 def flattened(tensor: Any) -> tuple[dict[str, torch.Tensor], Any]:
-    """Return a wrapper's parts by name, and its context: all that is not a tensor."""
+    """Return a wrapper's parts (tensors) by name, and its context: everything else."""
     names, context = tensor.__tensor_flatten__()
     return {name: getattr(tensor, name) for name in names}, context
 
@@ -66,7 +66,7 @@ def unshared_copy(tensor: torch.Tensor) -> torch.Tensor:
 
 def is_plain(tensor: torch.Tensor) -> bool:
     """Whether a tensor's elements are all that it has, and torch's own operators handle them."""
-    # One call, because every read asks.
+    # One expression, because every read calls this.
     kind = type(tensor)
     own_operators = kind not in PLAIN_TENSORS and kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
     return not own_operators and not tensor.is_quantized
@@ -90,7 +90,7 @@ def assign(target: torch.Tensor, source: torch.Tensor, name: str) -> None:
         return
     try:
         target.copy_(source)
-    # A class may refuse in its own way; no other error says which key it was.
+    # A class may raise any error, and none says which key it was.
     except Exception as exc:
         raise UnsupportedValueError(
             f"{name}: cannot copy a saved {_described(source)} into the {_described(target)} of the state dict: "
@@ -141,7 +141,7 @@ def _equal(mine: Any, theirs: Any) -> bool:
 
 
 def narrow(tensor: torch.Tensor, offsets: Sequence[int], lengths: Sequence[int], name: str) -> torch.Tensor:
-    """Return a box of a tensor. Dimensions that are wanted whole are left alone: a class may not narrow them.
+    """Return a box of a tensor. Whole dimensions are not narrowed: a class may be unable to.
 
     Args:
         name: Key, or key and place in a file, for messages.
@@ -155,7 +155,7 @@ def narrow(tensor: torch.Tensor, offsets: Sequence[int], lengths: Sequence[int],
             continue
         try:
             narrowed = narrowed.narrow(dim, start, length)
-        # A class may refuse in its own way; no other error says which key it was.
+        # A class may raise any error, and none says which key it was.
         except Exception as exc:
             if not handles_operators(tensor):
                 raise
@@ -164,7 +164,7 @@ def narrow(tensor: torch.Tensor, offsets: Sequence[int], lengths: Sequence[int],
 
 
 def narrow_view(tensor: torch.Tensor, offsets: Sequence[int], lengths: Sequence[int], name: str) -> torch.Tensor:
-    """Return a box of a tensor, as ``narrow`` does, to be written to: that writes to ``tensor``.
+    """Return a box of a tensor, as ``narrow`` does, as a view: writing to the result writes to ``tensor``.
 
     Raises:
         UnsupportedValueError: As ``narrow``; or the class gives no view.

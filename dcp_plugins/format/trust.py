@@ -19,12 +19,12 @@ __all__ = ["SafeGlobal", "Trust", "admitted_by_torch", "check_safe_globals"]
 
 SafeGlobal = Callable[..., Any] | tuple[Callable[..., Any], str]
 
-# torch admits nothing of these modules, whatever the user says: their functions act on the system.
+# Torch refuses these modules even if the user declares them safe: their functions act on the system.
 _BLOCKED_MODULES = frozenset({"nt", "os", "posix", "sys"})
 
 
 class Trust:
-    """What one load may build as pickle does, by name.
+    """The classes and functions that one load may call as pickle does, by name.
 
     Args:
         safe_globals: Trusted for this load, in addition to torch's list as it is when it is first needed.
@@ -56,7 +56,7 @@ class Trust:
 
     def _names(self) -> dict[str, Any]:
         if self._by_name is None:
-            # Most values need no trust, and each of thousands would pay for this.
+            # Built when first needed: most values need no trust, and a load has thousands.
             entries = [*torch.serialization.get_safe_globals(), *self._safe_globals]
             self._by_name = dict(map(_named, entries))
             self._identities = frozenset(map(id, self._by_name.values()))
@@ -71,9 +71,9 @@ def _named(entry: SafeGlobal) -> tuple[str, Any]:
 
 @contextmanager
 def admitted_by_torch(safe_globals: Iterable[SafeGlobal]) -> Iterator[None]:
-    """Add to torch's list while the block reads a whole file with ``torch.load``."""
+    """Add classes to torch's list of safe globals in a block that reads a file with ``torch.load``."""
     known = torch.serialization.get_safe_globals()
-    # At its end torch's own context would take away what the user had added before it.
+    # Torch's own context manager would, at its end, remove classes that the user had added before.
     with torch.serialization.safe_globals([entry for entry in safe_globals if entry not in known]):
         yield
 

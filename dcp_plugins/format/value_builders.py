@@ -38,7 +38,7 @@ PLAIN_FACTORIES = frozenset(
     {list, dict, set, tuple, frozenset, int, float, str, bool, bytes, collections.Counter, collections.OrderedDict}
     | {collections.deque}
 )
-"""What a ``defaultdict`` may make its values with."""
+"""The factories that a ``defaultdict`` may have."""
 
 _ENCODE = Function("_codecs.encode")
 _GETATTR = Function("builtins.getattr")
@@ -49,7 +49,7 @@ _REGEX_FLAGS = re.ASCII | re.IGNORECASE | re.LOCALE | re.MULTILINE | re.DOTALL |
 
 
 def expect(args: tuple[Any, ...], *kinds: type, what: str) -> None:
-    """See that the first arguments have exactly these types.
+    """Check that the first arguments have exactly these types.
 
     Raises:
         DecodingError: They have not, or there are fewer.
@@ -103,7 +103,7 @@ def _range(decoder: Decoder, args: tuple[Any, ...]) -> range:
 
 def _slice(decoder: Decoder, args: tuple[Any, ...]) -> slice:
     if len(args) != 3 or any(isinstance(arg, slice) for arg in args):
-        # The interpreter takes slices in slices apart by recursion, and overflows its stack where they are deep.
+        # The interpreter frees nested slices by recursion: deep ones overflow its stack.
         raise DecodingError("a slice of slices")
     return slice(*args)
 
@@ -111,7 +111,7 @@ def _slice(decoder: Decoder, args: tuple[Any, ...]) -> slice:
 def _ordered_dict(decoder: Decoder, args: tuple[Any, ...]) -> collections.OrderedDict[Any, Any]:
     made: collections.OrderedDict[Any, Any] = collections.OrderedDict()
     if args:
-        # As Python 2 wrote it.
+        # Python 2 wrote the value in this form.
         expect(args, list, what="OrderedDict")
         decoder.limits.charge(_POINTER_BYTES * len(args[0]))
         for pair in args[0]:
@@ -143,7 +143,7 @@ def _deque(decoder: Decoder, args: tuple[Any, ...]) -> collections.deque[Any]:
     maxlen = args[1] if len(args) > 1 else None
     if maxlen is not None and type(maxlen) is not int:
         raise DecodingError(f"a deque with a maxlen of {type(maxlen).__name__}")
-    # A deque allocates a block of its own.
+    # An empty deque allocates a block of memory: count it.
     decoder.limits.charge(512 + _POINTER_BYTES * len(items))
     return collections.deque(items, maxlen)
 
@@ -191,7 +191,7 @@ def _datetime(decoder: Decoder, args: tuple[Any, ...]) -> datetime.datetime:
     high, low, month, day, hour, minute, second, *micro = args[0]
     zone = _timezone_of(decoder, args[1]) if len(args) > 1 else None
     micros = int.from_bytes(bytes(micro), "big")
-    # The highest bit of the month is the fold.
+    # The highest bit of the month's byte is the fold.
     return datetime.datetime(
         high << 8 | low, month & 127, day, hour, minute, second, micros, tzinfo=zone, fold=month >> 7
     )
@@ -227,7 +227,7 @@ def _zone(decoder: Decoder, args: tuple[Any, ...]) -> zoneinfo.ZoneInfo:
 
 
 def _getattr(decoder: Decoder, args: tuple[Any, ...]) -> Any:
-    """Return what old protocols reach through ``getattr``: a class in a trusted class, a member of a trusted enum."""
+    """Return a class in a trusted class, or a member of a trusted enum: old protocols pickle them as ``getattr``."""
     if len(args) != 2 or type(args[1]) is not str:
         raise DecodingError("getattr of something else than an object and a name")
     owner, name = args
@@ -257,7 +257,7 @@ def _array(decoder: Decoder, args: tuple[Any, ...]) -> array.array[Any]:
 def _array_of_bytes(decoder: Decoder, args: tuple[Any, ...]) -> array.array[Any]:
     kind, code, _machine_format, raw = args
     made: array.array[Any] = array.array(code)
-    # Formats of other machines differ in size or byte order.
+    # On other machines arrays may have another item size or byte order.
     if kind is not array.array or type(raw) is not bytes or made.itemsize not in (1, 2, 4, 8):
         raise DecodingError("an array that is no bytes")
     decoder.limits.charge(len(raw))
@@ -304,7 +304,7 @@ def _chain_map_state(decoder: Decoder, target: collections.ChainMap[Any, Any], s
 
 
 def _empty(kind: Any) -> Callable[[Decoder, tuple[Any, ...]], Any]:
-    """Return the builder of an instance that a state is going to fill."""
+    """Return the builder of an empty instance, which gets its state later (opcode BUILD)."""
 
     def build(decoder: Decoder, args: tuple[Any, ...]) -> Any:
         if args:
@@ -372,7 +372,7 @@ def builders() -> Builders:
         names[kind.__module__, kind.__name__] = kind
     for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"):
         kind = _path_class(name)
-        # Python 3.13 names the module that defines the classes.
+        # Pickles of Python 3.13 name the module that defines the classes.
         for module in ("pathlib", "pathlib._local"):
             names[module, name] = kind
         reducers[kind] = _path_builder(kind)
@@ -395,7 +395,7 @@ def builders() -> Builders:
 
 
 def _path_class(name: str) -> type[pathlib.PurePath]:
-    """Return the class of a path, or the pure one where the file systems here are of the other family."""
+    """Return the class of a path, or its pure variant if this operating system cannot make it."""
     kind: type[pathlib.PurePath] = getattr(pathlib, name)
     is_concrete = issubclass(kind, pathlib.Path)
     return kind if not is_concrete or isinstance(pathlib.Path(), kind) else getattr(pathlib, f"Pure{name}")

@@ -23,7 +23,7 @@ from dcp_plugins.format.value_tensors import StorageKind
 
 __all__ = ["decode_value"]
 
-# Without annotations in torch.
+# Torch's function has no annotations.
 _TypedStorage: Any = torch.storage.TypedStorage
 _UntypedStorage: Any = torch.UntypedStorage
 _restore_location: Any = torch.serialization.default_restore_location
@@ -63,7 +63,7 @@ def decode_value(
         raise UnsafeCheckpointError(_refusal(where, exc, advice)) from None
     except CorruptCheckpointError:
         raise
-    # Damaged opcodes and fields make whatever they reach raise.
+    # Damaged opcodes and fields can make any call raise, with any error.
     except Exception as exc:
         reason = str(exc) if isinstance(exc, DecodingError) else f"{type(exc).__name__}: {exc}"
         raise CorruptCheckpointError(f"{where}: the saved value cannot be read: found {reason}") from exc
@@ -81,7 +81,7 @@ def _refusal(where: str, refused: RefusedError, advice: str) -> str:
 
 
 class _Location:
-    """Puts storages where they belong."""
+    """Chooses the devices of storages, as ``map_location`` says."""
 
     def __init__(self, map_location: str | torch.device | None) -> None:
         self._device = None if map_location is None else torch.device(map_location)
@@ -96,7 +96,7 @@ class _Location:
 
 
 def _storage_id(pid: Any) -> tuple[torch.dtype, str, Any, int, Any]:
-    """Return dtype, key, device, length in bytes, and what else the id of a storage says."""
+    """Return dtype, key, device, length in bytes, and the rest of the id of a storage."""
     if type(pid) is not tuple or len(pid) < 5 or pid[0] != "storage":
         raise DecodingError("a reference to something else than a tensor's data")
     _, kind, key, location, numel, *rest = pid
@@ -132,7 +132,7 @@ def _decode_container(data: memoryview, where: str, trust: Trust, map_location: 
         nonlocal copied
         if saved_on == "meta":
             return _UntypedStorage(nbytes, device="meta")
-        # Many records may share their bytes in a hostile directory.
+        # In a hostile file many records may share bytes: count them all.
         copied += nbytes
         if copied > len(data):
             raise DecodingError("storages that are larger than the file")
@@ -184,7 +184,7 @@ def _decode_legacy(data: bytes, position: int, trust: Trust, map_location: str |
         nonlocal promised
         dtype, key, saved_on, nbytes, view = _storage_id(pid)
         if key not in storages:
-            # Allocated before its bytes are seen: all of them together must be in the file.
+            # The storage is allocated before its bytes are read, so the file must be as long as all storages together.
             promised += nbytes
             if promised > len(data):
                 raise DecodingError("storages that are larger than the file")

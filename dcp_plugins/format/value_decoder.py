@@ -32,7 +32,7 @@ _uint8 = struct.Struct("<Q").unpack_from
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Function:
-    """Stands for a function that a pickle may name. It cannot be called: only its builder acts for it."""
+    """Stands for a function that a pickle may name. It cannot be called: the machine calls the function's builder."""
 
     name: str
 
@@ -53,7 +53,7 @@ Reducer = Callable[["Decoder", tuple[Any, ...]], Any]
 
 @dataclass(frozen=True, slots=True)
 class Builders:
-    """What a pickle may name, and who builds it."""
+    """The names that a pickle may use, and the builders of their objects."""
 
     names: Mapping[tuple[str, str], Any]
     """(module, name) -> the class itself, a value, or a `Function`."""
@@ -102,20 +102,20 @@ class Decoder:
         self.array_depths: dict[int, tuple[Any, int]] = {}
         """How deep arrays of objects are nested, by the id of the array."""
         self.deferred: list[Callable[[], None]] = []
-        """Checks of tensors that can only be made once the storages have their data."""
+        """Checks of tensors to make after the storages were filled."""
 
     def load(self) -> Any:
-        """Return what the pickle describes, up to its STOP opcode."""
+        """Return the value of the pickle, which ends at its STOP opcode."""
         value = self._run()
         if self._num_drafts:
             raise DecodingError("a dtype without its state")
         return value
 
     def reduce(self, function: Any, args: Any) -> Any:
-        """Return what a call of a class or function gives, made by its builder."""
+        """Return the object that the builder of a class or function makes from arguments."""
         if type(args) is not tuple:
             raise DecodingError(f"arguments in a {type(args).__name__}")
-        # Anything else may be slow to hash.
+        # Any other object may be slow to hash.
         if isinstance(function, (Function, type)):
             reducer = self._builders.reducers.get(function)
             if reducer is not None:
@@ -147,7 +147,7 @@ class Decoder:
             return
         if not self.trust.holds(type(target)):
             raise DecodingError(f"items for a {type(target).__name__}")
-        # As pickle itself does with subclasses of list.
+        # Pickle itself appends in this way to subclasses of list.
         if hasattr(target, "extend"):
             target.extend(items)
         else:
@@ -184,7 +184,7 @@ class Decoder:
 
     def _find(self, module: str, name: str) -> Any:
         if not self._has_new_names:
-            # Protocols before 3 use the names of Python 2.
+            # Protocols 0 to 2 use the module names of Python 2.
             if (module, name) in _compat_pickle.NAME_MAPPING:
                 module, name = _compat_pickle.NAME_MAPPING[module, name]
             else:
@@ -203,7 +203,7 @@ class Decoder:
         return content
 
     def _note(self, draft: Draft, position: int, memo: dict[int, Any]) -> None:
-        """Remember where the opcode at ``position``, if it memoises the draft, puts it."""
+        """Remember the memo key of a draft, if the opcode at ``position`` memoises it."""
         self._num_drafts += 1
         opcode = self.data[position : position + 1]
         if opcode == b"q":
@@ -228,7 +228,7 @@ class Decoder:
         while True:
             opcode = data[position]
             position += 1
-            # The most frequent ones first.
+            # The most frequent opcodes come first.
             if opcode == 0x71:  # BINPUT
                 memo[data[position]] = stack[-1]
                 position += 1

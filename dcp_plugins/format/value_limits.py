@@ -18,15 +18,15 @@ __all__ = ["Limits"]
 _BUDGET_BYTES_PER_BYTE = 32
 _FREE_BUDGET_BYTES = 1 << 24
 _MAX_KEY_DEPTH = 100
-# So many keys of one dict may have the same hash before the dict counts as made to be slow.
+# A dict with more keys of one hash than this is refused: finding a key would be slow.
 _MAX_COLLISIONS = 64
-# Hashes of smaller integers differ, but for a handful.
+# Smaller integers have different hashes, with few exceptions.
 _DISTINCT_HASH = 1 << 61
 _SIMPLE_KEYS = frozenset({str, bytes, float, bool, complex, type(None)})
 
 
 class Limits:
-    """What one pickle may still cost.
+    """The cost that decoding one pickle may still have.
 
     Args:
         size: Length in bytes of the file that holds it.
@@ -48,7 +48,7 @@ class Limits:
             raise DecodingError("a pickle that copies the same data again and again")
 
     def check_key(self, container: Any, key: Any) -> None:
-        """See that hashing a key, and finding it in a dict or set, takes a time that the file's length bounds.
+        """Check that the file's length bounds the time to hash a key and to find it in a dict or set.
 
         Raises:
             DecodingError: It does not.

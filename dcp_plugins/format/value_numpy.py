@@ -47,7 +47,7 @@ _make_masked: Any = np.ma.MaskedArray([0]).__reduce__()[0]
 
 
 def is_plain_dtype(dtype: np.dtype[Any]) -> bool:
-    """Tell whether arrays of this dtype are made by the builder here; of an object array, if its elements are."""
+    """Tell whether the builder here makes arrays of this dtype; the elements of an object array need builders too."""
     if dtype.hasobject:
         return dtype.kind == "O" and dtype.names is None
     return type(dtype).__module__ == "numpy.dtypes" and dtype.kind in "biufcSUVMm" and dtype.type is not np.record
@@ -131,7 +131,7 @@ def _checked_shape(shape: Any) -> tuple[int, ...]:
 
 
 def _checked_data(decoder: Decoder, shape: Any, dtype: Any, raw: Any) -> tuple[int, ...]:
-    """Return the shape of an array whose data ``raw`` is."""
+    """Return the shape of an array with the data ``raw``, after checking it."""
     checked = _checked_shape(shape)
     nbytes = math.prod(checked) * _checked_dtype(dtype).itemsize
     if type(raw) not in (bytes, bytearray) or len(raw) != nbytes:
@@ -164,12 +164,12 @@ def _array_state(decoder: Decoder, target: np.ndarray[Any, Any], state: Any) -> 
 
 
 def _check_nesting(decoder: Decoder, target: Any, items: list[Any]) -> None:
-    """See that object arrays are not nested so deeply that freeing them overflows the stack."""
+    """Check the nesting of object arrays: freeing very deep ones overflows the stack."""
     inner = [decoder.array_depths.get(id(item), (None, 0))[1] for item in items if isinstance(item, np.ndarray)]
     depth = 1 + max(inner, default=0)
     if depth > _MAX_ARRAY_NESTING:
         raise DecodingError("arrays of objects nested beyond measure")
-    # Kept, because the id of an object that is gone would be another's.
+    # Keep a reference: the id of a freed object may be given to another one.
     decoder.array_depths[id(target)] = (target, depth)
 
 
@@ -233,7 +233,7 @@ def _bit_generator(decoder: Decoder, args: tuple[Any, ...]) -> Any:
     if not isinstance(kind, type) or kind not in BIT_GENERATORS.values():
         raise DecodingError("a bit generator that is not NumPy's")
     decoder.limits.charge(_GENERATOR_BYTES)
-    # The state follows; without a seed it would ask the system for one.
+    # The pickle's state follows. The seed only keeps NumPy from asking the system for one.
     return kind(0)
 
 
@@ -315,7 +315,7 @@ def builders() -> Builders:
         ("numpy.ma.core", "MaskedArray"): np.ma.MaskedArray,
         ("numpy.ma", "MaskedArray"): np.ma.MaskedArray,
     }
-    # NumPy 2 renamed its core.
+    # NumPy 2 renamed the module `core`.
     for core in ("numpy._core", "numpy.core"):
         names[f"{core}.multiarray", "_reconstruct"] = _RECONSTRUCT
         names[f"{core}.multiarray", "scalar"] = _SCALAR

@@ -20,7 +20,7 @@ __all__ = ["StorageKind", "builders"]
 
 
 class StorageKind:
-    """Stands for a storage class in a pickle: what it says is the dtype; bytes where it is untyped."""
+    """Stands for a storage class in a pickle, which says the dtype; bytes if the storage is untyped."""
 
     __slots__ = ("dtype",)
 
@@ -79,7 +79,7 @@ def _finish(tensor: torch.Tensor, requires_grad: Any, hooks: Any, bits: Any = No
         raise DecodingError("a tensor with hooks")
     tensor.requires_grad = bool(requires_grad)
     if bits:
-        # Lazy conjugation and negation.
+        # The bits say whether torch conjugates or negates the elements lazily.
         if type(bits) is not dict or not all(type(bit) is bool for bit in bits.values()):
             raise DecodingError("bits of a tensor that are no booleans")
         torch._utils.set_tensor_metadata(tensor, bits)  # type: ignore[no-untyped-call]
@@ -116,7 +116,7 @@ def _set_attributes(target: torch.Tensor, state: Any) -> None:
     attributes, slots = state if type(state) is tuple else (state, None)
     if slots or type(attributes) not in (dict, type(None)) or not all(type(name) is str for name in attributes or ()):
         raise DecodingError("attributes of a tensor that have no names")
-    # Not by setattr: properties of the tensor itself, such as its data, are not to be reached.
+    # Not by setattr, which would also reach properties of the tensor, such as its data.
     target.__dict__.update(attributes or {})
 
 
@@ -125,7 +125,7 @@ def _quantized(decoder: Decoder, args: tuple[Any, ...]) -> torch.Tensor:
     size, stride, (offset,) = _integers(size), _integers(stride), _integers((offset,))
     dtype = storage.dtype
     stored = StoredTensor(dtype, size, stride, offset, storage._untyped_storage.nbytes())
-    # torch allocates it in full before it uses the storage.
+    # Torch allocates it in full before it uses the storage.
     if not stored.fits() or torch.Size(size).numel() * dtype.itemsize > stored.storage_nbytes or hooks:
         raise DecodingError(f"a quantized tensor of shape {size} that leaves its storage")
     untyped = storage._untyped_storage
@@ -263,7 +263,7 @@ def builders() -> Builders:
         if isinstance(value, (torch.dtype, torch.qscheme)):
             names["torch", name] = value
     for name, dtype in (STORAGE_DTYPES | _QUANTIZED).items():
-        # Old files name the device's storage.
+        # Old files have the name of a device's storage class.
         names["torch", name] = names["torch.cuda", name] = StorageKind(dtype)
     rebuild = (
         _tensor,

@@ -45,7 +45,7 @@ CRC = struct.Struct("<I")
 FLAG_DESCRIPTOR = 0x0008
 FLAG_UTF8 = 0x0800
 _LIMIT32 = 0xFFFFFFFF
-# A container holds four to seven records; the names are short. A larger directory is not one of torch's.
+# A container holds four to seven records with short names. A larger directory is not one of torch's.
 _MAX_DIRECTORY_BYTES = 64 * 1024
 
 crc32: Callable[..., int] = isal_zlib.crc32
@@ -54,7 +54,7 @@ CRC_MARKER = b"\0CRC-32 here\0"
 
 
 def local_header(name: str, start: int, crc: int, size: int, flags: int) -> bytes:
-    """Return the header that stands before a record; it ends where the contents may be aligned."""
+    """Return the local header of a record, padded so that the contents begin at an aligned offset."""
     encoded = name.encode()
     unpadded = start + _LOCAL.size + len(encoded) + 4
     padding = -unpadded % ALIGNMENT_BYTES
@@ -76,14 +76,14 @@ def central_entry(name: str, start: int, crc: bytes | None, size: int, flags: in
 
 
 def descriptor(nbytes: int) -> bytes:
-    """Return what follows a record whose header did not know its CRC-32, which has its place in bytes 4 to 8."""
+    """Return the descriptor, which follows a record with no CRC-32 in its header; the CRC-32 is in bytes 4 to 8."""
     if nbytes >= _LIMIT32:
         return _DESCRIPTOR64.pack(b"PK\x07\x08", 0, nbytes, nbytes)
     return _DESCRIPTOR.pack(b"PK\x07\x08", 0, nbytes, nbytes)
 
 
 def end_records(num_entries: int, directory_length: int, directory_start: int) -> bytes:
-    """Return what follows the directory."""
+    """Return the end records, which follow the directory."""
     records = b""
     if directory_start >= _LIMIT32:
         records = _END64.pack(

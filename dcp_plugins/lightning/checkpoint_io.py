@@ -277,7 +277,7 @@ class DCPCheckpointIO(CheckpointIO):
     def wait(self) -> None:
         """Wait for the save in the background, whatever comes of it."""
         self._saver.wait()
-        # Of another trainer in this process, whose checkpoint this one may be about to load.
+        # Wait for a save of another trainer in this process too: this trainer may be about to load its checkpoint.
         thread_runner.wait()
 
     def after_commit(self, step: Callable[[], None]) -> None:

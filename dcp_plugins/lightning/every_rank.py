@@ -1,4 +1,4 @@
-"""What all strategies of this package have in common: checkpoints that every rank writes and reads.
+"""The mixin of all strategies of this package: checkpoints that every rank writes and reads.
 
 A stock strategy calls its ``CheckpointIO`` on rank 0 with full tensors, or bypasses it for sharded ones. The mixin here
 calls ours on every rank with the values as they are, and restores after the model has been set up, so that tensors are
@@ -32,10 +32,11 @@ from dcp_plugins.lightning.layout import META_FILES, last_checkpoint, saved_step
 from dcp_plugins.lightning.model_checkpoint import link_after_commit
 from dcp_plugins.lightning.optimizer_state import optimizer_state_of
 from dcp_plugins.lightning.requeue import Requeue, is_requeue_checkpoint
-from dcp_plugins.lightning.strategy_base import SavesThroughDCP, instead_of, make_room, renormed
+from dcp_plugins.lightning.strategy_base import SavesThroughDCP, instead_of, make_room
 from dcp_plugins.lightning.twin import Fingerprint
 from dcp_plugins.manager import SaveOptions, is_committed, remove_if_uncommitted
 from dcp_plugins.manager.agreement import deciding_ranks
+from dcp_plugins.manager.saver import renormed_weights
 from dcp_plugins.state_dict import get_model_state_dict
 from dcp_plugins.user_warnings import warn_user
 
@@ -68,7 +69,7 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
     """
 
     _saved: _Saved | None = None
-    """What the last save in the background has saved: the next one may be of the same."""
+    """The last save in the background: the next save may be of the same step and values."""
     _has_saved_again = False
     _step_hook: RemovableHandle | None = None
     _interruption_timeout_seconds = 30.0
@@ -76,7 +77,7 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
 
     @property
     def _stateful_module(self) -> nn.Module:
-        """What the state dicts are taken from: the LightningModule, or a wrapper that keeps its parameters."""
+        """The module to take state dicts from: the LightningModule, or a wrapper that keeps its parameters."""
         assert self.lightning_module is not None
         return self.lightning_module
 
@@ -159,7 +160,7 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
             path,
             options=options,
             optimizers=self.optimizers,
-            changed_by_forward=renormed(self._stateful_module),
+            changed_by_forward=renormed_weights([self._stateful_module]),
         )
         if fingerprint is not None:
             self._saved = _Saved(path, rest["global_step"], options, fingerprint)
@@ -256,7 +257,7 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
         is_fitting = module.trainer.state.fn == TrainerFn.FITTING
         path = self._decide_on_rank_zero(lambda: self._find_checkpoint(Path(checkpoint_path)))
         if path is None:
-            # What is restored from this is what there is.
+            # Nothing to resume from: Lightning restores the state that the trainer has already.
             return module.trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         return self.checkpoint_io.load_checkpoint(
             path,

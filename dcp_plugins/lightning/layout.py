@@ -1,4 +1,4 @@
-"""What a Lightning checkpoint directory holds, and which of several directories is the newest committed one.
+"""The contents of a Lightning checkpoint directory, and the search for the newest committed one.
 
 A directory that `DCPCheckpointIO` writes is a sharded checkpoint as Lightning's own strategies write it::
 
@@ -60,7 +60,7 @@ __all__ = [
 
 META_FILE = "meta.pt"
 META_FILES = (META_FILE, f"{META_FILE}.new", replaced_name(META_FILE))
-"""What a save may leave beside the files of DCP."""
+"""The files that a save may leave beside those of DCP."""
 META_KEY = "lightning_meta"
 ModelKey = Literal["state_dict", "model"]
 MODEL_KEYS: tuple[ModelKey, ...] = get_args(ModelKey)
@@ -75,13 +75,13 @@ _EPOCH = "epoch"
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What one checkpoint directory holds, read off its ``.metadata``."""
+    """The contents of a checkpoint directory, from its ``.metadata``."""
 
     model_key: str
     """The name of the model's part: one of `MODEL_KEYS`."""
     num_optimizers: int
     parts: dict[str, frozenset[str]]
-    """As `parts_of` returns them."""
+    """The result of `parts_of`."""
 
 
 def optimizer_key(index: int) -> str:
@@ -90,7 +90,7 @@ def optimizer_key(index: int) -> str:
 
 
 def parts_of(metadata: Metadata) -> dict[str, frozenset[str]]:
-    """Read off the metadata the names of a checkpoint's parts, with the keys in each, as its state dict had them."""
+    """Return the names of a checkpoint's parts and the keys in each, from its metadata."""
     parts: dict[str, set[str]] = {}
     planned = metadata.planner_data or {}
     for fqn in metadata.state_dict_metadata:
@@ -102,7 +102,7 @@ def parts_of(metadata: Metadata) -> dict[str, frozenset[str]]:
 
 
 def contents_of(metadata: Metadata, path: Path) -> Contents:
-    """Read off the metadata which parts the checkpoint at ``path`` has.
+    """Return the contents of the checkpoint at ``path``, from its metadata.
 
     Raises:
         PlanError: There is no model in it: not a Lightning checkpoint.
@@ -121,7 +121,7 @@ def contents_of(metadata: Metadata, path: Path) -> Contents:
 
 
 def encode_meta(meta: dict[str, Any]) -> bytes:
-    """Serialise what is neither model nor optimizer, as ``meta.pt`` holds it.
+    """Serialise the non-tensor part (all but model and optimizers), as ``meta.pt`` holds it.
 
     Raises:
         UnsupportedValueError: A sharded tensor is in it. Pickled, it would be this rank's shard only.
@@ -153,7 +153,7 @@ def _paths_of_sharded(value: object, path: str) -> Iterator[str]:
 def decode_meta(
     data: bytes, *, weights_only: bool, path: Path, safe_globals: Iterable[SafeGlobal] = ()
 ) -> dict[str, Any]:
-    """Deserialise what `encode_meta` made; tensors arrive on the CPU."""
+    """Deserialise the result of `encode_meta`, with tensors on the CPU."""
     try:
         meta: dict[str, Any] = load_value(
             META_KEY,
@@ -161,7 +161,7 @@ def decode_meta(
             weights_only=weights_only,
             safe_globals=safe_globals,
             map_location="cpu",
-            surface=_HOW_TO_TRUST,
+            how_to_trust=_HOW_TO_TRUST,
         )
     except UnsafeCheckpointError as exc:
         raise UnsupportedValueError(
@@ -172,9 +172,9 @@ def decode_meta(
 
 
 def meta_file(path: Path) -> Path:
-    """Return where the non-tensor part of a checkpoint is that has no item with it, as stock Lightning writes it.
+    """Return the file with the non-tensor part of a checkpoint that stock Lightning wrote.
 
-    A save that was to replace such a checkpoint, and was never committed, has put it aside.
+    A save that was to replace such a checkpoint has renamed the file, and may never have been committed.
     """
     aside = path / replaced_name(META_FILE)
     return aside if aside.is_file() and not (path / META_FILE).is_file() else path / META_FILE

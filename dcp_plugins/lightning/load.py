@@ -1,4 +1,8 @@
-"""Bring a checkpoint back: into a module and its optimizers in place, or as plain tensors."""
+"""Loading checkpoints: into a module and its optimizers in place, or as plain tensors.
+
+A load of a directory is driven by the checkpoint's keys, not by the keys that a module or a fresh optimizer has: the
+manager's `load_state` reads every saved value, or an error names it.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +78,7 @@ def load_directory(
 
 
 def as_trainer_checkpoint(saved: Mapping[str, Any], meta: Mapping[str, Any], contents: Contents) -> dict[str, Any]:
-    """Put what a directory holds together to an ordinary checkpoint of the Trainer."""
+    """Return the parts of a directory as an ordinary checkpoint of the Trainer."""
     checkpoint = {**meta, "state_dict": saved[contents.model_key]}
     if contents.num_optimizers:
         checkpoint["optimizer_states"] = [saved[layout.optimizer_key(n)] for n in range(contents.num_optimizers)]
@@ -91,7 +95,7 @@ def load_file(
     safe_globals: Iterable[SafeGlobal] = (),
     no_dist: bool,
 ) -> dict[str, Any]:
-    """Load an ordinary Lightning checkpoint, one file with full tensors; every rank reads what it needs of it."""
+    """Load an ordinary Lightning checkpoint: one file with full tensors. Every rank reads the parts that it needs."""
     with admitted_by_torch(safe_globals):
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
     if module is None:
@@ -109,13 +113,13 @@ def load_file(
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """What is loaded in place, by the name of the checkpoint's part that it is loaded from."""
+    """The modules and optimizers to load in place, by the name of their part of the checkpoint."""
 
     modules: Mapping[str, nn.Module]
     optimizers: Mapping[str, tuple[nn.Module, Optimizer]]
-    """Each with the module that names its parameters."""
+    """Each optimizer with the module that names its parameters."""
     hint: str
-    """What to do about a module whose keys are not the checkpoint's."""
+    """What the user can do if a module's keys and the checkpoint's differ; begins an error's last sentence."""
 
 
 def fill_from_directory(
@@ -131,16 +135,16 @@ def fill_from_directory(
     """Load modules and optimizers in place, each rank its shards.
 
     Args:
-        reader: Of the checkpoint's directory.
-        parts: What is in it, as `layout.parts_of` returns it.
-        targets: What to load; all of it is among the parts.
-        strict: Demand that a module's keys and the checkpoint's are the same.
+        reader: Reads the checkpoint's directory.
+        parts: The parts of the checkpoint, as `layout.parts_of` returns them.
+        targets: The modules and optimizers to load; the checkpoint has a part for each.
+        strict: Raise if a module's keys and the checkpoint's differ.
         no_dist: Load in this process alone.
-        weights_only: Read values that are no tensors as plain data.
-        safe_globals: Classes that such values may have all the same.
+        weights_only: Decode values that are no tensors as plain data.
+        safe_globals: Classes that such values may also have.
 
     Returns:
-        The item that holds the non-tensor part, if there is one.
+        The item with the non-tensor part, if the checkpoint has one.
     """
     options = StateDictOptions(strict=strict)
     hint = f"This is {reader.path}. {targets.hint} to load what they share."
@@ -152,7 +156,7 @@ def fill_from_directory(
     if layout.META_KEY in parts:
         state[layout.META_KEY] = {layout.PICKLE: b""}
     load_state(state, storage_reader=reader, no_dist=no_dist, weights_only=weights_only, safe_globals=safe_globals)
-    # Tensors are in place by now. This carries over what is not a tensor, and runs the modules' own load hooks.
+    # The load has filled the tensors. This call sets the other values, and runs the modules' load hooks.
     for name, module in targets.modules.items():
         set_model_state_dict(module, state[name], options=options)
     for name, (module, optimizer) in targets.optimizers.items():
@@ -161,7 +165,7 @@ def fill_from_directory(
 
 
 def fill_from_file(saved: Mapping[str, Any], targets: Targets, *, strict: bool) -> None:
-    """Load modules and optimizers in place from full tensors, of which each rank takes what it needs."""
+    """Load modules and optimizers in place from full tensors; each rank takes the parts that it needs."""
     options = StateDictOptions(full_state_dict=True, strict=strict)
     for name, module in targets.modules.items():
         set_model_state_dict(module, saved[name], options=options)
@@ -185,7 +189,16 @@ def fill_raw(
     weights_only: bool = True,
     safe_globals: Iterable[SafeGlobal] = (),
 ) -> None:
-    """Load a module, or an optimizer whose parameters it names, from a directory that holds nothing but its state."""
+    """Load one module or one optimizer from a directory that holds its state and nothing else.
+
+    Args:
+        reader: Reads the directory.
+        module: The module that names the optimizer's parameters.
+        target: The module or optimizer to load.
+        strict: Raise if a module's keys and the checkpoint's differ.
+        hint: What the user can do then.
+        no_dist: Load in this process alone.
+    """
     options = StateDictOptions(strict=strict)
     if isinstance(target, Optimizer):
         state = own_optimizer_state(module, target)
@@ -204,13 +217,13 @@ def _metadata_of(reader: Reader, *, no_dist: bool) -> Metadata:
     except Exception:
         if no_dist:
             raise
-        # Other ranks may have read it: fail with them, inside the engine's first exchange, not alone.
+        # Other ranks may have read it, and would wait for this one: fail inside the engine's first exchange.
         dcp.load({}, storage_reader=reader)
         raise
 
 
 class Reader(dcp.FileSystemReader):
-    """Reads the metadata once, although both we and the engine ask for it."""
+    """A reader that reads the metadata once: this module and the engine both ask for it."""
 
     _whole: Metadata | None = None
 
@@ -232,7 +245,7 @@ def meta_of(
 
 def _matching(optimizers: Sequence[Optimizer], contents: Contents, path: Path) -> Sequence[Optimizer]:
     if not contents.num_optimizers:
-        return []  # saved with save_weights_only: Lightning itself refuses to resume a fit from it
+        return []  # Saved with save_weights_only. Lightning itself refuses to resume a fit from it.
     if len(optimizers) > contents.num_optimizers:
         raise PlanError(
             f"configure_optimizers returned {len(optimizers)} optimizers, but the checkpoint {path} holds the state of"

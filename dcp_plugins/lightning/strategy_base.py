@@ -6,12 +6,11 @@ The class here is mixed in before a strategy of Lightning's. `every_rank.py` bui
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
-from torch import Tensor, nn
 
 from dcp_plugins.errors import listing
 from dcp_plugins.lightning.checkpoint_io import DCPCheckpointIO
@@ -20,7 +19,7 @@ from dcp_plugins.manager import is_committed
 from dcp_plugins.manager.options import Asynchronous
 from dcp_plugins.storage.local import make_directory
 
-__all__ = ["SavesThroughDCP", "instead_of", "make_room", "renormed"]
+__all__ = ["SavesThroughDCP", "instead_of", "make_room"]
 
 _Answer = TypeVar("_Answer")
 
@@ -160,10 +159,3 @@ def instead_of(path: Path) -> Path | None:
 
 def _aside(path: Path) -> Path:
     return path.with_name(f"{path.name}.replaced")
-
-
-def renormed(module: nn.Module) -> Iterator[Tensor]:
-    """Yield the parameters that a forward pass changes: embeddings whose rows are kept below a norm."""
-    for child in module.modules():
-        if isinstance(child, (nn.Embedding, nn.EmbeddingBag)) and child.max_norm is not None:
-            yield child.weight

@@ -1,4 +1,4 @@
-"""What needs no trainer: a LightningModule out of a checkpoint directory, and one file out of a directory."""
+"""Tools without a trainer: load a LightningModule from a checkpoint directory, and turn a directory into one file."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def load_from_checkpoint(
     checkpoint = meta_of(saved.get(layout.META_KEY), path, weights_only, safe_globals)
     checkpoint["state_dict"] = saved[contents.model_key]
     checkpoint = _pl_migrate_checkpoint(checkpoint, path)
-    # As Lightning's own function does with what torch.load has given it. There is no public way to hand it a dict, and
+    # The steps of Lightning's own function after torch.load. It has no public form that takes a dict, and
     # a file would be a second copy of the model.
     checkpoint.setdefault(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}).update(hyper_parameters)
     loaded: Any = _load_state(cls, checkpoint, strict=strict, **hyper_parameters)

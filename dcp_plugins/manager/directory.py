@@ -44,7 +44,7 @@ class StepNames:
     """How the checkpoint of a step is called: a prefix and the step in decimal digits; no other name is a step's."""
 
     prefix: str = "step_"
-    """What comes before the number, such as "checkpoint-"."""
+    """The text before the number, such as "checkpoint-"."""
 
     def __post_init__(self) -> None:
         if not self.prefix or "/" in self.prefix or "\0" in self.prefix or self.prefix[-1].isdigit():
@@ -169,7 +169,7 @@ def remove_if_uncommitted(path: _PathLike, also: Collection[str] = ()) -> bool:
     if path.is_symlink() or not path.is_dir():
         return False
     names = os.listdir(path)
-    # What a rank has saved without collectives is committed, too, by metadata of its own.
+    # A save without collectives is committed too, by the metadata of each rank.
     if any(name == METADATA_NAME or metadata_rank(name) is not None for name in names):
         return False
     if set(names) - set(also) - set(litter(path, ())):

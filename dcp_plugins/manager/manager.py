@@ -223,7 +223,7 @@ class CheckpointManager:
             return False
         ranks = self._ranks()
         is_last = self.preempted and not self._served_preemption
-        # What is known on one rank alone, such as that its part is written, is not to be acted on.
+        # Ranks must decide alike: one rank may know that its part is written, and another one not.
         asks = self._in_flight_policy != "wait" and not is_last
         is_busy = asks and ranks.any_of("in flight", [self._saver.is_busy])[0]
         if is_busy and self._in_flight_policy == "skip" and not force:
@@ -350,7 +350,7 @@ class CheckpointManager:
             ranks = self._ranks()
             is_due = policy.is_due(step, time.monotonic() - self._last_begun)
             is_signalled = self.preemption is not None and self.preemption.signalled
-            # Of all clocks, rank 0's counts.
+            # Ranks' clocks differ: rank 0's decides.
             votes = [is_signalled, is_due and (ranks.is_coordinator or not policy.uses_clock)]
             is_asked, is_due = ranks.any_of("when to save", votes)
             if self.preemption is not None:
@@ -412,5 +412,5 @@ def _is_damage(exc: CheckpointException) -> bool:
     """Whether some rank has found data damaged, or gone, and no rank anything else."""
     kinds = (CorruptCheckpointError, CheckpointNotFoundError)
     failures = [failure for failure, _ in exc.failures.values()]
-    # What is refused as unsafe is as it was saved, and would be in every other checkpoint of the run.
+    # A value that is refused as unsafe is not damaged, and every other checkpoint of the run has it too.
     return all(isinstance(one, kinds) and not isinstance(one, UnsafeCheckpointError) for one in failures)

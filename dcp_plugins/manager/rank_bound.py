@@ -1,9 +1,9 @@
 """Values that belong to one rank (random states, positions in data), in a checkpoint that any number of ranks loads.
 
-Such a value is saved by its rank under ``per_rank.<rank>``, as bytes, beside the number of ranks. Nobody gathers
-anything. A rank that loads asks for what the rank of its number saved; where more ranks load than saved, some find
-nothing. That is no error for `RankBoundLoadPlanner`, with which `load_state` loads; the object that gets the state sees
-that the number of ranks is another, and follows the rule it states.
+Each rank saves its value under ``per_rank.<rank>``, as bytes, beside the number of ranks. No rank gathers the values. A
+rank that loads reads the value of the rank with its own number, and leaves the others unread. If more ranks load than
+saved, some ranks find no value. That is no error: the state dict of such an object completes itself from the
+checkpoint's keys. The object then finds another number of ranks in its state, and follows the rule in its docstring.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dcp_plugins.format.trust import SafeGlobal, check_safe_globals
 from dcp_plugins.manager.agreement import is_alone
 from dcp_plugins.manager.saver import expected_warnings
 from dcp_plugins.plan import DefaultLoadPlanner
-from dcp_plugins.plan.flatten import Path
+from dcp_plugins.plan.flatten import KeyPath
 from dcp_plugins.plan.unloadable import note_value
 from dcp_plugins.plan.values import dump_value, load_value
 from dcp_plugins.templates import CompletingDict, Notes
@@ -51,17 +51,18 @@ def load_state(
     weights_only: bool = True,
     safe_globals: Iterable[SafeGlobal] = (),
 ) -> None:
-    """Load a checkpoint in place, on any number of ranks, with what belongs to each: all that was saved comes back.
+    """Load a checkpoint in place, on any number of ranks, with every value that was saved below the root keys.
 
-    Other than ``dcp_plugins.load`` this is driven by the checkpoint's keys; see ``dcp_plugins.engine.restore``.
+    The checkpoint's keys decide what is loaded, not those of the state dict, as in ``dcp_plugins.load``: a saved value
+    without a place in the state dict is an error. See ``dcp_plugins.engine.restore``.
 
     Args:
-        state_dict: As it was given to the save, perhaps in part.
+        state_dict: The state that was saved, or some root keys of it.
         path: The checkpoint's directory.
-        storage_reader: Reads it; None chooses one by the path.
+        storage_reader: Reads the checkpoint; None chooses a reader by the path.
         process_group: The ranks that load; None takes the default group.
         no_dist: Load into this process alone.
-        allow_partial_load: Leave what the checkpoint lacks as it is, and what has no place unread.
+        allow_partial_load: Leave values that the checkpoint lacks as they are, and saved values without a place unread.
         weights_only: As for `DefaultLoadPlanner`.
         safe_globals: As for `DefaultLoadPlanner`.
 
@@ -81,7 +82,11 @@ def load_state(
 
 
 class RankBoundLoadPlanner(DefaultLoadPlanner):
-    """Plan a load in which ``per_rank.<rank>`` may be missing from the checkpoint: more ranks load than saved it."""
+    """Plan a load in which ``per_rank.<rank>`` may be missing from the checkpoint: more ranks load than saved it.
+
+    For ``dcp_plugins.load`` with such keys in an ordinary dict. The state dicts of `PerRank` and `RandomState` complete
+    themselves, and need no planner of their own.
+    """
 
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
@@ -178,7 +183,7 @@ class RandomState:
     def state_dict(self) -> dict[str, Any]:
         rank, world_size = _place(self.process_group, self.no_dist)
         state = _pack(_generators(), rank, world_size)
-        # All ranks have this key, so one rank's value is saved. Any one's will do: each changes with every draw.
+        # All ranks have this key, so the value of one of them is saved. Each rank's value changes with every draw.
         state[_ENTROPY] = hashlib.sha256(state[PER_RANK][str(rank)]).hexdigest()
         return state
 
@@ -209,7 +214,7 @@ def _pack(state: Any, rank: int, world_size: int) -> dict[str, Any]:
 
 
 class _OwnRank:
-    """Asks for what belongs to one rank, if it was saved, and leaves the other ranks' to them."""
+    """Completes the state dict of a rank's object: loads the rank's own value, if it was saved, and no other rank's."""
 
     def __init__(self, rank: str) -> None:
         self._rank = rank
@@ -217,7 +222,7 @@ class _OwnRank:
     def completed(self, template: Mapping[Any, Any], saved: Mapping[Any, Any], notes: Notes) -> Mapping[Any, Any]:
         made: dict[Any, Any] = {key: b"" for key in saved if key != PER_RANK}
         bound = saved.get(PER_RANK, {})
-        notes.left.update(value.fqn for rank, value in bound.items() if rank != self._rank)
+        notes.left_unread.update(value.fqn for rank, value in bound.items() if rank != self._rank)
         made[PER_RANK] = {self._rank: b""} if self._rank in bound else {}
         return made
 
@@ -231,7 +236,7 @@ def _own_state(
     weights_only: bool,
     safe_globals: Iterable[SafeGlobal] = (),
 ) -> Any | None:
-    """Return what this rank has saved; None if the number of ranks is another."""
+    """Return the value that this rank saved; None if another number of ranks saved the checkpoint."""
     if state[_WORLD_SIZE] != world_size:
         return None
     return load_value(
@@ -239,11 +244,11 @@ def _own_state(
         io.BytesIO(state[PER_RANK][str(rank)]),
         weights_only=weights_only,
         safe_globals=safe_globals,
-        surface=_HOW_TO_TRUST,
+        how_to_trust=_HOW_TO_TRUST,
     )
 
 
-def _is_rank_bound(path: Path) -> bool:
+def _is_rank_bound(path: KeyPath) -> bool:
     return len(path) > 1 and path[-2] == PER_RANK and str(path[-1]).isdecimal()
 
 
@@ -254,7 +259,7 @@ def _generators() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
     }
     module = _device_module()
-    # What was never initialised has drawn no number, and is not to be initialised for that.
+    # A device that was never initialised has drawn no number. Asking for its state would initialise it.
     if module is not None and getattr(module, "is_initialized", lambda: True)():
         state["devices"] = module.get_rng_state_all()
         state["current_device"] = torch.accelerator.current_device_index()
@@ -272,7 +277,7 @@ def _set_generators(state: dict[str, Any]) -> None:
     if len(saved) == module.device_count():
         module.set_rng_state_all(saved)
     else:
-        # Processes see other devices than those that saved: what counts is the one that this rank computes on.
+        # Processes see other devices than those that saved: restore the device that this rank computes on.
         module.set_rng_state(saved[state["current_device"]], torch.accelerator.current_device_index())
 
 

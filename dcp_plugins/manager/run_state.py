@@ -32,9 +32,9 @@ def run_state(
 ) -> dict[str, Any]:
     """Collect what a run needs to go on exactly: a state dict to save, and to load into in place.
 
-    It may be made once and saved at every step: it holds the objects, which are asked for their state when a save
-    begins. Every rank makes it, and of the same parts. `CheckpointManager.restore` and `load_state` load it on any
-    number of ranks; ``dcp_plugins.load`` does if there are not more ranks than saved it.
+    Make it once and save it at every step: it holds the objects, which are asked for their state when a save begins.
+    Every rank makes it, of the same parts. `CheckpointManager.restore` and `load_state` load it on any number of ranks,
+    with everything that was saved.
 
     Args:
         model: Plain or parallelised in whatever way; saved under names that do not depend on it.
@@ -103,9 +103,9 @@ class ModelState:
 
 
 class OptimizerState:
-    """The state that one or several optimizers over a model have, by the names of its parameters.
+    """The state of one or several optimizers over a model, by the names of its parameters.
 
-    Before the first step there is none, and none is saved.
+    An optimizer has no state before its first step, and none is saved then.
     """
 
     def __init__(

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.optim import Optimizer
 
 from dcp_plugins.contract import Metadata
@@ -25,7 +26,7 @@ from dcp_plugins.manager.options import SaveOptions
 from dcp_plugins.staging import BlockingAsyncStager, HandoverStager, OverlappedStager
 from dcp_plugins.storage import FileSystemWriter
 
-__all__ = ["Saver", "expected_warnings"]
+__all__ = ["Saver", "expected_warnings", "renormed_weights"]
 
 _Stager = BlockingAsyncStager | HandoverStager | OverlappedStager
 
@@ -254,3 +255,11 @@ def expected_warnings() -> Iterator[None]:
 
 def _are_identical(left: Sequence[Any], right: Sequence[Any]) -> bool:
     return len(left) == len(right) and all(one is other for one, other in zip(left, right, strict=True))
+
+
+def renormed_weights(modules: Iterable[nn.Module]) -> Iterator[torch.Tensor]:
+    """Yield the weights that a forward pass changes: of embeddings with ``max_norm``, which renormalise their rows."""
+    for module in modules:
+        for child in module.modules():
+            if isinstance(child, (nn.Embedding, nn.EmbeddingBag)) and child.max_norm is not None:
+                yield child.weight

@@ -15,14 +15,14 @@ import torch
 
 from dcp_plugins.contract import Metadata
 from dcp_plugins.errors import PlanError
-from dcp_plugins.format.containers import Container, Path, containers_of, describe
 from dcp_plugins.format.memory import PLAIN_TENSORS
+from dcp_plugins.format.saved_mappings import KeyPath, SavedMapping, describe, saved_mappings_of
 from dcp_plugins.pace import giving_way
 
 __all__ = [
     "FlattenMapping",
-    "Path",
-    "Paths",
+    "KeyPath",
+    "KeyPaths",
     "actual_path",
     "flatten_state_dict",
     "get_element",
@@ -32,75 +32,80 @@ __all__ = [
     "unflatten_state_dict",
 ]
 
-FlattenMapping = dict[str, Path]
+FlattenMapping = dict[str, KeyPath]
 
 _STATE, _GROUPS = "state", "param_groups"
 
 
-class Paths(FlattenMapping):
-    """The path of each fqn, in DCP's form, and the containers whose keys or kinds that form does not tell.
+class KeyPaths(FlattenMapping):
+    """The path of each fqn, in DCP's form, and the mappings that this form does not describe in full.
 
     Attributes:
-        containers: By path; plain dicts with string keys that are not empty are left out.
+        saved_mappings: By path; without the dicts that have only string keys and are not empty.
     """
 
-    def __init__(self, paths: Mapping[str, Path] = {}, containers: Mapping[Path, Container] = {}) -> None:
+    def __init__(self, paths: Mapping[str, KeyPath] = {}, saved_mappings: Mapping[KeyPath, SavedMapping] = {}) -> None:
         super().__init__(paths)
-        self.containers: dict[Path, Container] = dict(containers)
-        self._originals: dict[Path, dict[str, Any]] = {}
+        self.saved_mappings: dict[KeyPath, SavedMapping] = dict(saved_mappings)
+        self._originals: dict[KeyPath, dict[str, Any]] = {}
 
     def __reduce__(self) -> Any:
-        return Paths, (dict(self), self.containers)
+        return KeyPaths, (dict(self), self.saved_mappings)
 
-    def unite(self, containers: Mapping[Path, Container]) -> None:
-        """Add the containers of another rank; where both have one, this rank's kind and the keys of both count."""
-        for path, container in containers.items():
-            own = self.containers.get(path)
-            self.containers[path] = container if own is None else container.united(own)
+    def unite(self, saved_mappings: Mapping[KeyPath, SavedMapping]) -> None:
+        """Add the mappings of another rank. A mapping that both have keeps its kind and gets the keys of both."""
+        for path, other in saved_mappings.items():
+            own = self.saved_mappings.get(path)
+            self.saved_mappings[path] = other if own is None else other.united(own)
 
-    def only(self, fqns: Collection[str], empty: Collection[Path]) -> Paths:
-        """Return some of the paths, with the containers above them, and with some more containers."""
+    def only(self, fqns: Collection[str], empty: Collection[KeyPath]) -> KeyPaths:
+        """Return a part of the paths.
+
+        Args:
+            fqns: The fqns to keep; the mappings on their paths are kept too.
+            empty: The paths of empty mappings to keep.
+        """
         paths = {fqn: path for fqn, path in self.items() if fqn in fqns}
         above = {path[:depth] for path in [*paths.values(), *empty] for depth in range(len(path))}
         kept = above.union(empty)
-        return Paths(paths, {path: container for path, container in self.containers.items() if path in kept})
+        return KeyPaths(paths, {path: found for path, found in self.saved_mappings.items() if path in kept})
 
-    def actual(self, path: Path) -> tuple[Any, ...]:
-        """Return a path with the keys as they are in the state dict, where DCP's form has their strings."""
-        if not self.containers:
+    def actual(self, path: KeyPath) -> tuple[Any, ...]:
+        """Return a path with the keys of the state dict in the place of their strings."""
+        if not self.saved_mappings:
             return path
         keys: list[Any] = []
         for depth, key in enumerate(path):
-            container = self.containers.get(path[:depth])
-            if container is not None and container.keys is not None:
+            found = self.saved_mappings.get(path[:depth])
+            if found is not None and found.keys is not None:
                 originals = self._originals.get(path[:depth])
                 if originals is None:
-                    originals = self._originals[path[:depth]] = {str(original): original for original in container.keys}
+                    originals = self._originals[path[:depth]] = {str(original): original for original in found.keys}
                 keys.append(originals.get(str(key), key))
             else:
                 keys.append(key)
         return tuple(keys)
 
 
-def actual_path(paths: Mapping[str, Path], fqn: str) -> tuple[Any, ...]:
-    """Return the path of an fqn with the keys as they are in the state dict."""
+def actual_path(paths: Mapping[str, KeyPath], fqn: str) -> tuple[Any, ...]:
+    """Return the path of an fqn, with the keys of the state dict in the place of their strings."""
     path = paths[fqn]
-    return paths.actual(path) if isinstance(paths, Paths) else path
+    return paths.actual(path) if isinstance(paths, KeyPaths) else path
 
 
-def paths_of(metadata: Metadata) -> Paths:
-    """Return the paths that a checkpoint's metadata tells; a key without one is a key of the root."""
-    planned: Mapping[str, Path] = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
+def paths_of(metadata: Metadata) -> KeyPaths:
+    """Return the paths in a checkpoint's metadata; an fqn without a path is a key of the root."""
+    planned: Mapping[str, KeyPath] = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
     entries = metadata.state_dict_metadata
-    # In the order of the state dict, which is that of the paths: items are in the order of the ranks that wrote them.
+    # The paths are in the order of the state dict; the entries are in the order of the ranks that wrote them.
     paths = {fqn: path for fqn, path in planned.items() if fqn in entries}
     paths.update((fqn, (fqn,)) for fqn in entries if fqn not in paths)
-    return Paths(paths, containers_of(metadata) or {})
+    return KeyPaths(paths, saved_mappings_of(metadata) or {})
 
 
 def flatten_state_dict(
     state_dict: Mapping[str, Any], *, enter_plain_dicts: bool = True
-) -> tuple[dict[str, Any], Paths]:
+) -> tuple[dict[str, Any], KeyPaths]:
     """Return the flat dict and, for each fqn, the path of its value in ``state_dict``.
 
     Args:
@@ -113,20 +118,20 @@ def flatten_state_dict(
     """
     if type(state_dict) is dict and _is_flat(state_dict):
         # Most large state dicts are flat: zip makes their paths, of one element each.
-        return state_dict.copy(), Paths(dict(zip(state_dict, zip(state_dict, strict=True), strict=True)))
+        return state_dict.copy(), KeyPaths(dict(zip(state_dict, zip(state_dict, strict=True), strict=True)))
     flat: dict[str, Any] = {}
-    mapping = Paths()
-    shared: dict[Path, tuple[str, ...]] = {}
+    mapping = KeyPaths()
+    shared: dict[KeyPath, tuple[str, ...]] = {}
     is_leaf = _is_leaf if enter_plain_dicts else _is_leaf_before_2_4
 
-    def enter(path: Path, prefix: str, container: Any) -> None:
+    def enter(path: KeyPath, prefix: str, container: Any) -> None:
         is_list = isinstance(container, list)
         if not is_list:
             described = describe(container)
             if path and path[-1] == _STATE and path[:-1] in shared:
-                described = dataclasses.replace(described or Container("dict"), shared=shared[path[:-1]])
+                described = dataclasses.replace(described or SavedMapping("dict"), shared=shared[path[:-1]])
             if described is not None:
-                mapping.containers[path] = described
+                mapping.saved_mappings[path] = described
                 if described.keys is not None and len(set(map(str, described.keys))) < len(described.keys):
                     raise _alike(path, described.keys)
             if _STATE in container and _GROUPS in container:
@@ -149,7 +154,7 @@ def flatten_state_dict(
 
 
 def _shared_state(container: Mapping[Any, Any]) -> tuple[str, ...]:
-    """Return, for an optimizer's state dict, the keys of its state that no group lists as a parameter."""
+    """Return the keys in an optimizer's state that no parameter group lists; empty for any other mapping."""
     state, groups = container[_STATE], container[_GROUPS]
     if not isinstance(state, Mapping) or not isinstance(groups, list):
         return ()
@@ -160,7 +165,7 @@ def _shared_state(container: Mapping[Any, Any]) -> tuple[str, ...]:
     return tuple(key for key in map(str, state) if key not in listed)
 
 
-def _alike(path: Path, keys: tuple[Any, ...]) -> PlanError:
+def _alike(path: KeyPath, keys: tuple[Any, ...]) -> PlanError:
     seen: dict[str, Any] = {}
     first, second = next((seen[str(key)], key) for key in keys if seen.setdefault(str(key), key) is not key)
     place = ".".join(map(str, path))
@@ -170,12 +175,12 @@ def _alike(path: Path, keys: tuple[Any, ...]) -> PlanError:
     )
 
 
-def _collision(fqn: str, first: Path, second: Path) -> PlanError:
+def _collision(fqn: str, first: KeyPath, second: KeyPath) -> PlanError:
     return PlanError(f"two values of the state dict have the key {fqn!r}: at {first} and at {second}; rename one")
 
 
 def _is_flat(state_dict: dict[Any, Any]) -> bool:
-    """Whether all that a dict holds is tensors under strings."""
+    """Whether a dict has only tensors as values and only strings as keys."""
     return {str}.issuperset(map(type, state_dict)) and PLAIN_TENSORS.issuperset(map(type, state_dict.values()))
 
 
@@ -196,35 +201,35 @@ def _holds_tensors(entry: Any, is_leaf: Callable[[Any], bool]) -> bool:
 
 
 def keyed_by_strings(state_dict: dict[Any, Any]) -> dict[str, Any]:
-    """Return a state dict that is not to be flattened with its keys as fqns; itself where all are strings."""
+    """Return an unflattened state dict with each key as a string; the same dict if all keys are strings."""
     if {str}.issuperset(map(type, state_dict)):
         return state_dict
     return {str(key): value for key, value in state_dict.items()}
 
 
-def unflatten_state_dict(flat: Mapping[str, Any], mapping: Mapping[str, Path]) -> dict[str, Any]:
+def unflatten_state_dict(flat: Mapping[str, Any], mapping: Mapping[str, KeyPath]) -> dict[str, Any]:
     """Return the nested dict whose flattening gave ``flat`` and ``mapping``."""
     nested: dict[str, Any] = {}
-    containers = mapping.containers if isinstance(mapping, Paths) else {}
-    made: set[Path] = {()}
+    saved_mappings = mapping.saved_mappings if isinstance(mapping, KeyPaths) else {}
+    made: set[KeyPath] = {()}
 
-    def make_containers(path: Path) -> None:
-        """Put recorded containers on the way to a path where they belong, each before the first value in it."""
-        assert isinstance(mapping, Paths)
+    def make_mappings(path: KeyPath) -> None:
+        """Make the recorded mappings along a path, each before its first value is put into it."""
+        assert isinstance(mapping, KeyPaths)
         for depth in range(1, len(path) + 1):
             at = path[:depth]
-            if at in containers and at not in made:
+            if at in saved_mappings and at not in made:
                 made.add(at)
-                set_element(nested, mapping.actual(at), containers[at].empty())
+                set_element(nested, mapping.actual(at), saved_mappings[at].empty())
 
-    for fqn in mapping if isinstance(mapping, Paths) else flat:
+    for fqn in mapping if isinstance(mapping, KeyPaths) else flat:
         if fqn not in flat:
             continue
-        if containers:
-            make_containers(mapping[fqn][:-1])
+        if saved_mappings:
+            make_mappings(mapping[fqn][:-1])
         set_element(nested, actual_path(mapping, fqn), flat[fqn])
-    for path in containers:
-        make_containers(path)
+    for path in saved_mappings:
+        make_mappings(path)
     return nested
 
 

@@ -1,4 +1,4 @@
-"""Planning a load: what this rank wants, and which saved chunks have it."""
+"""Planning a load: which saved chunks a rank reads into which parts of its state dict."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from dcp_plugins.plan.flatten import (
     set_element,
 )
 from dcp_plugins.plan.reshard import bytes_read_item, create_read_items_for_chunk_list, whole_read_item
-from dcp_plugins.plan.restore import Completed, complete_in_place
+from dcp_plugins.plan.restore import CompletionResult, complete_in_place
 from dcp_plugins.plan.validate import box_of, coverage_problems, overlap_problems
 from dcp_plugins.plan.values import load_value
 from dcp_plugins.tensors import chunks, find_object, flatten_sharded_tensors, is_whole, materialize_meta
@@ -68,14 +68,14 @@ class DefaultLoadPlanner(LoadPlanner):
             beside those of ``torch.serialization.add_safe_globals``.
         cast_dtype: Convert a saved tensor to the dtype of the tensor it is loaded into, with a warning that names
             the keys. False raises instead.
-        unread: What to do about saved values below a nested container of the state dict that no rank has asked for:
-            "warn" of them (`UnreadValuesWarning`), raise an "error", or "ignore" them.
+        unread: What to do about saved values that no rank reads although they lie below a nested dict or list that the
+            state dict has: "warn" (`UnreadValuesWarning`), raise an "error", or "ignore" them.
     """
 
     original_state_dict: dict[str, Any]
     mappings: FlattenMapping
     adopted_keys: Container[str] = frozenset()
-    """Keys of plain tensors that only give a size: a saved tensor that is a subclass, or quantised, replaces one."""
+    """Keys of plain tensors that a load replaces if the saved tensor is quantised or of a subclass."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class DefaultLoadPlanner(LoadPlanner):
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
         completed = self.complete(state_dict, metadata)
-        self.left_unread = completed.left
+        self.left_unread = completed.left_unread
         materialize_meta(state_dict)
         self.original_state_dict = state_dict
         if self.flatten_sharded_tensors:
@@ -114,20 +114,20 @@ class DefaultLoadPlanner(LoadPlanner):
             state_dict, self.mappings = flatten_state_dict(state_dict)
         else:
             state_dict = keyed_by_strings(state_dict)
-        if completed.present is not None:
-            present = completed.present
+        own = completed.own_tensors
+        if own is not None:
             self.adopted_keys = {
-                fqn for fqn, value in state_dict.items() if isinstance(value, torch.Tensor) and id(value) not in present
+                fqn for fqn, value in state_dict.items() if isinstance(value, torch.Tensor) and id(value) not in own
             }
         self.state_dict = state_dict
         self.metadata = metadata
         self.is_coordinator = is_coordinator
 
-    def complete(self, state_dict: dict[str, Any], metadata: Metadata | None) -> Completed:
-        """Let containers that complete themselves ask for what was saved."""
-        return (
-            complete_in_place(state_dict, metadata) if self.flatten_state_dict and metadata is not None else Completed()
-        )
+    def complete(self, state_dict: dict[str, Any], metadata: Metadata | None) -> CompletionResult:
+        """Complete the dicts of a state dict that ask for the checkpoint's keys, in place."""
+        if metadata is None or not self.flatten_state_dict:
+            return CompletionResult()
+        return complete_in_place(state_dict, metadata)
 
     def create_local_plan(self) -> LoadPlan:
         assert self.metadata is not None, "set_up_planner was called without the checkpoint's metadata"
@@ -141,7 +141,7 @@ class DefaultLoadPlanner(LoadPlanner):
         """Key the state dict as torch did before 2.4, if the checkpoint has keys that only that gives."""
         state_dict = self.original_state_dict
         if self.flatten_sharded_tensors:
-            # As for the keys it is compared with: a ShardedTensor without a shard on this rank has none.
+            # As in set_up_planner: a ShardedTensor without a shard on this rank must have no key here either.
             state_dict = flatten_sharded_tensors(state_dict)
         old_state_dict, old_mappings = flatten_state_dict(state_dict, enter_plain_dicts=False)
         if any(fqn not in self.state_dict and fqn in metadata.state_dict_metadata for fqn in old_state_dict):
@@ -160,7 +160,7 @@ class DefaultLoadPlanner(LoadPlanner):
             set_element(self.original_state_dict, actual_path(self.mappings, fqn), loaded)
         else:
             self.state_dict[fqn] = loaded
-            # Not the same dict where sharded tensors were flattened, which copies.
+            # A second dict, if sharded tensors were flattened: flattening copies the dict.
             self.original_state_dict[fqn] = loaded
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:

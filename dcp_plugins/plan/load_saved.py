@@ -1,4 +1,4 @@
-"""Planners whose load is driven by what the checkpoint has: into an empty dict, or into the state of its owner."""
+"""Planners of loads that are driven by the checkpoint's keys: into an empty dict, or into the objects that saved it."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from dcp_plugins.errors import PlanError, listing
 from dcp_plugins.format.trust import SafeGlobal
 from dcp_plugins.plan.flatten import paths_of, unflatten_state_dict
 from dcp_plugins.plan.load import DefaultLoadPlanner
-from dcp_plugins.plan.restore import Completed, Outline, restored_template
+from dcp_plugins.plan.restore import CompletionResult, Outline, restored_template
 
 __all__ = ["EmptyStateDictLoadPlanner", "RestoringLoadPlanner"]
 
 
 class RestoringLoadPlanner(DefaultLoadPlanner):
-    """Plan a load of everything that was saved under the state dict's keys, whatever the state dict has below them.
+    """Plan a load of everything that was saved under the state dict's root keys, whatever it has below them.
 
-    For the one who made the checkpoint: every saved value comes back with its structure, or the load fails and names
-    what has no place. In the state dict, new containers stand in the place of the old ones; tensors that have the saved
-    size are loaded in place.
+    Every saved value is loaded with its structure, or the load fails and names the values that have no place. The
+    planner replaces the dicts and lists in the state dict by new ones; it keeps tensors that have the saved size, to
+    load into their memory.
 
     Args:
-        outline: Where objects were, which are to be given their state dict.
-        allow_partial_load: Leave what the checkpoint lacks as it is, and what has no place unread.
+        outline: The places of the objects that will get their state dict.
+        allow_partial_load: Leave values that the checkpoint lacks as they are, and saved values without a place unread.
         weights_only: As in `DefaultLoadPlanner`.
         safe_globals: As in `DefaultLoadPlanner`.
     """
@@ -47,7 +47,7 @@ class RestoringLoadPlanner(DefaultLoadPlanner):
         )
         self._outline = outline
 
-    def complete(self, state_dict: dict[str, Any], metadata: Metadata | None) -> Completed:
+    def complete(self, state_dict: dict[str, Any], metadata: Metadata | None) -> CompletionResult:
         assert metadata is not None, "set_up_planner was called without the checkpoint's metadata"
         made, completed = restored_template(state_dict, metadata, self._outline, strict=not self.allow_partial_load)
         state_dict.clear()
@@ -64,7 +64,7 @@ class EmptyStateDictLoadPlanner(DefaultLoadPlanner):
 
     def __init__(self, keys: Collection[str] | None = None, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # It asks for the keys that it was given, and for no others.
+        # The user has named the keys to load; the others need no warning.
         self.unread = "ignore"
         self.keys = None if keys is None else set(keys)
 
@@ -90,12 +90,12 @@ class EmptyStateDictLoadPlanner(DefaultLoadPlanner):
             values[fqn] = value
         self.adopted_keys = metadata.state_dict_metadata.keys()
         if self.keys is not None:
-            # An empty mapping has no fqn, and may be asked for all the same.
-            containers = {path: self._matches(".".join(map(str, path)), path) for path in paths.containers}
-            found |= set().union(*containers.values())
+            # An empty mapping has no fqn, and `keys` may name it all the same.
+            mappings = {path: self._matches(".".join(map(str, path)), path) for path in paths.saved_mappings}
+            found |= set().union(*mappings.values())
             if found != self.keys:
                 raise PlanError(f"Missing key in checkpoint: {listing(self.keys - found)}")
-            paths = paths.only(values, [path for path, wanted in containers.items() if wanted])
+            paths = paths.only(values, [path for path, wanted in mappings.items() if wanted])
         state_dict.update(unflatten_state_dict(values, paths))
         super().set_up_planner(state_dict, metadata, is_coordinator)
 

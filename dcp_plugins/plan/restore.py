@@ -1,50 +1,52 @@
-"""Loading what was saved: templates that are completed from a checkpoint's keys.
+"""Completing templates from a checkpoint's keys.
 
-A load asks for what its template has. Two kinds of callers want what the checkpoint has instead: one that was given a
-state dict of this package's getters, in which some containers complete themselves (`complete_in_place`), and one that
-made the checkpoint itself, and gets all of it back (`RestoringLoadPlanner`).
+A load reads the keys that its template has. Two kinds of templates ask for the checkpoint's keys instead. A state dict
+of this package's getters has some `CompletingDict` in it: `complete_in_place` completes these alone. The manager and
+the adapters, which saved the checkpoint themselves, ask for everything below the root keys: `restored_template`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from dcp_plugins.contract import Metadata
 from dcp_plugins.errors import PlanError, listing
-from dcp_plugins.format.containers import containers_of
+from dcp_plugins.format.saved_mappings import saved_mappings_of
 from dcp_plugins.plan.flatten import get_element, paths_of, set_element, unflatten_state_dict
 from dcp_plugins.templates import (
     Notes,
     SavedOptimizerState,
     SavedValue,
+    apply_completed,
     completion_of,
     like_saved,
     overlapping,
-    take_over,
 )
 from dcp_plugins.tensors.sharded import size_of
 
-__all__ = ["Completed", "Outline", "complete_in_place", "restored_template", "saved_tree"]
+__all__ = ["CompletionResult", "Outline", "Role", "complete_in_place", "restored_template", "saved_tree"]
 
-Outline = Mapping[tuple[Any, ...], str]
-"""Of a state dict with objects in it, by path: "object" for one with a state dict, "holder" for a container of some."""
+Role = Literal["object", "holder"]
+"""The kind of a place in a state: an object with a ``state_dict`` method, or a dict or list that holds such objects."""
+Outline = Mapping[tuple[Any, ...], Role]
+"""The roles of the places in a state, by path; places with plain values are left out."""
 
 _PLAIN_LEAVES = frozenset({torch.Tensor, torch.nn.Parameter, str, int, float, bool, type(None)})
 
 
 @dataclass(frozen=True, slots=True)
-class Completed:
-    """What came of completing a template."""
+class CompletionResult:
+    """The facts about a completed template that the planner needs."""
 
-    left: set[str] = field(default_factory=set)
-    """The fqns that are left unread on purpose."""
-    present: dict[int, torch.Tensor] | None = None
-    """The tensors that were there before, by id: any other was allocated, and may be replaced by one of a class of its
-    own. None if nothing was completed."""
+    left_unread: set[str] = field(default_factory=set)
+    """The fqns that this rank leaves unread on purpose."""
+    own_tensors: dict[int, torch.Tensor] | None = None
+    """The caller's tensors, by id. The completion allocated the others, which a load may replace by saved tensors of a
+    subclass. None if nothing was completed."""
 
 
 def _tensors(value: Any) -> Iterator[tuple[int, torch.Tensor]]:
@@ -56,23 +58,23 @@ def _tensors(value: Any) -> Iterator[tuple[int, torch.Tensor]]:
 
 
 def saved_tree(metadata: Metadata) -> dict[Any, Any]:
-    """Return what a checkpoint holds: nested as it was saved, with the keys as they were, each value a `SavedValue`."""
+    """Return a checkpoint's state dict, nested and keyed as it was saved, with a `SavedValue` for each value."""
     values = {fqn: SavedValue(fqn, entry) for fqn, entry in metadata.state_dict_metadata.items()}
     paths = paths_of(metadata)
     tree = unflatten_state_dict(values, paths)
-    for path, container in paths.containers.items():
-        if container.shared:
+    for path, found in paths.saved_mappings.items():
+        if found.shared:
             actual = paths.actual(path)
-            set_element(tree, actual, SavedOptimizerState(get_element(tree, actual), container.shared))
+            set_element(tree, actual, SavedOptimizerState(get_element(tree, actual), found.shared))
     return tree
 
 
-def complete_in_place(template: dict[Any, Any], metadata: Metadata) -> Completed:
-    """Complete the containers of a template that ask for it."""
+def complete_in_place(template: dict[Any, Any], metadata: Metadata) -> CompletionResult:
+    """Complete each dict of a template that has a completion; the dicts keep their identity."""
     places = list(_completing(template, ()))
     if not places:
-        return Completed()
-    present = dict(_tensors(template))
+        return CompletionResult()
+    own_tensors = dict(_tensors(template))
     notes = Notes(overlapping=overlapping(tensor for _, tensor in _tensors(template)))
     saved = saved_tree(metadata)
     for path, container in places:
@@ -80,8 +82,8 @@ def complete_in_place(template: dict[Any, Any], metadata: Metadata) -> Completed
         completion = completion_of(container)
         assert completion is not None
         completed = completion.completed(container, below if isinstance(below, Mapping) else {}, notes)
-        take_over(container, completed)
-    return Completed(notes.left, present)
+        apply_completed(container, completed)
+    return CompletionResult(notes.left_unread, own_tensors)
 
 
 def _completing(container: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], dict[Any, Any]]]:
@@ -100,29 +102,29 @@ def _completing(container: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[A
 
 def restored_template(
     template: Mapping[Any, Any], metadata: Metadata, outline: Outline, *, strict: bool
-) -> tuple[dict[Any, Any], Completed]:
-    """Return a template that asks for all that was saved under the root keys of another.
+) -> tuple[dict[Any, Any], CompletionResult]:
+    """Return a template that asks for everything that was saved under the root keys of another template.
 
     Args:
-        template: What the caller has, each object replaced by its state dict. Tensors of it are loaded in place where
-            they have the saved size; containers are new.
-        metadata: The checkpoint's.
-        outline: Where the objects were.
-        strict: Whether a key that the checkpoint lacks is an error; otherwise what is there stays.
+        template: The caller's state dict, each object replaced by the object's state dict. The result has its tensors
+            where they have the saved size, and new dicts and lists.
+        metadata: The checkpoint's metadata.
+        outline: The places of the objects.
+        strict: Whether a key that the checkpoint lacks is an error; otherwise the caller's value stays.
 
     Returns:
-        The new template, and what came of it.
+        The new template, and what the planner has to know of it.
 
     Raises:
-        PlanError: Something that was saved has no place, or a tensor has not been saved; lists all of it.
+        PlanError: A saved value has no place, or a tensor of the caller was not saved; lists all of them.
     """
     saved = saved_tree(metadata)
-    present = dict(_tensors(template))
+    own_tensors = dict(_tensors(template))
     notes = Notes(overlapping=overlapping(tensor for _, tensor in _tensors(template)))
-    restoring = _Restoring(outline, notes, is_recorded=containers_of(metadata) is not None, strict=strict)
+    restoring = _Restoring(outline, notes, is_recorded=saved_mappings_of(metadata) is not None, strict=strict)
     completion = completion_of(template)
     if completion is not None:
-        return dict(completion.completed(template, saved, notes)), Completed(notes.left, present)
+        return dict(completion.completed(template, saved, notes)), CompletionResult(notes.left_unread, own_tensors)
     made: dict[Any, Any] = {}
     for key, value in template.items():
         if key in saved:
@@ -133,7 +135,7 @@ def restored_template(
         else:
             made[key] = value
     restoring.raise_problems(metadata)
-    return made, Completed(notes.left, present)
+    return made, CompletionResult(notes.left_unread, own_tensors)
 
 
 def _is_empty(value: Any) -> bool:
@@ -141,7 +143,7 @@ def _is_empty(value: Any) -> bool:
 
 
 class _Restoring:
-    """The state of one walk over a template and what was saved."""
+    """One walk over a template and a checkpoint's tree together, and the problems found on it."""
 
     def __init__(self, outline: Outline, notes: Notes, *, is_recorded: bool, strict: bool) -> None:
         self._notes = notes
@@ -152,7 +154,14 @@ class _Restoring:
         self._problems: list[str] = []
 
     def like(self, saved: Any, template: Any, path: tuple[Any, ...], *, in_object: bool) -> Any:
-        """Return what to load into in the place of ``template``."""
+        """Return the dict, list or value to load into in the place of ``template``.
+
+        Args:
+            saved: What the checkpoint has at this place, see `saved_tree`.
+            template: What the caller has at this place; None if nothing.
+            path: The place, with the caller's keys.
+            in_object: Whether the place is in the state dict of an object, which checks the loaded values itself.
+        """
         kind = self._outline.get(path)
         in_object = in_object or kind == "object"
         completion = completion_of(template)
@@ -177,7 +186,11 @@ class _Restoring:
         return made
 
     def raise_problems(self, metadata: Metadata) -> None:
-        """Raise if there is anything that does not fit."""
+        """Raise if the template and the checkpoint do not fit.
+
+        Raises:
+            PlanError: Lists everything that does not fit.
+        """
         if self.missing:
             known = listing({str(path[0]) for path in paths_of(metadata).values()})
             self._problems.insert(
@@ -198,7 +211,7 @@ class _Restoring:
                         f"{saved.fqn}: the checkpoint holds {saved.dtype}, which a tensor of {template.dtype} cannot"
                         " hold without loss"
                     )
-                # Its own memory, in its own layout.
+                # The caller's tensor gives the memory and the layout.
                 own: torch.Tensor = template
                 return own
             if is_tensor and not fits and not in_object and template.numel():
@@ -214,7 +227,7 @@ class _Restoring:
         return like_saved(saved, template, target_of)
 
     def _holder(self, saved: Any, template: Any, path: tuple[Any, ...]) -> Any:
-        """Fit what was saved to a container of objects: each of them gets its own, and none is made up."""
+        """Give each object of a dict or list its saved state dict; a load cannot make or delete objects."""
         is_list = isinstance(template, list)
         own = dict(enumerate(template)) if is_list else dict(template)
         theirs = dict(enumerate(saved)) if isinstance(saved, list) else dict(saved)
@@ -239,9 +252,9 @@ class _Restoring:
         return [made[at] for at in range(len(made))] if is_list else made
 
     def _find_missing(self, saved: Any, template: Any, path: tuple[Any, ...], *, in_object: bool) -> None:
-        """Note the tensors of a plain container that the checkpoint lacks: they would keep what they have, in silence.
+        """Note the tensors of a plain dict or list that the checkpoint lacks: they would silently keep their values.
 
-        An object sees for itself what is missing in its state dict.
+        An object finds out by itself what is missing in its state dict.
         """
         if in_object or not self._strict or not isinstance(template, (Mapping, list)):
             return
@@ -252,11 +265,11 @@ class _Restoring:
                 self.missing.append(".".join(map(str, (*path, key))))
 
     def _empty_like(self, saved: Mapping[Any, Any], template: Any) -> tuple[Any, dict[str, Any]]:
-        """Return the new container, and keys by their strings where only the template tells of what type they are."""
+        """Return a new, empty mapping, and the template's keys by their strings if the checkpoint has only strings."""
         made: Any = {} if isinstance(saved, SavedOptimizerState) else _cleared(saved)
         if not isinstance(template, dict) or self.is_recorded:
             return made, {}
-        # A checkpoint of stock torch, or of an earlier release, has strings for all keys.
+        # Stock torch, and earlier releases of this package, turned each key into its string.
         return _cleared(template), {str(key): key for key in template}
 
 

@@ -21,9 +21,9 @@ from dcp_plugins.contract import (
     WriteItemType,
 )
 from dcp_plugins.errors import PlanError
-from dcp_plugins.format.containers import attach, encoded_containers
+from dcp_plugins.format.saved_mappings import attach, encoded_mappings
 from dcp_plugins.pace import giving_way
-from dcp_plugins.plan.flatten import FlattenMapping, Paths, flatten_state_dict, keyed_by_strings
+from dcp_plugins.plan.flatten import FlattenMapping, KeyPaths, flatten_state_dict, keyed_by_strings
 from dcp_plugins.plan.replicas import assign_replicas
 from dcp_plugins.plan.validate import plan_problems
 from dcp_plugins.plan.values import dump_value
@@ -91,15 +91,15 @@ class DefaultSavePlanner(SavePlanner):
         all_plans = assign_replicas(all_plans, to_lowest_rank=self.dedup_save_to_lowest_rank)
         global_plan, metadata = create_default_global_save_plan(all_plans)
         if self.flatten_state_dict:
-            merged = Paths()
+            merged = KeyPaths()
             for plan in global_plan:
                 # The first rank's paths count, and their order.
                 merged.update({fqn: path for fqn, path in plan.planner_data.items() if fqn not in merged})
-                if isinstance(plan.planner_data, Paths):
-                    merged.unite(plan.planner_data.containers)
-            # A plain dict: other writers pickle it, and stock torch reads what they write.
+                if isinstance(plan.planner_data, KeyPaths):
+                    merged.unite(plan.planner_data.saved_mappings)
+            # Other writers pickle this field, and stock torch must be able to load the pickle: a plain dict.
             metadata = dataclasses.replace(metadata, planner_data=dict(merged))
-            attach(metadata, encoded_containers(merged.containers))
+            attach(metadata, encoded_mappings(merged.saved_mappings))
         problems = plan_problems(metadata, complete=len(global_plan) > 1)
         if problems:
             raise PlanError("Failed to validate global plan: " + "; ".join(problems[:12]))
@@ -152,7 +152,7 @@ class DefaultSavePlanner(SavePlanner):
         if described is None:
             return None
         # Paths are part of the plan: {"a": {"b": t}} and {"a.b": t} have the same fqns.
-        paths = (list(self.mappings.values()), getattr(self.mappings, "containers", None))
+        paths = (list(self.mappings.values()), getattr(self.mappings, "saved_mappings", None))
         return (self.flatten_state_dict, self.dedup_save_to_lowest_rank, list(self.state_dict), described, paths)
 
 

@@ -1,8 +1,8 @@
-"""Finds, when values are saved, those that a load with default options will refuse.
+"""Finds, at a save, the values that a load with default options will refuse.
 
 Such a value is an object of a class that is neither among the listed ones (``format/value_builders``) nor declared safe
-at that time. The classes are looked at, nothing is pickled: of an object whose class is not known, only what the class
-says about itself (``__reduce_ex__``) is asked.
+at that time. The search looks at classes and pickles nothing. For an object whose class is not known, it only calls
+``__reduce_ex__``.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ _noted: ContextVar[dict[str, Noted] | None] = ContextVar("noted", default=None)
 
 @contextmanager
 def loaded_with(*, weights_only: bool, safe_globals: Iterable[SafeGlobal]) -> Iterator[None]:
-    """Say how the surface that saves in this block will load again: its own trust is no reason to warn."""
+    """Declare how the caller of a save in this block will load again: values that it then admits need no warning."""
     token = _loads_with.set((weights_only, tuple(safe_globals)))
     try:
         yield
@@ -94,7 +94,7 @@ def loaded_with(*, weights_only: bool, safe_globals: Iterable[SafeGlobal]) -> It
 
 @contextmanager
 def noting_values() -> Iterator[dict[str, Noted]]:
-    """Collect the values that objects serialise themselves while a save asks for their state in this block."""
+    """Collect the values that objects serialise themselves, while a save in this block asks for their state."""
     noted: dict[str, Noted] = {}
     token = _noted.set(noted)
     try:
@@ -104,29 +104,29 @@ def noting_values() -> Iterator[dict[str, Noted]]:
 
 
 def note_value(name: str, value: Any, safe_globals: Iterable[SafeGlobal] = ()) -> None:
-    """Let the save that asks for it look at a value that will be bytes when the save sees it.
+    """Show the save that asks for a state dict a value that the state dict has only as bytes.
 
-    Nothing happens outside a save: a load asks for states, too.
+    Outside a save this does nothing: a load asks for state dicts too.
 
     Args:
-        name: How the warning calls the value.
-        value: What is serialised.
-        safe_globals: What its owner is going to admit when it is loaded.
+        name: The name of the value in the warning.
+        value: The value before it is serialised.
+        safe_globals: The classes that the object will admit when it loads the value.
     """
     noted = _noted.get()
     if noted is not None:
         noted[name] = (value, tuple(safe_globals))
 
 
-def warn_of_unloadable(values: Mapping[str, Any], how: str, noted: Mapping[str, Noted] | None = None) -> None:
+def warn_of_unloadable(values: Mapping[str, Any], how_to_trust: str, noted: Mapping[str, Noted] | None = None) -> None:
     """Warn once of all values that cannot be loaded again by default, with the key and the class of each.
 
-    Called on the thread that saves, with what this rank saves.
+    A rank calls this on its training thread, with the state dict that it saves.
 
     Args:
-        values: By key. Nested containers are entered, and named by their path.
-        how: How the user of the surface that saves says that a checkpoint is trusted.
-        noted: What `noting_values` collected.
+        values: Values by key. The search enters nested dicts and lists, and names values by their path.
+        how_to_trust: How a user of the caller says that a checkpoint is trusted, for the warning.
+        noted: The values that `noting_values` collected.
     """
     weights_only, safe_globals = _loads_with.get()
     if not weights_only:
@@ -134,7 +134,7 @@ def warn_of_unloadable(values: Mapping[str, Any], how: str, noted: Mapping[str, 
     found: dict[str, str] = {}
     search: _Search | None = None
     for key, value in values.items():
-        # Nearly all values end here: numbers, tensors, and pairs of numbers.
+        # A shortcut for nearly all values: numbers, tensors, and pairs of numbers.
         kind = type(value)
         if kind in _LEAVES or (kind is tuple and _LEAVES.issuperset(map(type, value))):
             continue
@@ -152,8 +152,8 @@ def warn_of_unloadable(values: Mapping[str, Any], how: str, noted: Mapping[str, 
     warn_user(
         "these values are saved, but a load with default options will refuse them, because building them could run"
         f" code: {shown}{more}. To load them, admit their classes with"
-        f" torch.serialization.add_safe_globals([{classes}]) or safe_globals=[{classes}], or load with {how}. Or save"
-        " plain data in their place",
+        f" torch.serialization.add_safe_globals([{classes}]) or safe_globals=[{classes}], or load with {how_to_trust}."
+        " Or save plain data in their place",
         UnloadableValueWarning,
     )
 
@@ -168,14 +168,14 @@ class _Search:
     def unknown(self, value: Any, path: str) -> Iterator[tuple[str, str]]:
         """Yield the path of each object that would be refused, with the name of what it needs."""
         self._seen.clear()
-        # Beneath dicts and lists, tensors of any class are stored as tensors; beneath anything else they are pickled.
+        # Tensors in dicts and lists are stored as tensors, of any class. Tensors in other objects are pickled.
         pending: list[tuple[Any, str, bool]] = [(value, path, False)]
         while pending:
             current, where, is_pickled = pending.pop()
             kind = type(current)
             if kind in _LEAVES or id(current) in self._seen:
                 continue
-            # Kept: the id of an object that is made on the way, and gone, would be another's.
+            # Keep a reference: the id of a freed object may be given to another one.
             self._seen[id(current)] = current
             if kind in _MAPPINGS or (not is_pickled and isinstance(current, Mapping)):
                 pending += [
@@ -190,7 +190,7 @@ class _Search:
                     pending += [(item, f"{where}.{at}", inside) for at, item in enumerate(current)]
             elif is_pickled or not (isinstance(current, torch.Tensor) or hasattr(current, "__create_write_items__")):
                 for refused in self._enter(current, where, pending):
-                    # Another place that holds it, such as a member of an enum, is named as well.
+                    # Name it again at each other place that holds it; members of an enum are shared by many.
                     self._seen.pop(id(current), None)
                     yield refused
 
@@ -204,7 +204,7 @@ class _Search:
         elif isinstance(value, np.dtype) and is_plain_dtype(value):
             pass
         elif isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType, torch.Tensor)):
-            # A tensor says what it is by its class: to reduce it would copy it.
+            # Look at a tensor's class only: reducing a tensor would copy it.
             name = self._refused(kind if isinstance(value, torch.Tensor) else value)
             if name:
                 yield where, name
@@ -212,12 +212,12 @@ class _Search:
             yield from self._enter_reduced(value, where, pending)
 
     def _enter_reduced(self, value: Any, where: str, pending: list[tuple[Any, str, bool]]) -> Iterator[tuple[str, str]]:
-        """Look at what pickle would write for an object."""
+        """Look at the function, the arguments and the state that pickle would write for an object."""
         kind = type(value)
         try:
             reducer = copyreg.dispatch_table.get(kind)
             reduced = reducer(value) if reducer is not None else value.__reduce_ex__(2)
-        # It cannot be pickled, and the save is about to say so.
+        # The object cannot be pickled, which the save itself reports.
         except Exception:
             return
         if isinstance(reduced, str):

@@ -1,8 +1,8 @@
-"""Non-tensor values: how they become bytes, and how bytes become values without running code.
+"""Non-tensor values: their conversion to bytes, and from bytes without running code.
 
 A flattened optimizer has ten numbers for each parameter, nearly all of them equal, and torch takes a tenth to a
-quarter of a millisecond to write or read one. So what a small value that cannot change became is remembered, in both
-directions.
+quarter of a millisecond to write or read one. So the bytes of small immutable values are cached, and the values of such
+bytes.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from dcp_plugins.format.value_container import decode_value
 
 __all__ = ["dump_value", "load_value"]
 
-# Kept for the life of the process.
+# The two caches live as long as the process.
 _MAX_REMEMBERED_VALUES = 4096
 _MAX_REMEMBERED_ITEMS = 256
 _SCALARS = frozenset({type(None), bool, int, float, complex, str, bytes})
 
-# What a container that holds nothing else was found to hold.
+# Values by the bytes of their whole container.
 _loaded: dict[bytes, Any] = {}
 
 
 def dump_value(value: Any) -> io.BytesIO:
     """Return the value as ``torch.save`` writes it."""
     if _cannot_change(value):
-        # Equal values may differ (True, 1 and 1.0; 0.0 and -0.0), their pickles do not.
+        # The pickle is the key of the cache: True, 1 and 1.0 are equal, and so are 0.0 and -0.0.
         pickled = pickle.dumps(value, protocol=2)
         if len(pickled) <= SMALL_CONTAINER_BYTES:
             stream = io.BytesIO(_container_of(pickled))
-            # As after writing.
+            # Where the stream would stand after a write.
             stream.seek(0, io.SEEK_END)
             return stream
     return _save(value)
@@ -56,12 +56,12 @@ def _save(value: Any) -> io.BytesIO:
 
 
 def _cannot_change(value: Any) -> bool:
-    """Tell whether a value is a number, a string, or a small tuple of such: those that are worth remembering."""
+    """Tell whether a value is immutable and worth caching: a number, a string, or a small tuple of such."""
     if type(value) in _SCALARS:
         return True
     if type(value) is not tuple:
         return False
-    # Without a bound, a file with tuples that share their elements would keep this busy for ever.
+    # Without a bound, a file with tuples that share their elements would keep this loop busy for ever.
     pending, num_seen = [value], 0
     while pending:
         items = pending.pop()
@@ -83,17 +83,17 @@ def load_value(
     weights_only: bool,
     safe_globals: Iterable[SafeGlobal] = (),
     map_location: str | torch.device | None = None,
-    surface: str = "planner=DefaultLoadPlanner(weights_only=False)",
+    how_to_trust: str = "planner=DefaultLoadPlanner(weights_only=False)",
 ) -> Any:
     """Return the value that ``dump_value``, or torch, wrote.
 
     Args:
-        fqn: Its key, for error messages.
-        stream: At its beginning.
+        fqn: The key of the value, for error messages.
+        stream: The bytes, at the position where the value begins.
         weights_only: False runs whatever code the pickle names.
         safe_globals: Classes that are built as pickle would, beside those of ``torch.serialization.add_safe_globals``.
         map_location: The device on which tensors in the value arrive; None takes the one that each was saved from.
-        surface: How the caller's user says ``weights_only=False``, for error messages.
+        how_to_trust: How a user of the caller says ``weights_only=False``, for error messages.
 
     Raises:
         UnsafeCheckpointError: The value needs classes that are not admitted.
@@ -101,7 +101,7 @@ def load_value(
     """
     start = stream.tell()
     content = stream.read(SMALL_CONTAINER_BYTES + 1)
-    # With more than plain data allowed, it is for the pickle to say what it makes each time.
+    # A trusted pickle may make a new or a mutable object each time: its values are not cached.
     is_small = weights_only and len(content) <= SMALL_CONTAINER_BYTES
     if is_small and content in _loaded:
         return _loaded[content]
@@ -118,7 +118,7 @@ def load_value(
         fqn,
         safe_globals=safe_globals,
         map_location=map_location,
-        advice=f"If you trust this checkpoint as you trust a program, load with {surface}",
+        advice=f"If you trust this checkpoint as you trust a program, load with {how_to_trust}",
     )
     if is_small and _cannot_change(loaded):
         if len(_loaded) >= _MAX_REMEMBERED_VALUES:
@@ -130,6 +130,6 @@ def load_value(
 def _load_trusted(fqn: str, stream: io.BytesIO, map_location: str | torch.device | None) -> Any:
     try:
         return torch.load(stream, map_location=map_location, weights_only=False)
-    # Anything else is raised by the code that the user chose to run.
+    # Any other error comes from the code that the user chose to run.
     except (EOFError, RuntimeError, pickle.UnpicklingError) as exc:
         raise CorruptCheckpointError(f"{fqn}: the saved value cannot be read: {exc}") from exc

@@ -48,7 +48,7 @@ class _Block:
         self.is_to_be_locked = is_to_be_locked
         self.used_bytes = 0
         self.kept_bytes = 0
-        """Of the slots in it that are kept."""
+        """Bytes in the kept slots of this block."""
 
     def take(self, nbytes: int) -> torch.Tensor | None:
         """Return the next bytes of it, if there are as many left."""
@@ -93,15 +93,15 @@ class HostMemory:
         self._locks = PageLocks()
         self._not_locked: list[_Block] = []
         self._rounds: list[dict[Hashable, _Slot]] = [{}, {}, {}]
-        # Those of small slots; room is left in the last.
+        # The blocks of small slots; the last one may have room.
         self._slabs: list[_Block] = []
         self.layout: object = None
-        """What the last snapshot remembers of where it has placed what; kept no longer than the slots."""
+        """The places of the last snapshot's tensors, for the next snapshot; dropped with the slots."""
 
     @property
     def nbytes(self) -> int:
         """Bytes in slots that are kept, used in this round or not."""
-        # Asked for by anybody, while a thread that stages takes more: a list is made in one step.
+        # Any thread may ask while a staging thread adds slots: list() copies the values in one step.
         return sum(slot.tensor.nbytes for slots in self._rounds for slot in list(slots.values()))
 
     def require(self, nbytes: int) -> None:

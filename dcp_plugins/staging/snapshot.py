@@ -101,13 +101,13 @@ class _Taker:
         self._in_part = in_part
         self._memory = memory
         self._wait = wait
-        # What may be plain memory, and where it was found.
+        # Tensors that may be plain memory, and their paths.
         self._found: list[torch.Tensor] = []
         self._paths: list[Path] = []
         # Tensors that are plain memory.
         self._tensors: list[torch.Tensor] = []
         self._places: list[torch.Tensor] = []
-        # As copy.deepcopy's: id of an original -> its copy.
+        # The memo of copy.deepcopy: id of an original -> its copy.
         self._memo: dict[int, Any] = {}
         self._seen: set[int] = set()
         # An id names an object only while it lives, and a mapping may make its values when asked.

@@ -1,4 +1,4 @@
-"""What a load asks for in the place of an optimizer's or a model's state dict: what was saved, in the layout of now."""
+"""Completion of models' and optimizers' state dicts: a load reads what was saved, in the model's layout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from dcp_plugins.errors import PlanError, listing
 from dcp_plugins.format.memory import PLAIN_TENSORS
 from dcp_plugins.state_dict.fit import keeps_sizes
-from dcp_plugins.state_dict.flatten import GROUPS, PARAMS, STATE
+from dcp_plugins.state_dict.flatten import GROUPS, PARAMS, STATE, is_nested
 from dcp_plugins.state_dict.fsdp1 import FlatPiece
 from dcp_plugins.state_dict.initial import mark_fresh, underlying
 from dcp_plugins.state_dict.keys import is_extra_state, keeps_keys, self_loading
@@ -23,7 +23,7 @@ from dcp_plugins.state_dict.names import Names
 from dcp_plugins.templates import CompletingDict, Notes, SavedOptimizerState, SavedValue, like_saved, saved_values
 from dcp_plugins.tensors.sharded import size_of
 
-__all__ = ["OptimizerCompletion", "SavedKeys", "model_template", "optimizer_template", "saved_keys_of"]
+__all__ = ["OptimizerCompletion", "OptimizerStateKeys", "model_template", "optimizer_template", "state_keys_of"]
 
 
 def optimizer_template(
@@ -32,50 +32,56 @@ def optimizer_template(
     """Return an optimizer's state dict, nested or flat, as a template that a load completes.
 
     Args:
-        values: As the getter makes it.
-        optimizers: Whose state it is.
-        names: Of the model.
-        takes_any_form: Load what was saved in its own form, nested or flat; otherwise only what has the form of
-            ``values``.
+        values: The state dict that the getter made.
+        optimizers: The optimizers of the state dict.
+        names: The names of the model's parameters.
+        takes_any_form: Complete the state dict in the form that was saved, nested or flat. If False, a load of the
+            other form fails.
     """
-    is_flat = STATE not in values and GROUPS not in values
-    state = values if is_flat else values[STATE]
+    is_flat = not is_nested(values)
     completion = OptimizerCompletion(optimizers, names, is_flat=is_flat, takes_any_form=takes_any_form)
     if is_flat:
         completion.note_flat(values)
         return CompletingDict(values, completion)
+    state = values[STATE]
     completion.note(state)
-    return {**values, STATE: CompletingDict(state, completion, for_holder=True)}
+    return {**values, STATE: CompletingDict(state, completion, completes_parent=True)}
 
 
 @dataclass(frozen=True, slots=True)
-class SavedKeys:
-    """What a state dict is known to have held when it was made, or saved."""
+class OptimizerStateKeys:
+    """The keys of an optimizer's state when the state dict was made, or, after a load, when it was saved."""
 
     had_state: frozenset[Any]
-    """The parameters that had state."""
+    """The names of the parameters that had state."""
     shared: frozenset[Any]
-    """The keys of the state that are no parameter's."""
+    """The keys that belong to no parameter."""
 
 
-def saved_keys_of(state_dict: Mapping[str, Any]) -> SavedKeys | None:
-    """Return what a state dict is known to have held; None if it is not one of this package's getters."""
+def state_keys_of(state_dict: Mapping[str, Any]) -> OptimizerStateKeys | None:
+    """Return the keys that a state dict of this package's getters had; None for any other state dict."""
     state = state_dict.get(STATE) if isinstance(state_dict, Mapping) else None
     completion = getattr(state, "completion", None) or getattr(state_dict, "completion", None)
     return completion.keys if isinstance(completion, OptimizerCompletion) else None
 
 
 class OptimizerCompletion:
-    """Completes the state dict of optimizers: saved state and options come back, whatever a fresh optimizer has.
+    """Completes the state dict of optimizers: a load reads the saved state and options, and no others.
 
-    State of a parameter's shape is allocated in the parameter's layout, any other state whole on each rank.
+    New tensors of a parameter's shape get the parameter's layout; tensors of any other shape are whole on each rank.
+
+    Args:
+        optimizers: The optimizers of the state dict.
+        names: The names of the model's parameters.
+        is_flat: Whether the state dict is flat.
+        takes_any_form: As for `optimizer_template`.
     """
 
     def __init__(self, optimizers: Iterable[Optimizer], names: Names, *, is_flat: bool, takes_any_form: bool) -> None:
-        self.keys: SavedKeys | None = None
+        self.keys: OptimizerStateKeys | None = None
         self._is_flat = is_flat
         self._takes_any_form = takes_any_form
-        # Weak: a state dict that somebody keeps must not keep the model in memory.
+        # `_Owner` has weak references: a state dict that a user keeps must not keep the model in memory.
         self._parameters: dict[str, _Owner] = {}
         for optimizer in optimizers:
             inner = underlying(optimizer)
@@ -87,9 +93,9 @@ class OptimizerCompletion:
                             self._parameters[name] = own
 
     def completed(self, template: Mapping[Any, Any], saved: Mapping[Any, Any], notes: Notes) -> Mapping[Any, Any]:
-        saved_is_flat = bool(saved) and STATE not in saved and GROUPS not in saved
+        saved_is_flat = bool(saved) and not is_nested(saved)
         if saved and saved_is_flat != self._is_flat and not self._takes_any_form:
-            # The load will say that the forms differ.
+            # The plan of the load then fails, with a message about the two forms.
             return dict(template)
         completion = self._for_saved(saved_is_flat)
         if saved_is_flat:
@@ -106,21 +112,21 @@ class OptimizerCompletion:
         own = template.get(STATE)
         made = self._state(own if isinstance(own, Mapping) else {}, state, notes) if isinstance(state, Mapping) else {}
         completion.note(state if isinstance(state, Mapping) else {})
-        result[STATE] = CompletingDict(made, completion, for_holder=True)
+        result[STATE] = CompletingDict(made, completion, completes_parent=True)
         result.setdefault(GROUPS, [])
         return result
 
     def note(self, state: Mapping[Any, Any]) -> None:
-        """Keep in mind what the state dict holds."""
+        """Remember the keys of the state that the state dict has."""
         shared = frozenset(key for key in state if key not in self._parameters)
-        self.keys = SavedKeys(frozenset(state) - shared, shared)
+        self.keys = OptimizerStateKeys(frozenset(state) - shared, shared)
 
     def note_flat(self, values: Mapping[str, Any]) -> None:
-        """Keep in mind what a flat state dict holds."""
+        """Remember the keys of the state that a flat state dict has."""
         rests = [rest for section, _, rest in (key.partition(".") for key in values) if section == STATE]
         named = {rest: self._longest_name(rest) for rest in rests}
         shared = frozenset(rest.partition(".")[0] for rest, name in named.items() if name is None)
-        self.keys = SavedKeys(frozenset(name for name in named.values() if name is not None), shared)
+        self.keys = OptimizerStateKeys(frozenset(name for name in named.values() if name is not None), shared)
 
     def _for_saved(self, is_flat: bool) -> OptimizerCompletion:
         made = OptimizerCompletion.__new__(OptimizerCompletion)
@@ -158,10 +164,10 @@ class OptimizerCompletion:
             elif name is not None or key in template:
                 yield key, like_saved(value, own, _plain_target)
             elif section == STATE and not any(rest.startswith(f"{fqn}.") for fqn in listed):
-                # State that belongs to no parameter.
+                # No group lists it as a parameter.
                 shared.add(rest.partition(".")[0])
                 yield key, like_saved(value, own, _plain_target)
-        completion.keys = SavedKeys(frozenset(had_state), frozenset(shared))
+        completion.keys = OptimizerStateKeys(frozenset(had_state), frozenset(shared))
 
     def _longest_name(self, rest: str) -> str | None:
         end = len(rest)
@@ -172,10 +178,11 @@ class OptimizerCompletion:
 
 
 _ELSEWHERE = object()
+"""Stands for state of a parameter of which this rank keeps no element."""
 
 
 class _Owner:
-    """A parameter, as far as its state's layout depends on it."""
+    """A parameter and its optimizer, which decide the layout and the dtype of the parameter's state."""
 
     def __init__(self, parameter: torch.Tensor, optimizer: Optimizer, piece: FlatPiece | None) -> None:
         self._parameter = weakref.ref(parameter) if piece is None else (lambda: parameter)
@@ -198,8 +205,8 @@ class _Owner:
         parameter, optimizer = self._parameter(), self._optimizer()
         if parameter is None or optimizer is None:
             raise PlanError(
-                f"the model or the optimizer whose state dict is being loaded is gone, which {saved.fqn} needs for its"
-                " layout: keep them until the load has ended"
+                f"the layout of {saved.fqn} follows from the model and the optimizer, and one of them no longer exists:"
+                " keep both until the load has ended"
             )
         made = self._allocate(parameter, saved.size, _dtype_of(saved.dtype, parameter, optimizer, saved.size))
         mark_fresh(made, optimizer)
@@ -217,7 +224,7 @@ class _Owner:
 
 
 def _dtype_of(saved: torch.dtype, parameter: torch.Tensor, optimizer: Optimizer, size: torch.Size) -> torch.dtype:
-    """Return the dtype of state: the parameter's for torch's own optimizers, the saved one for any other."""
+    """Return the dtype of new state: the parameter's for torch's own optimizers, the saved one for any other."""
     is_torchs = type(optimizer).__module__.startswith("torch.optim.")
     is_alike = (
         saved.is_floating_point == parameter.dtype.is_floating_point and size == parameter.shape and len(size) > 0
@@ -231,14 +238,14 @@ def _plain_target(saved: SavedValue, own: Any) -> torch.Tensor:
 
 
 def model_template(values: Mapping[str, Any], names: Names, *, strict: bool, hint: str) -> dict[str, Any]:
-    """Return a model's state dict as a template that a load completes: values that have no size of their own come back.
+    """Return a model's state dict as a template that a load completes: extra state and lazy parameters are loaded too.
 
     Args:
-        values: As the getter makes it, or some of it.
-        names: Of the model.
-        strict: Raise where the model's keys and the checkpoint's differ, before anything is read; otherwise load what
-            they share.
-        hint: What the caller can do where they differ.
+        values: The state dict that the getter made, or a part of it.
+        names: The names of the model's parameters.
+        strict: Raise if the model's keys and the checkpoint's differ, before anything is read; otherwise load the keys
+            that both have.
+        hint: The last sentence of that error: what the caller can do.
     """
     template = CompletingDict(values, _ModelCompletion(names, strict=strict, hint=hint))
     template.__dict__.update(vars(values) if isinstance(values, OrderedDict) else {})
@@ -246,6 +253,8 @@ def model_template(values: Mapping[str, Any], names: Names, *, strict: bool, hin
 
 
 class _ModelCompletion:
+    """Completes the state dict of a model."""
+
     def __init__(self, names: Names, *, strict: bool, hint: str) -> None:
         self._names = names
         self._strict = strict
@@ -265,19 +274,19 @@ class _ModelCompletion:
         made: OrderedDict[Any, Any] = OrderedDict()
         versions = getattr(template, "_metadata", None)
         if versions is not None:
-            # Of the modules: ``load_state_dict`` looks for them there.
+            # The modules' versions: ``Module.load_state_dict`` reads this attribute.
             made._metadata = versions  # type: ignore[attr-defined]
         misfits: list[str] = []
         for key, value in saved.items():
             if key in tied:
                 # One memory under several names: as in ``load_state_dict``, the last one's value counts.
-                notes.left.update(found.fqn for found in saved_values(value))
+                notes.left_unread.update(found.fqn for found in saved_values(value))
             elif key in template:
                 made[key] = like_saved(value, template[key], self._target_for(key, misfits))
             elif self._strict:
                 made[key] = like_saved(value, None, _plain_target)
             else:
-                notes.left.update(found.fqn for found in saved_values(value))
+                notes.left_unread.update(found.fqn for found in saved_values(value))
         problems += misfits
         if problems:
             raise PlanError(f"The model and the checkpoint do not fit: {'. '.join(problems)}. {self._hint}")

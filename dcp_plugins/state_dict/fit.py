@@ -1,4 +1,4 @@
-"""What fits where: sizes that differ are found before anything is copied, and what has no size of its own gets one.
+"""Checks of sizes before anything is copied, and memory for values that have no size yet.
 
 ``nn.Module.load_state_dict`` copies what fits and then raises for what does not: the model is left half loaded.
 """

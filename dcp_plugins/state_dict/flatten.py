@@ -13,7 +13,7 @@ from typing import Any
 
 from dcp_plugins.errors import PlanError, listing
 
-__all__ = ["GROUPS", "PARAMS", "STATE", "SavedGroup", "SavedState", "flattened", "parsed"]
+__all__ = ["GROUPS", "PARAMS", "STATE", "ParsedGroup", "ParsedOptimizerState", "flattened", "is_nested", "parsed"]
 
 STATE = "state"
 GROUPS = "param_groups"
@@ -21,7 +21,7 @@ PARAMS = "params"
 
 
 @dataclass(frozen=True, slots=True)
-class SavedGroup:
+class ParsedGroup:
     """One parameter group of a state dict."""
 
     params: list[str]
@@ -29,15 +29,20 @@ class SavedGroup:
 
 
 @dataclass(slots=True)
-class SavedState:
-    """What a state dict says, whichever shape it has."""
+class ParsedOptimizerState:
+    """An optimizer state dict, parsed from either shape."""
 
-    state: dict[Any, Any] = field(default_factory=dict)  # By fqn; other keys are state that belongs to no parameter.
-    groups: list[SavedGroup] = field(default_factory=list)
+    state: dict[Any, Any] = field(default_factory=dict)  # By fqn; state that belongs to no parameter has other keys.
+    groups: list[ParsedGroup] = field(default_factory=list)
     is_flat: bool = False
-    unknown: list[str] = field(default_factory=list)  # Flat keys that name no parameter of the model.
-    had_state: frozenset[Any] | None = None  # The parameters that had state when it was made; None if not known.
-    shared: frozenset[Any] | None = None  # The keys of the state that are no parameter's; None if not known.
+    unknown: list[str] = field(default_factory=list)  # Flat keys with no name of a parameter of the model.
+    had_state: frozenset[Any] | None = None  # Names of the parameters that had state; None if not known.
+    shared: frozenset[Any] | None = None  # Keys that belong to no parameter; None if not known.
+
+
+def is_nested(state_dict: Mapping[str, Any]) -> bool:
+    """Tell whether an optimizer state dict, which is not empty, is nested; otherwise it is flat."""
+    return STATE in state_dict or GROUPS in state_dict
 
 
 def flattened(nested: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,7 +68,7 @@ def flattened(nested: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def parsed(state_dict: Mapping[str, Any], known: Mapping[str, Any]) -> SavedState:
+def parsed(state_dict: Mapping[str, Any], known: Mapping[str, Any]) -> ParsedOptimizerState:
     """Read an optimizer state dict of either form.
 
     Args:
@@ -73,26 +78,26 @@ def parsed(state_dict: Mapping[str, Any], known: Mapping[str, Any]) -> SavedStat
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"Expected an optimizer state dict, found {type(state_dict).__name__}.")
     if not state_dict:
-        return SavedState()
-    if STATE in state_dict or GROUPS in state_dict:
+        return ParsedOptimizerState()
+    if is_nested(state_dict):
         return _parsed_nested(state_dict)
     return _parsed_flat(state_dict, known)
 
 
-def _parsed_nested(state_dict: Mapping[str, Any]) -> SavedState:
+def _parsed_nested(state_dict: Mapping[str, Any]) -> ParsedOptimizerState:
     missing = [key for key in (STATE, GROUPS) if key not in state_dict]
     if missing:
         raise PlanError(f"Expected the keys '{STATE}' and '{GROUPS}' in an optimizer state dict, missing: {missing}.")
     groups = []
     for group in state_dict[GROUPS]:
         options = {option: value for option, value in group.items() if option != PARAMS}
-        groups.append(SavedGroup(list(group.get(PARAMS, ())), options))
-    return SavedState(dict(state_dict[STATE]), groups)
+        groups.append(ParsedGroup(list(group.get(PARAMS, ())), options))
+    return ParsedOptimizerState(dict(state_dict[STATE]), groups)
 
 
-def _parsed_flat(state_dict: Mapping[str, Any], known: Mapping[str, Any]) -> SavedState:
-    saved = SavedState(is_flat=True)
-    groups: dict[str, SavedGroup] = {}
+def _parsed_flat(state_dict: Mapping[str, Any], known: Mapping[str, Any]) -> ParsedOptimizerState:
+    saved = ParsedOptimizerState(is_flat=True)
+    groups: dict[str, ParsedGroup] = {}
     foreign = []
     prefix = f"{GROUPS}."
     listed = {key[len(prefix) :].rpartition(".")[0] for key in map(str, state_dict) if key.startswith(prefix)}
@@ -115,7 +120,7 @@ def _parsed_flat(state_dict: Mapping[str, Any], known: Mapping[str, Any]) -> Sav
                 place = place.setdefault(part, {})
             place[path[-1]] = value
         else:
-            groups.setdefault(fqn, SavedGroup([fqn], {})).options[".".join(path)] = value
+            groups.setdefault(fqn, ParsedGroup([fqn], {})).options[".".join(path)] = value
     if foreign:
         raise PlanError(
             f"Expected an optimizer state dict: '{STATE}' and '{GROUPS}', or keys that begin with '{STATE}.' and "

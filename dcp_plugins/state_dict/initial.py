@@ -211,7 +211,7 @@ class _Replica:
             # SGD's first momentum would be the decay's share of the gradient.
             options["weight_decay"] = 0.0
         if "lr" in options and not hasattr(kind, "_init_group"):
-            # Such an optimizer runs its whole step: state that follows the parameter must not move.
+            # An optimizer without `_init_group` runs its whole step: with a learning rate, it would move the state.
             options["lr"] = torch.zeros_like(options["lr"]) if isinstance(options["lr"], torch.Tensor) else 0.0
         return options
 
@@ -248,7 +248,7 @@ class _Replica:
         try:
             # Queues, counters, whole modules: whatever a step may change. Parameters it can change in stand-ins only.
             return copy.deepcopy(value, {id(p): p for group in self._groups for p in group["params"]})
-        except Exception:  # What cannot be copied (a process group, a lock) is used as it is.
+        except Exception:  # A value that cannot be copied (a process group, a lock) is shared.
             return value
 
 

@@ -53,13 +53,13 @@ def _has_module_keys(state_dict: object) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class ModelPlan:
-    """What a model will get. Making it changes nothing."""
+    """The new values of a model. Making the plan changes nothing."""
 
     tree: Mapping[str, Any]  # The state dict, by canonical name.
-    values: Mapping[str, Any]  # What ``load_state_dict`` is given, by canonical name.
-    copies: list[Copy]  # What fills the values first.
+    values: Mapping[str, Any]  # The values for ``load_state_dict``, by canonical name.
+    copies: list[Copy]  # Copies that fill the values first.
     assign: bool  # Whether the values take the place of the model's tensors.
-    versions: Mapping[str, Any] | None  # Of modules, by canonical path.
+    versions: Mapping[str, Any] | None  # Versions of modules, by canonical path.
 
 
 @torch.no_grad()

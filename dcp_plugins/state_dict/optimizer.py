@@ -66,15 +66,15 @@ def get_optimizers(
 ) -> OptimizerStateType:
     """Return the state of all optimizers as one state dict; its tensors share the optimizers' memory.
 
-    For an optimizer that has not stepped yet, the state that it would begin with, in tensors of their own: they can be
-    loaded into, and the optimizer remains as it is. The state dict is a template that a load completes, unless its
-    tensors are whole or on the CPU for the options' sake.
+    An optimizer that has not stepped yet has no state. It gets the state that it would begin with, in new tensors, and
+    is itself not changed. A load completes the state dict from the checkpoint's keys, unless ``full_state_dict`` or
+    ``cpu_offload`` is set.
 
     Args:
-        optimizers: Those that have the state.
-        names: Of the model.
-        options: What to return.
-        initial: False leaves out state that does not exist yet; a load completes it with all that was saved.
+        optimizers: The optimizers to ask for their state.
+        names: The names of the model's parameters.
+        options: How to return it.
+        initial: Whether to include the state that an optimizer would begin with. False leaves it out.
     """
 
     def own() -> dict[str, Any]:
@@ -126,7 +126,7 @@ def _one(optimizer: Optimizer, names: Names, *, has_initial: bool) -> tuple[dict
                 if piece is None:
                     by_name[fqn] = _detached_containers(state)
                 elif piece.is_whole or piece.local().numel():
-                    # Elsewhere a step count would stand for elements that this rank has never stepped.
+                    # On a rank without elements of the parameter, a step count would be one of no step.
                     by_name[fqn] = _piece_state(piece, state)
         groups.append({**native_group, PARAMS: params})
     by_name.update((key, _detached_containers(value)) for key, value in states.items())
@@ -137,7 +137,7 @@ def _initial(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
     try:
         return initial_state(optimizer)
     except PlanError as exc:
-        # A load completes the state dict with what was saved, so nothing is lost but the memory to load into.
+        # Not an error: a load completes the state dict from the checkpoint's keys, and allocates the tensors.
         log.info("the state dict of an optimizer that has not stepped has no state: %s", exc)
         return {}
 
@@ -157,7 +157,7 @@ def _piece_state(piece: FlatPiece, value: Any) -> Any:
 
 
 def _detached_containers(value: Any) -> Any:
-    """Copy dicts and lists, not what is in them: a load replaces numbers in the dict it is given."""
+    """Copy dicts and lists, but not their values. Without the copy, a load would put numbers into the live state."""
     if isinstance(value, dict):
         return of_its_kind(value, lambda _, element: _detached_containers(element))
     if type(value) is list:

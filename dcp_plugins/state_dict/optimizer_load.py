@@ -17,10 +17,10 @@ from torch.optim import Optimizer
 
 from dcp_plugins.errors import PlanError, listing
 from dcp_plugins.events import record
-from dcp_plugins.state_dict.completion import saved_keys_of
+from dcp_plugins.state_dict.completion import state_keys_of
 from dcp_plugins.state_dict.fill import memory_of_class
 from dcp_plugins.state_dict.fit import landed
-from dcp_plugins.state_dict.flatten import PARAMS, SavedGroup, SavedState, parsed
+from dcp_plugins.state_dict.flatten import PARAMS, ParsedGroup, ParsedOptimizerState, parsed
 from dcp_plugins.state_dict.fsdp1 import FlatPiece, flat_memory
 from dcp_plugins.state_dict.full import Announced, Copy, agree, announce, fill_all, is_tensor_source, receive
 from dcp_plugins.state_dict.initial import initial_state, is_fresh, underlying
@@ -56,12 +56,12 @@ def load_optimizers(
     With ``strict`` unset, parameters and groups that the state dict does not know keep what they have.
 
     Args:
-        optimizers: Those to load into.
-        state_dict: By the names of the parameters.
-        names: Of the model.
+        optimizers: The optimizers to load into.
+        state_dict: Keyed by the names of the parameters.
+        names: The names of the model's parameters.
         options: How to load.
-        may_step_replica: Find out the layout of state that the optimizer does not have yet by a step of a copy of it.
-            Without, such state is laid out as its parameter, or as it was saved.
+        may_step_replica: Whether a step of a copy of the optimizer may find the layout of state that does not exist
+            yet. If False, such state gets the layout of its parameter, or the one that it was saved with.
 
     Raises:
         PlanError: (a RuntimeError) Parameters are missing, sizes differ, or one group would get several values for an
@@ -72,17 +72,17 @@ def load_optimizers(
         check_membership(optimizers, names)
         _check_real(optimizers, names)
 
-    def read() -> SavedState:
+    def read() -> ParsedOptimizerState:
         check()
         saved = parsed(by_fqn(state_dict, optimizers, names), spellings(names))
-        keys = saved_keys_of(state_dict)
+        keys = state_keys_of(state_dict)
         if keys is not None:
             saved.had_state, saved.shared = keys.had_state, keys.shared
         return saved
 
     plans: list[_Plan] = []
 
-    def plan(saved: SavedState) -> None:
+    def plan(saved: ParsedOptimizerState) -> None:
         _plan_all(optimizers, saved, names, options, plans, may_step_replica)
 
     def pairs() -> Iterable[tuple[torch.Tensor, Any]]:
@@ -92,7 +92,9 @@ def load_optimizers(
     tensors: list[torch.Tensor] = []
     if options.broadcast_from_rank0:
         tree, tensors = announce(lambda: _as_tree(read()))
-        saved = SavedState(tree[0], [SavedGroup(params, own.options) for params, own in tree[1]], tree[2], tree[3])
+        saved = ParsedOptimizerState(
+            tree[0], [ParsedGroup(params, own.options) for params, own in tree[1]], tree[2], tree[3]
+        )
         agree(check)
         agree(lambda: plan(saved))
         receive(tree, tensors, [copy for each in plans for copy in each.copies])
@@ -129,14 +131,14 @@ class _Options:
     options: dict[str, Any]
 
 
-def _as_tree(saved: SavedState) -> list[Any]:
+def _as_tree(saved: ParsedOptimizerState) -> list[Any]:
     groups = [[group.params, _Options(copied(group.options, torch.device("cpu")))] for group in saved.groups]
     return [saved.state, groups, saved.is_flat, saved.unknown]
 
 
 def _plan_all(
     optimizers: tuple[Optimizer, ...],
-    saved: SavedState,
+    saved: ParsedOptimizerState,
     names: Names,
     options: StateDictOptions,
     plans: list[_Plan],
@@ -157,12 +159,12 @@ def _plan_all(
 
 
 class _Plan:
-    """What one optimizer will get. Making it changes nothing."""
+    """The new state of one optimizer. Making the plan changes nothing."""
 
     def __init__(
         self,
         optimizer: Optimizer,
-        saved: SavedState,
+        saved: ParsedOptimizerState,
         names: Names,
         options: StateDictOptions,
         problems: Problems,
@@ -221,7 +223,7 @@ class _Plan:
         """Give the optimizer its state."""
         install(self._optimizer, self._state, self._groups)
 
-    def _merged_options(self, groups: list[SavedGroup], at: int) -> dict[str, Any]:
+    def _merged_options(self, groups: list[ParsedGroup], at: int) -> dict[str, Any]:
         merged: dict[str, Any] = {}
         conflicts = []
         for group in groups:
@@ -240,13 +242,13 @@ class _Plan:
             )
         return merged
 
-    def _spelled(self, fqn: str, saved: SavedState, groups_of: Mapping[str, int]) -> str:
+    def _spelled(self, fqn: str, saved: ParsedOptimizerState, groups_of: Mapping[str, int]) -> str:
         """Return the name under which the state dict knows a parameter, or its own if it does not."""
         spellings = self._names.spellings(self._names.tensors[fqn])
         return next((name for name in spellings if name in groups_of or name in saved.state), fqn)
 
     def _flat_state_for(
-        self, parameter: torch.Tensor, spelled: list[str], saved: SavedState, groups_of: Mapping[str, int]
+        self, parameter: torch.Tensor, spelled: list[str], saved: ParsedOptimizerState, groups_of: Mapping[str, int]
     ) -> dict[Any, Any] | None:
         own = underlying(self._optimizer).state.get(parameter) or {}
         states = {fqn: saved.state[fqn] for fqn in spelled if isinstance(saved.state.get(fqn), Mapping)}
@@ -274,7 +276,7 @@ class _Plan:
         return dict(renamed(flat, own))
 
     def _state_for(
-        self, parameter: torch.Tensor, fqn: str, saved: SavedState, is_listed: bool
+        self, parameter: torch.Tensor, fqn: str, saved: ParsedOptimizerState, is_listed: bool
     ) -> dict[Any, Any] | None:
         own = underlying(self._optimizer).state.get(parameter) or {}
         if fqn not in saved.state:
@@ -394,7 +396,7 @@ class _Plan:
     @staticmethod
     def _memory_like(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         fits = dtype.is_floating_point == parameter.dtype.is_floating_point
-        # What load_state_dict would convert it to.
+        # The dtype that Optimizer.load_state_dict would convert it to.
         return torch.empty_like(parameter.detach(), dtype=parameter.dtype if fits else dtype)
 
     def _initial_value(self, parameter: torch.Tensor, key: Any) -> torch.Tensor | None:

@@ -1,4 +1,4 @@
-"""The names of optimizers' parameters, and state dicts that number the parameters instead."""
+"""Names of optimizers' parameters, and the translation of state dicts that number the parameters."""
 
 from __future__ import annotations
 

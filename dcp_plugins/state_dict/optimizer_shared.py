@@ -1,4 +1,4 @@
-"""State that an optimizer keeps under a key that is no parameter's: a counter for all of them, for instance."""
+"""Shared state: state that an optimizer keeps under a key of its own, such as a step counter for all parameters."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from dcp_plugins.state_dict.flatten import SavedState
+from dcp_plugins.state_dict.flatten import ParsedOptimizerState
 from dcp_plugins.state_dict.initial import underlying
 from dcp_plugins.state_dict.names import Names
 from dcp_plugins.state_dict.problems import Problems, spellings
@@ -16,16 +16,16 @@ __all__ = ["shared_state"]
 
 
 def shared_state(
-    optimizers: tuple[Optimizer, ...], saved: SavedState, names: Names, problems: Problems, *, strict: bool
+    optimizers: tuple[Optimizer, ...], saved: ParsedOptimizerState, names: Names, problems: Problems, *, strict: bool
 ) -> Iterator[tuple[int, Any, Any]]:
-    """Yield the place of the optimizer that keeps such state, its key and its value.
+    """Yield each piece of shared state: the index of the optimizer that keeps it, its key and its value.
 
     Args:
-        optimizers: Those that are loaded.
-        saved: What they are loaded with.
-        names: Of the model.
-        problems: Gets what cannot be placed.
-        strict: Whether a key that is not known to be such state is taken for it.
+        optimizers: The optimizers to load into.
+        saved: The state dict to load.
+        names: The names of the model's parameters.
+        problems: Collects the keys for which no optimizer can be chosen.
+        strict: Whether every key that names no parameter is shared state, also if the state dict does not say so.
     """
     known = {fqn for group in saved.groups for fqn in group.params}.union(spellings(names))
     for key, value in saved.state.items():

@@ -1,7 +1,8 @@
-"""State dicts for the owner of both ends: who saves what exists now, and gets back what was saved.
+"""State dicts for the manager and the adapters, which both save a checkpoint and load it.
 
-The public getters make a template for any load: an optimizer that has not stepped gets the state that it would begin
-with. An owner's checkpoint holds no such state, and its load is driven by what was saved: no optimizer steps for it.
+For an optimizer that has not stepped, the public getters return the state that it would begin with, as stock torch
+does, because any load may follow. The functions here return only the state that exists: the load of the manager and the
+adapters is driven by the checkpoint's keys, and needs no tensors to load into.
 """
 
 from __future__ import annotations
@@ -32,13 +33,14 @@ def own_model_state(
     values: Mapping[str, Any] | None = None,
     hint: str = "",
 ) -> dict[str, Any]:
-    """Return the state of a model, to save it or to load into it.
+    """Return the state dict of a model, for a save or as the template of a load.
 
     Args:
         model: As for ``get_model_state_dict``.
-        options: With ``strict``, a load raises where the model's keys and the checkpoint's differ.
-        values: What to load of the model; None is all of it.
-        hint: What the caller can do where they differ.
+        options: As for ``get_model_state_dict``. With ``strict``, a load raises if the model's keys and the
+            checkpoint's differ.
+        values: The part of the model's state dict to load; None takes all of it.
+        hint: The last sentence of that error: what the caller can do.
     """
     options = checked_options(options)
     names, _ = begun(model, options)
@@ -50,7 +52,9 @@ def own_model_state(
 def own_optimizer_state(
     model: Model, optimizers: Optimizer | Iterable[Optimizer], *, options: StateDictOptions | None = None
 ) -> dict[str, Any]:
-    """Return the state that optimizers have now, to save it or to load into it; none before the first step.
+    """Return the state that optimizers have now, for a save or as the template of a load.
+
+    Before an optimizer's first step it has none, and the state dict has only its parameter groups.
 
     Args:
         model: As for ``get_optimizer_state_dict``.
@@ -70,7 +74,7 @@ def restore_optimizer_state(
     *,
     options: StateDictOptions | None = None,
 ) -> None:
-    """Give optimizers the state that was loaded for them; otherwise as ``set_optimizer_state_dict``."""
+    """Give optimizers a loaded state dict, as ``set_optimizer_state_dict`` does, but without a step of a replica."""
     options = checked_options(options)
     names, found = begun(model, options, optimizers, needs_optimizer=True, setting=True)
     load_optimizers(found, state_dict, names, options, may_step_replica=False)

@@ -1,4 +1,4 @@
-"""What is wrong with an optimizer state dict, collected to be told at once; and groups that no name pairs."""
+"""Problems of an optimizer state dict, collected so that one error lists all; and the pairing of empty groups."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from dcp_plugins.errors import PlanError, listing
-from dcp_plugins.state_dict.flatten import PARAMS, SavedState
+from dcp_plugins.state_dict.flatten import PARAMS, ParsedOptimizerState
 from dcp_plugins.state_dict.keys import suggestion
 from dcp_plugins.state_dict.names import Names
 from dcp_plugins.user_warnings import warn_user
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 def spellings(names: Names) -> dict[str, None]:
-    """Return every name under which a state dict may know something of the model."""
+    """Return every name that a state dict may have for a parameter or buffer of the model."""
     hidden = {name: None for each in names.hidden_names.values() for name in each}
     return {**dict.fromkeys(names.tensors), **hidden}
 
@@ -29,9 +29,9 @@ def _titled(params: list[str]) -> str:
 
 
 class Problems:
-    """Everything that is wrong, to be told at once."""
+    """Collects everything that is wrong with a state dict, so that one error lists all."""
 
-    def __init__(self, saved: SavedState, names: Names) -> None:
+    def __init__(self, saved: ParsedOptimizerState, names: Names) -> None:
         self.missing: list[str] = []
         self.losing: list[str] = []
         self.ungrouped: list[str] = []
@@ -40,14 +40,14 @@ class Problems:
         self._unrecorded: list[str] = []
         self._saved = saved
         listed = {fqn for group in saved.groups for fqn in group.params}
-        # A flat key names the state's value too.
+        # The last part of a flat key is the name of a value or an option.
         foreign = {key.rpartition(".")[0] or key for key in saved.unknown}
         found = listed | foreign | {key for key in saved.state if isinstance(key, str)}
-        # What the model knows is another parameter's.
+        # Names of the model are no candidates: each belongs to another parameter.
         self._candidates = sorted(found - set(spellings(names)))
 
     def compare_groups(self, optimizers: tuple[Optimizer, ...], names: Names) -> None:
-        """Note whether parameters are grouped otherwise than they were; a flat state dict does not tell."""
+        """Note whether the number of parameter groups has changed; a flat state dict does not say."""
         if self._saved.is_flat or not self._saved.groups:
             return
         own = [
@@ -65,7 +65,12 @@ class Problems:
             )
 
     def lacks_state(self, fqn: str, *, has_own: bool) -> None:
-        """Note a parameter that is in a saved group and has no saved state."""
+        """Note a parameter that is in a saved group and has no saved state.
+
+        Args:
+            fqn: The name of the parameter.
+            has_own: Whether the optimizer has state for it.
+        """
         had_state = self._saved.had_state
         if has_own if had_state is None else fqn in had_state:
             self.losing.append(fqn)
@@ -73,17 +78,21 @@ class Problems:
             self._unrecorded.append(fqn)
 
     def report(self, *, may_warn: bool) -> None:
-        """Tell what was found and is no reason to refuse the state dict."""
+        """Log and warn of what was found and does not make the state dict unusable."""
         if self.kept:
             log.info("group options that the saved state lacks keep the optimizer's values: %s", listing(self.kept))
         if may_warn and self._unrecorded and self._saved.state:
             warn_user(
-                f"The optimizer state dict has no state for {listing(self._unrecorded)}, and does not tell whether"
-                " there was any: such parameters begin anew. A state dict of get_optimizer_state_dict tells."
+                f"The optimizer state dict has no state for {listing(self._unrecorded)}, and does not say whether there"
+                " was any: these parameters begin without state. A state dict of get_optimizer_state_dict says it."
             )
 
     def raise_any(self) -> None:
-        """Raise if there is anything to tell."""
+        """Raise if anything was found that makes the state dict unusable.
+
+        Raises:
+            PlanError: Lists everything.
+        """
         lines = []
         if self.missing:
             shown = [f'"{fqn}"{suggestion(fqn, self._candidates)}' for fqn in sorted(self.missing)[:12]]
@@ -113,12 +122,12 @@ class Problems:
 
 
 class EmptyGroups:
-    """Pairs groups without parameters by order, as they have no names to pair them by."""
+    """Pairs groups without parameters by their order: they have no names to pair them by."""
 
-    def __init__(self, optimizers: tuple[Optimizer, ...], saved: SavedState) -> None:
+    def __init__(self, optimizers: tuple[Optimizer, ...], saved: ParsedOptimizerState) -> None:
         theirs = [group.options for group in saved.groups if not group.params]
         count = sum(not group[PARAMS] for optimizer in optimizers for group in optimizer.param_groups)
-        # Another number of them: which is which cannot be told, and each keeps its own options.
+        # If their number has changed, the order says nothing, and each group keeps its own options.
         self._theirs = iter(theirs if len(theirs) == count else ())
 
     def next_options(self) -> dict[str, Any]:

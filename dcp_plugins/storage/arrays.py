@@ -50,12 +50,12 @@ class ReadsAt(Protocol):
         """Fill all buffers, ``nbytes`` in total, from ``position``.
 
         Raises:
-            CorruptCheckpointError: The file ends before; names it by ``where``.
+            CorruptCheckpointError: The file ends too early; the message begins with ``where``.
         """
 
 
 OpenFile = int | ReadsAt
-"""A file that is open for reading: a descriptor, where there is one."""
+"""A file that is open for reading: a descriptor, or an object that reads."""
 
 
 def read_into(file: OpenFile, buffers: list[Any], position: int, nbytes: int, where: str) -> None:

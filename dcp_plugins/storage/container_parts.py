@@ -1,4 +1,4 @@
-"""A tensor's container as a sequence of buffers, for writers that do not write it from its own memory."""
+"""A tensor's container as a sequence of buffers, for writers that need its bytes in order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["container_parts", "saved_by_torch"]
 
 
 def container_parts(tensor: torch.Tensor) -> list[Any]:
-    """Return a container's bytes for a stream transform, which takes them in order."""
+    """Return the bytes of a tensor's container, in order, for a stream transform."""
     if type(tensor) not in PLAIN_TENSORS or tensor.is_quantized:
         pickled = pickle_subclass(tensor)
         if pickled is None:
@@ -34,7 +34,7 @@ def container_parts(tensor: torch.Tensor) -> list[Any]:
 
 
 def _elements(tensor: torch.Tensor) -> tuple[list[Any], int]:
-    """Return the bytes of a tensor that is plain memory, in blocks, and their CRC-32."""
+    """Return the bytes of a tensor in plain memory, in blocks, and the CRC-32 of all."""
     if not tensor.numel():
         return [], 0
     if is_directly_addressable(tensor):
@@ -48,10 +48,10 @@ def _elements(tensor: torch.Tensor) -> tuple[list[Any], int]:
 
 
 def saved_by_torch(tensor: torch.Tensor) -> io.BytesIO:
-    """Return the container that ``torch.save`` makes of a tensor whose elements only torch can find."""
+    """Return the container that ``torch.save`` makes of a tensor."""
     on_host = tensor.detach().cpu()
     if on_host.is_quantized:
-        # Without the rest of its storage.
+        # A clone has a storage of its own. Without it, the rest of a shared storage would be saved too.
         on_host = on_host.clone()
     stream = io.BytesIO()
     torch.save(on_host, stream)

@@ -24,7 +24,7 @@ __all__ = ["DataFile"]
 # Fits the last-level cache: the checksum brings a piece in, the write finds it there. Pieces for the second-level cache
 # are no faster, and each takes the interpreter lock twice from a training loop beside it.
 _PIECE_BYTES = 2 * 1024 * 1024
-# What is collected before a system call; IOV_MAX is 1024 on Linux.
+# Limits of the buffers in one system call; IOV_MAX is 1024 on Linux.
 _MAX_PENDING_BUFFERS = 1000
 _MAX_PENDING_BYTES = 4 * 1024 * 1024
 _BUFFERS_PER_CONTAINER = 4
@@ -47,7 +47,7 @@ class DataFile:
         self._file = file
         self._sync = sync
         self._pending: list[Any] = []
-        # Of buffers among the pending ones.
+        # Tensors whose memory pending buffers point to.
         self._owners: list[Sequence[torch.Tensor]] = []
         self._pending_bytes = 0
         self.position = 0
@@ -125,7 +125,7 @@ class DataFile:
         return offset, len(view)
 
     def _write_by_pickle(self, tensor: torch.Tensor) -> tuple[int, int]:
-        """Append a subclass, whose pickle is its own, around the tensors inside."""
+        """Append a tensor subclass: its own pickle, and the tensors inside as records."""
         pickled = pickle_subclass(tensor)
         if pickled is None:
             return self.write_bytes(saved_by_torch(tensor))
@@ -143,7 +143,7 @@ class DataFile:
         return offset, self.position - offset
 
     def _write_elements(self, tensor: torch.Tensor, nbytes: int) -> int:
-        """Append the bytes of a tensor that is plain memory, on any device, and return their CRC-32."""
+        """Append the bytes of a tensor in plain memory, on any device, and return their CRC-32."""
         if not nbytes:
             return 0
         if is_directly_addressable(tensor):
@@ -152,7 +152,7 @@ class DataFile:
         with elsewhere():
             for block in host_blocks(tensor.detach()):
                 crc = self._write_data(as_buffer(block), block.numel() * block.element_size(), crc)
-                # The block's memory is about to be filled again.
+                # Write the block now: the next one is copied into the same memory.
                 self.flush()
         return crc
 

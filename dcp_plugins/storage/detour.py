@@ -40,7 +40,7 @@ def small_on_host(run: Run, data: Sequence[Any]) -> Sequence[torch.Tensor] | Non
     if addresses_of(data) is not None:
         return data
     for item, tensor in zip(run.items, data, strict=True):
-        # That its memory is there: copying from what is not ends the process.
+        # Check that the memory exists: copying from memory that does not ends the process.
         check_against_plan(item, tensor)
     layouts, quantized, nested, meta, devices = zip(*map(_look, data), strict=True)
     # Tensors of the host may be among those of a device: an optimizer's counts of steps are.

@@ -1,7 +1,7 @@
-"""A torch ``FileSystemBase``, which a subclass of the writer or the reader keeps as ``fs``, as a store.
+"""A store over a torch ``FileSystemBase``, which a subclass of the writer or the reader has as ``fs``.
 
-The verbs that it must have are those that torch asks for: ``create_stream`` ("wb" and "rb", the latter seekable),
-``concat_path``, ``init_path``, ``mkdir``, ``exists``, ``rename``, ``rm_file``. ``ls`` is used where it is there.
+The file system needs the methods that torch calls: ``create_stream`` ("wb" and "rb", the latter seekable),
+``concat_path``, ``init_path``, ``mkdir``, ``exists``, ``rename``, ``rm_file``. ``ls`` is optional.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ __all__ = ["FsStore", "store_of"]
 
 logger = logging.getLogger(__name__)
 
-# Smaller buffers are joined before they are written: a stream may send each write on its way by itself.
+# Smaller buffers are joined: a stream may send each write as a request of its own.
 _JOINED_BYTES = 64 * 1024
 
 
 def store_of(fs: FileSystemBase, path: str | os.PathLike[str]) -> Store:
     """Return the store of a checkpoint at ``path``, which ``fs.init_path`` has returned."""
-    # Its subclasses may have another `create_stream`: only the class itself is known to be the local disk.
+    # Only the class itself is known to be the local disk: a subclass may have another `create_stream`.
     return LocalStore(Path(path)) if type(fs) is FileSystem else FsStore(fs, path)
 
 
 class FsStore:
-    """The files of a checkpoint, by the verbs of a ``FileSystemBase``."""
+    """The files of a checkpoint on a ``FileSystemBase``."""
 
-    # Torch uses a file system from one thread, unless its user asks for more.
+    # Torch calls a file system from one thread by default, so user's classes need not be safe for threads.
     serves_threads = False
 
     def __init__(self, fs: FileSystemBase, path: str | os.PathLike[str]) -> None:
@@ -75,11 +75,11 @@ class FsStore:
     def create(self, name: str) -> Iterator[NewFile]:
         with self._fs.create_stream(self._at(name), "wb") as stream:
             yield _StreamWriter(stream)
-        # Torch's writer closes the stream as well: some file systems leave that to their caller.
+        # Torch's writer closes the stream too, and some file systems rely on that.
         stream.close()
 
     def _expect(self, name: str) -> None:
-        # What a stream of a missing file raises is the file system's own choice.
+        # File systems raise different errors for a missing file: make them one.
         if not self.exists(name):
             raise FileNotFoundError(f"{self._at(name)} does not exist")
 
@@ -103,15 +103,15 @@ class FsStore:
     def _discard(self, temporary: str) -> None:
         try:
             self.remove([temporary])
-        # Of two errors, the caller needs the one that made the save fail.
+        # The caller needs the error that made the save fail, not this one.
         except Exception:
             logger.warning("could not delete %s", self._at(temporary), exc_info=True)
 
     def _renamed(self, source: str, target: str) -> bool:
-        """Rename a file; False if it was refused, or nothing happened, because there is such a file."""
+        """Rename a file; False if the file system refused or did nothing, because the target exists."""
         try:
             self._fs.rename(self._at(source), self._at(target))
-        # Every file system has its own error for a name that is taken.
+        # File systems raise different errors for a name that exists.
         except Exception:
             if not (self.exists(source) and self.exists(target)):
                 raise
@@ -131,7 +131,7 @@ class FsStore:
         self.remove([aside])
 
     def sizes(self, names: Collection[str], infos: Iterable[StorageInfo]) -> dict[str, int]:
-        # A file ends where its last item ends; asking for each file would take a request for each.
+        # A file ends where its last item ends. Asking the file system would take a request for each file.
         ends = dict.fromkeys(sorted(names), 0)
         for info in infos:
             ends[info.relative_path] = max(ends[info.relative_path], info.offset + info.length)
@@ -163,7 +163,7 @@ class _StreamWriter:
         view = memoryview(data)
         while view:
             written = self._stream.write(view)
-            # A raw stream may take a part; one that does not say how much it took has taken everything.
+            # A raw stream may write a part. A stream that returns None has written everything.
             view = view[len(view) if written is None else written :]
 
     def sync(self) -> None:
@@ -171,7 +171,7 @@ class _StreamWriter:
         try:
             fd = self._stream.fileno()
         except (AttributeError, io.UnsupportedOperation):
-            return  # Closing is all that such a stream has to make its bytes last.
+            return  # A stream without a descriptor cannot be synced; its close has to store the bytes.
         os.fsync(fd)
 
 

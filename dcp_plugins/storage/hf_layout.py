@@ -21,14 +21,14 @@ __all__ = ["RankFiles", "new_tensor", "placement", "split_by_file"]
 
 @dataclass(frozen=True, slots=True)
 class RankFiles(Mapping[str, Any]):
-    """What the coordinator tells a rank about its files; travels as the plan's ``storage_data``.
+    """The coordinator's instructions to a rank about its files, sent as the plan's ``storage_data``.
 
-    As a mapping it has the keys of torch's ``storage_data``, for a ``write_data`` that was written for torch's writer.
+    The mapping has the keys of torch's ``storage_data``, for a ``write_data`` that was written for torch's writer.
     """
 
     save_id: str
     num_files: int | None
-    """Of the whole save, over all ranks; None where no rank knows the others."""
+    """The number of files of the whole save, over all ranks; None if no rank knows the others' numbers."""
     shard: int | None
     """Number of the rank, from 1; None where tensors are saved whole."""
     index_by_fqn: dict[str, int]

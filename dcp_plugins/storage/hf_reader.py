@@ -40,7 +40,7 @@ __all__ = ["ArrayRead", "HuggingFaceStorageReader", "StoredArray"]
 
 logger = logging.getLogger(__name__)
 
-# What one system call reads; IOV_MAX is 1024 on Linux.
+# Limits of one system call; IOV_MAX is 1024 on Linux.
 _MAX_BATCH_READS = 1000
 _MAX_BATCH_BYTES = 16 * 1024 * 1024
 
@@ -84,7 +84,7 @@ class HuggingFaceStorageReader(FileSystemReader):
         require_local_path(path)
         super().__init__(path, thread_count=thread_count)
         self._pool = ScratchPool()
-        # Of the files that entries of torch's own class name.
+        # By file, of the files in entries of torch's own class.
         self._headers: dict[str, Header] = {}
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -197,7 +197,7 @@ class HuggingFaceStorageReader(FileSystemReader):
                 f"of a {entry.properties.dtype} tensor of size {tuple(entry.size)}: the files do not belong together"
             )
         entry.chunks.append(chunk)
-        # Without the global shape the chunks are all there is to tell it.
+        # The file does not say the global shape: it follows from the chunks.
         entry.size = torch.Size([max(one, other) for one, other in zip(entry.size, size, strict=True)])
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
@@ -227,7 +227,7 @@ class HuggingFaceStorageReader(FileSystemReader):
         )
 
     def _located(self, item: ReadItem, info: HFStorageInfo) -> StoredArray:
-        """Return where a chunk lies in its file, which torch's entry, put there by a subclass, does not say."""
+        """Return where a chunk lies in its file, from the file's header: torch's entries, of a subclass, lack it."""
         path = self.path / info.relative_path
         header = self._headers.get(info.relative_path)
         if header is None:

@@ -230,13 +230,13 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         """Give the files that were written their final names; a subclass's ``write_data`` may have done so itself.
 
         Raises:
-            StorageWriteError: A file is there under neither name.
+            StorageWriteError: A file exists under neither name.
         """
         missing = []
         for name in sorted(names):
             final = self.path / name
             try:
-                # Replaces one file in one step; of several files, see the class.
+                # Each file is replaced in one step; the class says what that means for several files.
                 (self.path / temporary_name(name, self.save_id)).replace(final)
             except FileNotFoundError:
                 if not final.exists() or _is_of_another_save(final, self.save_id):
@@ -305,10 +305,10 @@ def require_local_path(path: str | os.PathLike[str]) -> None:
 
 
 def require_local_fs(storage: FileSystemWriter | FileSystemReader) -> None:
-    """Refuse a storage that has been given another file system than local files.
+    """Refuse a storage whose ``fs`` is another file system than local files.
 
     Raises:
-        ValueError: Its ``fs`` is one of the user's, which would otherwise not be used.
+        ValueError: ``fs`` is a file system of the user's, which would not be used.
     """
     if type(storage.fs) is not FileSystem:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Tensors that only torch can read out of a container: subclasses, quantised tensors, foreign byte orders."""
+"""Reading containers with torch: of subclasses, quantised tensors, and other byte orders."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["fill_from_loaded", "load_container"]
 
 
 def load_container(content: bytes | bytearray, sizes: Sequence[int], where: str) -> torch.Tensor:
-    """Return the tensor in a container that torch has to read, of shape ``sizes``.
+    """Return the tensor in a container, read by torch and checked to have the shape ``sizes``.
 
     Raises:
         CorruptCheckpointError: The container is damaged, or holds something else.
@@ -25,7 +25,7 @@ def load_container(content: bytes | bytearray, sizes: Sequence[int], where: str)
     """
     try:
         loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    # Damaged bytes make torch's unpickler fail in any way its opcodes can.
+    # On damaged bytes torch's unpickler fails with any error.
     except Exception as exc:
         names = _names_not_admitted(content) if isinstance(exc, pickle.UnpicklingError) else []
         if not names:
@@ -45,7 +45,7 @@ def load_container(content: bytes | bytearray, sizes: Sequence[int], where: str)
 def _names_not_admitted(content: bytes | bytearray) -> list[str]:
     try:
         return torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content))
-    # It fails on damaged bytes as the load does, and then the bytes are the fault.
+    # On damaged bytes it fails with any error, and the load's own error says that they are damaged.
     except Exception:
         return []
 
@@ -54,16 +54,16 @@ def _names_not_admitted(content: bytes | bytearray) -> list[str]:
 def fill_from_loaded(
     target: torch.Tensor, loaded: torch.Tensor, item: ReadItem, dtype: torch.dtype, where: str
 ) -> None:
-    """Copy the part of a loaded chunk that ``item`` wants into ``target``.
+    """Copy a part of a loaded chunk, as ``item`` says, into ``target``.
 
     Args:
-        dtype: What the metadata says of the saved tensor.
+        dtype: The dtype of the saved tensor by the metadata.
 
     Raises:
-        UnsupportedValueError: A class cannot be narrowed or copied so.
+        UnsupportedValueError: The tensor's class cannot be narrowed or copied.
     """
     if loaded.shape != item.lengths and handles_operators(loaded) and not handles_operators(target):
-        # The whole always converts; a part may end where the class cannot be cut.
+        # Convert the whole tensor first: the part may end at a place where the class cannot be narrowed.
         whole = torch.empty(loaded.shape, dtype=dtype)
         assign(whole, loaded, where)
         loaded = whole

@@ -21,10 +21,10 @@ __all__ = [
 
 
 def is_local_path(checkpoint_id: str | os.PathLike[str]) -> bool:
-    """Whether an id is a path; a URL, which has a scheme, is not.
+    """Whether an id is a path and not a URL, which has a scheme.
 
-    The file system is not asked. Whether a directory can be made or written shows when a save makes it, and the error
-    of that attempt names the directory and the reason.
+    The function does not ask the file system. A save that cannot make or write the directory fails with an error that
+    names the directory and the reason.
     """
     return "://" not in os.fspath(checkpoint_id)
 
@@ -102,7 +102,7 @@ def litter(path: Path, referenced: Collection[str]) -> list[str]:
 
 
 def litter_among(names: Iterable[str], referenced: Collection[str]) -> list[str]:
-    """Do as ``litter``, of a listing."""
+    """Return the litter among the names of a directory, see ``litter``."""
     return sorted(
         name
         for name in names

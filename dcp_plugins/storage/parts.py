@@ -16,9 +16,9 @@ from typing import Any
 
 from dcp_plugins.contract import Metadata, MetadataIndex, StorageInfo, WriteItem, WriteResult
 from dcp_plugins.errors import CheckpointError, CorruptCheckpointError
-from dcp_plugins.format.containers import attach, encoded_of
 from dcp_plugins.format.metadata import decode_extras, decode_with_extras, encode
 from dcp_plugins.format.names import METADATA_NAME, temporary_name
+from dcp_plugins.format.saved_mappings import attach, encoded_of
 from dcp_plugins.storage.local import litter, make_directory, publish, remove_files, sync_directory
 from dcp_plugins.storage.store import Store
 from dcp_plugins.storage.writer import FileSystemWriter

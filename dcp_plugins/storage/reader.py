@@ -57,7 +57,7 @@ class FileSystemReader(StorageReader):
     """
 
     fs: FileSystemBase = FileSystem()
-    """The file system; a subclass may have another, with which it also makes ``path``."""
+    """The file system; a subclass may set another one, and makes ``path`` with it."""
 
     def __init__(
         self,
@@ -125,7 +125,7 @@ class FileSystemReader(StorageReader):
                 f"{METADATA_NAME} up to version {TRAILER_VERSION}, and skipped one of version {self._newer_trailer}. "
                 "The checkpoint is loaded as stock torch loads it; upgrade dcp_plugins to use all that was recorded"
             )
-            # Said once for each time the metadata is read.
+            # Warn once for each time that the metadata is read.
             self._newer_trailer = None
         if not isinstance(self.storage_data, dict):
             raise CorruptCheckpointError(
@@ -310,7 +310,7 @@ def _size_of(store: Store, name: str) -> int:
         return 0
 
 
-# Of a class with less than a bit for each element nothing is known.
+# The smallest elements are taken to be bits.
 _MAX_ELEMENTS_PER_BYTE = 8
 
 
@@ -332,7 +332,7 @@ def resolve_target(item: ReadItem, planner: LoadPlanner) -> torch.Tensor:
     """
     target = planner.resolve_tensor(item)
     if is_plain(target):
-        # What a class makes of detach() may be a copy in part, and a quantised tensor would not learn its new scale.
+        # Only plain tensors: detach() of a subclass may copy a part; of a quantised one it drops the new scale.
         target = target.detach()
     if target.shape != item.lengths:
         raise CorruptCheckpointError(

@@ -50,10 +50,10 @@ class TensorRead(NamedTuple):
     dtype: torch.dtype
     """Dtype that the metadata gives the stored tensor."""
     target: torch.Tensor
-    """What to fill, of shape ``item.lengths``; shares memory with the state dict."""
+    """The tensor to fill, of shape ``item.lengths``; shares memory with the state dict."""
     adopt: Callable[[ReadItem, torch.Tensor], bool] | None = None
-    """Offered a whole chunk that is no plain tensor, to stand in the target's place; False if it is still to be filled.
-    """
+    """Called with a whole loaded chunk of a subclass; returns whether the chunk has replaced the target. If it returns
+    False, the target is filled."""
 
     @property
     def is_whole(self) -> bool:
@@ -213,7 +213,7 @@ class DataFileReader:
         raise _damaged(read.where, crc)
 
     def _read_indirect(self, read: TensorRead) -> None:
-        """Read what cannot go straight into the target: another dtype or class, a part, strided or device memory."""
+        """Read a chunk that cannot go straight into the target: another dtype or class, a part, or other memory."""
         layout = self._parse(read)
         if layout is None:
             if read.is_whole and handles_operators(read.target) and self._read_parts(read):
@@ -243,8 +243,8 @@ class DataFileReader:
     def _read_parts(self, read: TensorRead) -> bool:
         """Read the tensors inside a subclass straight into those inside the target; False if they may differ.
 
-        Equal pickles mean the same class, settings, shapes and dtypes. So no class has to be built from the file, and
-        none has to be admitted.
+        Equal pickles mean the same class, settings, shapes and dtypes. So no object is built from the file, and no
+        class has to be declared safe.
         """
         expected = pickle_subclass(read.target)
         if expected is None:
@@ -266,7 +266,7 @@ class DataFileReader:
         return True
 
     def _fill_elements(self, read: TensorRead, target: torch.Tensor, shape: tuple[int, ...], position: int) -> int:
-        """Fill plain memory from an array of its shape and dtype in the file, and return the CRC-32 of its bytes."""
+        """Fill plain memory from an array of the same shape and dtype in the file; return the CRC-32 of its bytes."""
         crc = 0
         if not target.numel():
             return crc

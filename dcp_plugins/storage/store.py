@@ -1,7 +1,7 @@
-"""Where the files of a checkpoint live: names in its directory, and bytes. The writer and the reader ask for no more.
+"""Stores: where the files of a checkpoint live. A store knows names in a directory, and bytes.
 
-Local directories have their own store, which hands out file descriptors: nothing is copied on the way. Any other file
-system comes through ``fs_store``.
+The store of local directories gives out file descriptors, so that nothing is copied. ``fs_store`` has the store of
+other file systems.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class NewFile(Protocol):
         """Append all buffers, ``nbytes`` in total; their memory may change afterwards."""
 
     def sync(self) -> None:
-        """Make what was written survive a loss of power, as far as this kind of file can."""
+        """Make the written bytes survive a loss of power, as far as this kind of file can."""
 
 
 class Store(Protocol):
-    """The files of one checkpoint. A name may have ``/`` in it, and is never trusted to stay inside by itself."""
+    """The files of one checkpoint. A name may have ``/`` in it; a store checks that a name stays in the checkpoint."""
 
     serves_threads: bool
     """Whether several threads may use it at once."""
@@ -67,13 +67,13 @@ class Store(Protocol):
         """Open a new file for writing."""
 
     def publish(self, name: str, content: bytes, temporary: str, *, sync: bool) -> None:
-        """Give a file its content in one step, as far as this store can, by way of a temporary name."""
+        """Write a file under a temporary name and rename it, in one step as far as this store can."""
 
     def sizes(self, names: Collection[str], infos: Iterable[StorageInfo]) -> dict[str, int]:
-        """Return the size of each file in bytes; ``infos`` say what has been written into them."""
+        """Return the size of each file in bytes; ``infos`` describe the items that were written into the files."""
 
     def remove(self, names: Iterable[str], *, sync: bool = False) -> None:
-        """Delete files; one that is gone already is no error."""
+        """Delete files; a file that does not exist is no error."""
 
 
 class _LocalFile:
@@ -118,7 +118,7 @@ class LocalStore:
 
     @contextmanager
     def create(self, name: str) -> Iterator[NewFile]:
-        # O_EXCL: names are unique to the save, so that a file which exists already is a fault worth hearing of.
+        # O_EXCL: names are unique to the save, so a file of this name would be a bug.
         fd = os.open(self._path / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             yield _LocalFile(fd)
@@ -129,7 +129,7 @@ class LocalStore:
         publish(self._path / name, content, self._path / temporary, sync=sync)
 
     def sizes(self, names: Collection[str], infos: Iterable[StorageInfo]) -> dict[str, int]:
-        # The files themselves are asked: one that another rank has written may not be visible here.
+        # Ask the files: a file of another rank may not be visible on this machine, which must not stay unnoticed.
         return {name: (self._path / name).stat().st_size for name in sorted(names)}
 
     def remove(self, names: Iterable[str], *, sync: bool = False) -> None:

@@ -96,7 +96,7 @@ class FileSystemWriter(StorageWriter):
     """Whether replacing a checkpoint is worth a warning; for subclasses that do so as a rule."""
 
     fs: FileSystemBase = FileSystem()
-    """The file system; a subclass may have another, with which it also makes ``path``."""
+    """The file system; a subclass may set another one, and makes ``path`` with it."""
 
     def __init__(
         self,
@@ -215,7 +215,7 @@ class FileSystemWriter(StorageWriter):
         first: list[WriteItem] = []
         second: list[WriteItem] = []
         for item in items:
-            # What is not a tensor may have tensors inside, which nobody can ask about.
+            # Values that are not tensors may have tensors inside: nobody can tell where their memory is.
             if item.type is WriteItemType.BYTE_IO:
                 first.append(item)
                 continue
@@ -238,7 +238,7 @@ class FileSystemWriter(StorageWriter):
         if self.single_file_per_rank:
             shares = split_by_bytes(runs, sizes_bytes, thread_count)
         else:
-            # What counts then is the number of files that are synced at the same time.
+            # One file for each item: syncing the files takes the time, so each thread gets an equal number of files.
             single = [Run((item,)) for run in runs for item in run.items]
             num_shares = min(thread_count, len(single))
             shares = [single[first::num_shares] for first in range(num_shares)]
@@ -333,12 +333,12 @@ class FileSystemWriter(StorageWriter):
         store = store_of(self.fs, self.path)
         files = store.sizes(referenced, metadata.storage_data.values())
         content = encoder.encode(metadata, extras={"save_id": self.save_id, "files": files})
-        # Without a listing, only the metadata that is about to be replaced tells what there is to reclaim.
+        # A store that cannot list: only the old metadata, which is replaced below, names the files to reclaim.
         replaced = None if store.can_list else self._replaced_files(store, name)
         store.publish(name, content, temporary_name(name, self.save_id), sync=self.sync_files)
         try:
             self._reclaim(store, referenced, store.names() if replaced is None else replaced)
-        # Whatever a file system of the user's raises.
+        # A file system of the user's may raise any error.
         except Exception:
             # The new checkpoint is committed: litter that stays must not make its save look failed.
             logger.warning(
@@ -348,7 +348,7 @@ class FileSystemWriter(StorageWriter):
     def _replaced_files(self, store: Store, name: str) -> Collection[str]:
         try:
             return files_named_by(store, name)
-        # What cannot be read is about to be replaced, and must not keep the save from it.
+        # The save replaces damaged metadata: it must not fail because the metadata cannot be read.
         except Exception:
             logger.warning("could not read what %s in %s refers to: its files stay", name, self.path, exc_info=True)
             return ()
@@ -369,7 +369,7 @@ class FileSystemWriter(StorageWriter):
         written, self._written = self._written, []
         try:
             store_of(self.fs, self.path).remove(written)
-        # Of two errors, the caller needs the one that made the save fail.
+        # The caller needs the error that made the save fail, not this one.
         except Exception:
             logger.warning("could not delete the files of a failed save in %s", self.path, exc_info=True)
 

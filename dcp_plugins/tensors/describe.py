@@ -1,4 +1,4 @@
-"""What a value is: its write items, its chunks, and the local view that fills each.
+"""Descriptions of values: their write items, their chunks, and the local view that fills each.
 
 Kinds, in the order they are recognised: ``DTensor`` (described by ``dtensor.py``, not by torch's hooks, which give one
 box where there may be several); any object with the ``__create_write_items__`` family of hooks; a tensor with the

@@ -84,7 +84,7 @@ class DCPCallback(TrainerCallback):
         """Whether checkpoints of this run hold weights for ``from_pretrained``."""
         return pushes_checkpoints(args) if self.hf_weights is None else self.hf_weights
 
-    # What a callback is told of: here it is only checked that the Trainer asks what it asked in the tested versions.
+    # Events of a callback. They only check that the Trainer calls the methods that it called in the tested versions.
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -94,7 +94,7 @@ class DCPCallback(TrainerCallback):
         if "model" not in self._loaded:
             raise _moved(f"train() did not load the model of {self._resuming} through Trainer._load_from_checkpoint")
         if "optimizer" not in self._loaded:
-            # It may be meant: somebody else's code decides to begin with a fresh optimizer.
+            # No error: a subclass may choose to begin with a fresh optimizer.
             warn_user(
                 f"DCPCallback: the optimizer's state in {self._resuming} was not loaded, as a subclass of Trainer"
                 " overrides _load_optimizer_and_scheduler and did not call super()."
@@ -180,7 +180,7 @@ class DCPCallback(TrainerCallback):
         self._loaded.add("optimizer")
 
     def load_scaler(self, trainer: Trainer, original: Callable[..., Any], checkpoint: str | None) -> None:
-        # Of a checkpoint of ours it came with the scheduler.
+        # For a checkpoint of ours, the scaler was loaded with the scheduler.
         if checkpoint is None or not is_committed(checkpoint):
             original(checkpoint)
 
@@ -260,7 +260,7 @@ def _agreed_checkpoint(trainer: Trainer, requested: str | bool | None) -> tuple[
                 restore_state(path)
             return path, path is not None and is_committed(path), None
         except (ValueError, OSError, CorruptCheckpointError) as exc:
-            # What the user has to know: every rank raises it as it is.
+            # These errors are for the user: every rank raises them as they are.
             return None, False, exc
 
     path, is_ours, failure = deciding_ranks().all_reduce("resume", lambda: None, lambda _: choose())

@@ -1,4 +1,4 @@
-"""What a checkpoint directory of the Trainer holds, which of several counts, and which go when there are too many.
+"""The contents of a Trainer's checkpoint directory, the search for the newest one, and the deletion of old ones.
 
 A directory that `DCPCallback` writes, ``checkpoint-<step>`` as the Trainer calls it::
 
@@ -62,7 +62,7 @@ STATE = "state"
 
 NAMES = StepNames(f"{PREFIX_CHECKPOINT_DIR}-")
 
-# What resuming a stock checkpoint needs beside weights; no save of ours has files of these names.
+# The files, beside weights, that resuming a stock checkpoint needs; no save of ours writes such names.
 _STOCK_FILES = (
     OPTIMIZER_NAME,
     OPTIMIZER_NAME_BIN,
@@ -73,7 +73,7 @@ _STOCK_FILES = (
 )
 _WEIGHTS = ("*.safetensors*", "pytorch_model*.bin*", "adapter_model.bin", "*/adapter_model.*")
 
-# What a save at SIGTERM (enable_jit_checkpoint) puts beside the checkpoint until it has returned.
+# A file that a save at SIGTERM (enable_jit_checkpoint) puts beside the checkpoint until it has returned.
 _MARK_OF_JIT_SAVE = "checkpoint-is-incomplete.txt"
 
 log = logging.getLogger(__name__)

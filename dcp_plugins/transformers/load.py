@@ -1,6 +1,7 @@
 """Loading a checkpoint of ours into a Trainer: the model, then optimizer and scheduler, then the random states.
 
-The Trainer asks for them one after another, at the points of its set-up where each can take its state.
+The Trainer asks for each at the point of its set-up where the object can take its state. The loads are driven by the
+checkpoint's keys: an optimizer that has not stepped yet gets all of its saved state.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def load_model(
 ) -> None:
     """Load the weights of a checkpoint into a model, in place; every rank calls it.
 
-    Like the Trainer this loads what both have, and warns of the rest; but adapters must be there.
+    As the Trainer does, this loads the keys that the model and the checkpoint share, and warns of the others. Keys of
+    adapters must be in the checkpoint.
 
     Raises:
         PlanError: An adapter's keys are missing, or all keys are.
@@ -53,14 +55,14 @@ def load_model(
     options = StateDictOptions(strict=False)
     state = {MODEL: own_model_state(model, options=options, values=wanted, hint=f"This is {path}.")}
     load_state(state, path, weights_only=weights_only, safe_globals=safe_globals)
-    # Tensors are in place by now. This carries over what is not a tensor, and runs the modules' own load hooks.
+    # The load has filled the tensors. This call sets the other values, and runs the modules' load hooks.
     set_model_state_dict(model, state[MODEL], options=options)
 
 
 def load_optimizer_and_scheduler(
     trainer: Trainer, path: Path, *, weights_only: bool, safe_globals: Iterable[SafeGlobal] = ()
 ) -> None:
-    """Load what optimizer, scheduler and scaler were at the checkpoint, if it was not of weights alone."""
+    """Load optimizer, scheduler and scaler; a checkpoint of weights alone has none, which a warning says."""
     parts = names_in(path)
     if OPTIMIZER not in parts:
         if trainer.is_world_process_zero():
@@ -80,19 +82,19 @@ def load_optimizer_and_scheduler(
                 io.BytesIO(state[TRAINER][name]),
                 weights_only=weights_only,
                 safe_globals=safe_globals,
-                surface="DCPCallback(weights_only=False)",
+                how_to_trust="DCPCallback(weights_only=False)",
             )
             stateful.load_state_dict(value)
 
 
 def load_random_state(path: Path) -> None:
-    """Go on with the random numbers of each rank; on another number of ranks, by the rule of `RandomState`."""
+    """Restore the random states of each rank; on another number of ranks, by the rule of `RandomState`."""
     if RANDOM in names_in(path):
         load_state({RANDOM: RandomState()}, path)
 
 
 def names_in(path: Path) -> dict[str, set[str]]:
-    """Read off the metadata which parts a checkpoint has, and the names in each."""
+    """Return the names in each part of a checkpoint, from its metadata."""
     metadata = deciding_ranks().settle("read metadata", lambda: dcp.FileSystemReader(path).read_metadata())
     paths = metadata.planner_data or {}
     parts: dict[str, set[str]] = {}

@@ -1,4 +1,7 @@
-"""Saving: what `Trainer._save_checkpoint` does, with one save through the engine in the place of its writers."""
+"""Saving a checkpoint of a Trainer: the steps of `Trainer._save_checkpoint`, with one save through the engine.
+
+The optimizer is saved with the state that it has: none before its first step.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,13 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate.optimizer import AcceleratedOptimizer
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerState
 from transformers.trainer_callback import ExportableState
@@ -20,6 +23,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from dcp_plugins.manager import OptimizerState, RandomState, Saver, is_committed
 from dcp_plugins.manager.agreement import deciding_ranks
+from dcp_plugins.manager.saver import renormed_weights
 from dcp_plugins.plan.unloadable import warn_of_unloadable
 from dcp_plugins.plan.values import dump_value
 from dcp_plugins.state_dict import StateDictOptions, get_model_state_dict
@@ -61,14 +65,14 @@ def save_checkpoint(
     """Save a checkpoint of a Trainer at its current step, and return where; every rank calls it.
 
     Args:
-        trainer: In training.
-        saver: Saves; what it saved before is raised here if it failed.
-        trial: Of a hyperparameter search, or None.
-        hf_weights: Write what ``from_pretrained`` loads as well.
-        push: Push to the hub, which waits for the commit.
+        trainer: The Trainer, in training.
+        saver: Makes the save. The failure of its last save is raised here.
+        trial: The trial of a hyperparameter search, or None.
+        hf_weights: Also write the files that ``from_pretrained`` loads.
+        push: Push to the hub after the commit.
         in_use: Checkpoints that are not to be deleted.
     """
-    # Before the state is taken that may name the last checkpoint as the best.
+    # First, because the state that is saved below may name the last checkpoint as the best.
     saver.finish()
     if trainer.hp_search_backend is None and trial is None:
         trainer.store_flos()
@@ -83,11 +87,11 @@ def save_checkpoint(
     saver.save(
         _state_of(trainer, optimizer, text if is_first else None),
         path,
-        # Of others everything is copied before training goes on: those that have a mode (schedule-free ones) change
-        # parameters not only in a step, but also when training goes on after an evaluation.
+        # An optimizer with a `train` method (a schedule-free one) also changes parameters between steps, when training
+        # goes on after an evaluation. Its state and parameters are copied before training goes on.
         optimizers=[] if optimizer is None or hasattr(optimizer, "train") else [optimizer],
-        changed_by_forward=_renormed(model_of(trainer)),
-        # An upload reads the files, and the Trainer begins it on the thread that trains.
+        changed_by_forward=renormed_weights([model_of(trainer)]),
+        # The Trainer begins an upload on this thread, and the upload reads the files.
         blocking=True if push or not trainer.is_in_train else None,
     )
     if is_first:
@@ -147,20 +151,20 @@ def _prepare(trainer: Trainer, path: Path, saver: Saver) -> str:
     state.stateful_callbacks = {**(state.stateful_callbacks or {}), **fresh.stateful_callbacks}
     text = json.dumps(dataclasses.asdict(state), indent=2, sort_keys=True) + "\n"
     if is_stock(path) or has_stock_files(path):
-        # They must not be taken for those of the new checkpoint.
+        # Files of stock's checkpoint must not be taken for those of the new checkpoint.
         aside = path.with_name(f"{path.name}.replaced")
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
     make_directory(path, sync=saver.options.sync_files)
     forget_state(path)
-    # Those of another save must not stand beside the new checkpoint.
+    # Weights of another save must not stand beside the new checkpoint.
     for weights in path.glob("*.safetensors*"):
         weights.unlink()
     return text
 
 
 def _attempt(follow_up: Callable[[], None]) -> None:
-    """Do what follows a commit; the checkpoint exists whatever comes of it, and one rank must not stop alone."""
+    """Run a follow-up of a commit, and log its OSError: the checkpoint exists, and one rank must not stop alone."""
     try:
         follow_up()
     except OSError:
@@ -188,7 +192,7 @@ def _state_of(trainer: Trainer, optimizer: Optimizer | None, text: str | None) -
     if optimizer is not None:
         state[OPTIMIZER] = OptimizerState(model, [optimizer])
         state[RANDOM] = RandomState()
-        # Serialised whole: their keys need not be known to load them.
+        # Each is serialised as one value, so that a load needs no knowledge of its keys.
         bound = {SCHEDULER: scheduler_of(trainer).state_dict()}
         scaler = getattr(trainer.accelerator, "scaler", None)
         if scaler is not None:
@@ -196,10 +200,3 @@ def _state_of(trainer: Trainer, optimizer: Optimizer | None, text: str | None) -
         warn_of_unloadable(bound, "DCPCallback(weights_only=False)")
         rest.update({name: dump_value(value).getvalue() for name, value in bound.items()})
     return state
-
-
-def _renormed(model: nn.Module) -> Iterator[Tensor]:
-    """Yield the parameters that a forward pass changes: embeddings whose rows are kept below a norm."""
-    for child in model.modules():
-        if isinstance(child, (nn.Embedding, nn.EmbeddingBag)) and child.max_norm is not None:
-            yield child.weight

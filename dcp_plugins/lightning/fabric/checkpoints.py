@@ -1,4 +1,4 @@
-"""What all strategies for Fabric have in common: ``fabric.save`` and ``fabric.load`` on every rank.
+"""The mixin of all strategies for Fabric: ``fabric.save`` and ``fabric.load`` on every rank.
 
 Stock strategies save either one file from rank 0 or, if the model is sharded, a directory from every rank. The mixin
 here always saves the directory, in stock's layout for it (``layout.py``), under the names of the user's entries.
@@ -32,9 +32,10 @@ from dcp_plugins.lightning.load import (
     fill_raw,
     meta_of,
 )
-from dcp_plugins.lightning.strategy_base import SavesThroughDCP, instead_of, make_room, renormed
+from dcp_plugins.lightning.strategy_base import SavesThroughDCP, instead_of, make_room
 from dcp_plugins.manager import is_committed
 from dcp_plugins.manager.agreement import deciding_ranks
+from dcp_plugins.manager.saver import renormed_weights
 
 __all__ = ["SavesOnEveryRank"]
 
@@ -123,7 +124,7 @@ class SavesOnEveryRank(SavesThroughDCP, Strategy):
             path,
             options=plugin.options_for(storage_options, self._asynchronous),
             optimizers=optimizers,
-            changed_by_forward=[weight for module in modules.values() for weight in renormed(module)],
+            changed_by_forward=list(renormed_weights(modules.values())),
         )
         if aside is not None and self.is_global_zero:
             plugin.after_commit(aside.unlink)

@@ -1,8 +1,9 @@
-"""The containers of a saved state dict, as far as DCP's paths do not tell them.
+"""The mappings of a saved state dict: the keys, the kinds and the empty ones that DCP's paths lose.
 
-A path in ``.metadata`` is made of strings for the keys of mappings and of integers for the places in lists: torch turns
-each key into its string, and an empty mapping leaves no path at all. What is lost in that (keys that are no strings,
-kinds of mappings, empty mappings) is recorded in the trailer, for this package; torch reads the paths as before.
+A path in ``.metadata`` has a string for a key of a mapping and an integer for an index of a list. Torch converts each
+key to its string, and an empty mapping has no path at all. This package records in the trailer of ``.metadata``, as
+extra "containers", the keys that are not strings, the kinds of mappings, and the empty mappings. Torch does not read
+the trailer, and reads the paths as before.
 """
 
 from __future__ import annotations
@@ -18,21 +19,22 @@ from dcp_plugins.errors import CorruptCheckpointError, UnsupportedValueError
 
 __all__ = [
     "EXTRA",
-    "Container",
-    "Path",
+    "KeyPath",
+    "SavedMapping",
     "attach",
-    "containers_of",
     "describe",
-    "encoded_containers",
+    "encoded_mappings",
     "encoded_of",
     "fields_of",
     "is_recordable",
+    "saved_mappings_of",
 ]
 
-Path = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
+"""A path as ``.metadata`` has it: a string for a key of a mapping, an integer for an index of a list."""
 
 EXTRA = "containers"
-"""Under which name the record stands among the extras of ``.metadata``."""
+"""The name of the record among the extras of ``.metadata``."""
 
 _ATTRIBUTE = "_dcp_plugins_containers"
 _FACTORIES: dict[str, Any] = {
@@ -43,49 +45,49 @@ _KINDS: dict[str, Any] = {"dict": dict, "OrderedDict": OrderedDict, "Counter": C
 
 
 @dataclass(frozen=True, slots=True)
-class Container:
-    """One mapping of a state dict."""
+class SavedMapping:
+    """A mapping of a state dict, as far as DCP's paths do not describe it."""
 
     kind: str
-    """``dict``, ``OrderedDict``, ``Counter`` or ``defaultdict:<factory>``; a foreign class counts as ``dict``."""
+    """``dict``, ``OrderedDict``, ``Counter`` or ``defaultdict:<factory>``; any other class is recorded as ``dict``."""
     keys: tuple[Any, ...] | None = None
-    """The keys in order; None where all are strings, and the paths tell them."""
+    """The keys in order; None if all are strings, which the paths hold."""
     shared: tuple[str, ...] = ()
-    """In the state of an optimizer: the keys, as strings, that are no parameter's."""
+    """In the state of an optimizer: the keys, as strings, that belong to no parameter."""
 
     def empty(self) -> Any:
-        """Return a new, empty container of this kind."""
+        """Return a new, empty mapping of this kind."""
         if self.kind.startswith("defaultdict:"):
             return defaultdict(_FACTORIES.get(self.kind.partition(":")[2]))
         return _KINDS[self.kind]()
 
-    def united(self, other: Container) -> Container:
-        """Return this container with the keys that another rank has, too."""
+    def united(self, other: SavedMapping) -> SavedMapping:
+        """Return this description with the keys of another rank's description added."""
         if self.keys is None or other.keys is None or self.keys == other.keys:
             return other if self.keys is None and other.keys is not None else self
         known = {_identity(key) for key in self.keys}
         added = tuple(key for key in other.keys if _identity(key) not in known)
-        return Container(self.kind, (*self.keys, *added), self.shared)
+        return SavedMapping(self.kind, (*self.keys, *added), self.shared)
 
 
-def describe(mapping: Mapping[Any, Any]) -> Container | None:
-    """Return what a path does not tell of a mapping; None for a dict with string keys that is not empty."""
+def describe(mapping: Mapping[Any, Any]) -> SavedMapping | None:
+    """Describe a mapping; None for a dict with string keys that is not empty, because its paths say everything."""
     kind = type(mapping)
     are_strings = {str}.issuperset(map(type, mapping))
     keys = None if are_strings else tuple(mapping)
     if kind is dict:
-        return None if are_strings and mapping else Container("dict", keys)
+        return None if are_strings and mapping else SavedMapping("dict", keys)
     if kind is OrderedDict or kind is Counter:
-        return Container(kind.__name__, keys)
+        return SavedMapping(kind.__name__, keys)
     if kind is defaultdict:
         factory = mapping.default_factory  # type: ignore[attr-defined]
         name = "" if factory is None else getattr(factory, "__name__", "?")
-        return Container(f"defaultdict:{name}" if factory is _FACTORIES.get(name) else "dict", keys)
-    return None if are_strings and mapping else Container("dict", keys)
+        return SavedMapping(f"defaultdict:{name}" if factory is _FACTORIES.get(name) else "dict", keys)
+    return None if are_strings and mapping else SavedMapping("dict", keys)
 
 
 def is_recordable(key: Any) -> bool:
-    """Tell whether a key keeps its type in the record; any other comes back as its string."""
+    """Tell whether the record keeps the type of a key; any other key is loaded as its string."""
     return key is None or type(key) in _KEY_TYPES or (type(key) is tuple and all(map(is_recordable, key)))
 
 
@@ -96,8 +98,8 @@ def _identity(key: Any) -> tuple[type, Any]:
     return type(key), key
 
 
-def encoded_containers(containers: Mapping[Path, Container]) -> list[Any]:
-    """Return the record as JSON values."""
+def encoded_mappings(saved_mappings: Mapping[KeyPath, SavedMapping]) -> list[Any]:
+    """Return the record of mappings as JSON values."""
     return [
         [
             list(path),
@@ -105,19 +107,22 @@ def encoded_containers(containers: Mapping[Path, Container]) -> list[Any]:
             None if one.keys is None else [_encoded_key(key) for key in one.keys],
             *([list(one.shared)] if one.shared else []),
         ]
-        for path, one in containers.items()
+        for path, one in saved_mappings.items()
     ]
 
 
 def attach(metadata: Metadata, record: list[Any]) -> Metadata:
-    """Have metadata carry the record, as JSON values, from the planner to the trailer or from there; return it."""
-    # An attribute, because the fields are torch's. Its values are plain: other writers may pickle the object whole.
+    """Attach the record, as JSON values, to metadata, and return the metadata.
+
+    At a save the planner attaches the record, for the writer of the trailer; at a load the reader of the trailer does.
+    """
+    # The fields of Metadata are torch's, so the record is an attribute. Other writers may pickle it: it is plain data.
     metadata.__dict__[_ATTRIBUTE] = record
     return metadata
 
 
 def encoded_of(metadata: Metadata) -> list[Any] | None:
-    """Return the record that metadata carries, as JSON values; None if it carries none."""
+    """Return the record attached to metadata, as JSON values; None if there is none."""
     record: list[Any] | None = metadata.__dict__.get(_ATTRIBUTE)
     return record
 
@@ -127,8 +132,8 @@ def fields_of(metadata: Metadata) -> dict[str, Any]:
     return {name: value for name, value in vars(metadata).items() if name != _ATTRIBUTE}
 
 
-def containers_of(metadata: Metadata) -> dict[Path, Container] | None:
-    """Return the containers that metadata tells of; None for a checkpoint that was saved without a record.
+def saved_mappings_of(metadata: Metadata) -> dict[KeyPath, SavedMapping] | None:
+    """Return the mappings recorded in metadata, by path; None for a checkpoint that was saved without a record.
 
     Raises:
         CorruptCheckpointError: The record is malformed.
@@ -137,7 +142,7 @@ def containers_of(metadata: Metadata) -> dict[Path, Container] | None:
     return None if record is None else dict(_decoded(record))
 
 
-def _decoded(record: Iterable[Any]) -> Iterable[tuple[Path, Container]]:
+def _decoded(record: Iterable[Any]) -> Iterable[tuple[KeyPath, SavedMapping]]:
     for entry in record:
         try:
             path, kind, keys, *rest = entry
@@ -150,7 +155,7 @@ def _decoded(record: Iterable[Any]) -> Iterable[tuple[Path, Container]]:
             if not isinstance(shared, list) or not all(type(key) is str for key in shared):
                 raise ValueError(f"expected a list of keys, found {shared!r}")
             actual = None if keys is None else tuple(_decoded_key(key) for key in keys)
-            yield tuple(path), Container(kind, actual, tuple(shared))
+            yield tuple(path), SavedMapping(kind, actual, tuple(shared))
         except (TypeError, ValueError, AttributeError) as exc:
             raise CorruptCheckpointError(f"the record of containers in .metadata is malformed: {exc}") from exc
 
