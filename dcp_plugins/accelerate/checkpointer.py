@@ -33,7 +33,7 @@ from dcp_plugins.accelerate.stock import load_stock_model, load_stock_optimizer
 from dcp_plugins.coord import Ranks
 from dcp_plugins.errors import CheckpointNotFoundError, listing
 from dcp_plugins.format.trust import check_safe_globals
-from dcp_plugins.manager import KeepPolicy, Saver, load_state
+from dcp_plugins.manager import KeepPolicy, Saver, load_state, unwrapped_plan_errors
 from dcp_plugins.manager.agreement import on_rank_zero
 from dcp_plugins.manager.record import RECORD_KEY, record_item
 from dcp_plugins.manager.saver import renormed_weights
@@ -310,7 +310,8 @@ class Checkpointer:
             return state
 
         state = self._together("prepare", prepare)
-        load_state(state, storage_reader=reader, no_dist=self._is_alone, **trust)
+        with unwrapped_plan_errors():
+            load_state(state, storage_reader=reader, no_dist=self._is_alone, **trust)
 
         def apply() -> None:
             # The load has filled the tensors. This call sets the other values, and runs the modules' load hooks.

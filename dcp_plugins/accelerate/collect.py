@@ -86,7 +86,9 @@ def owner_of(optimizer: Optimizer, models: Sequence[nn.Module]) -> nn.Module:
     for index in owners:
         together.add_module(str(index), models[index])
     if loose:
-        together.add_module("parameters_of_no_model", nn.ParameterList(loose))
+        # Plain tensors, which no module can have as parameters, are named by the optimizer's own state.
+        own = [parameter for parameter in loose if isinstance(parameter, nn.Parameter)]
+        together.add_module("parameters_of_no_model", nn.ParameterList(own))
     return together
 
 
@@ -306,8 +308,10 @@ def wanted_of(
             problems.append(f"model {index} was not saved (a hook may have: register the one that loads it)")
             continue
         options = StateDictOptions(strict=strict)
-        hint = f"This is model {index} of {path}; load_state(strict=False) loads the keys that they share."
-        state[layout.model_part(index)] = {"model": own_model_state(model, options=options, hint=hint)}
+        hint = f"The checkpoint is {path}. load_state(strict=False) loads the keys that they share."
+        state[layout.model_part(index)] = {
+            "model": own_model_state(model, options=options, hint=hint, title=f"model {index}")
+        }
     for index, (owner, optimizer) in enumerate(optimizers):
         if index not in contents.optimizers:
             problems.append(f"optimizer {index} was not saved")

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from dcp_plugins.contract import Metadata
 from dcp_plugins.errors import CorruptCheckpointError, UnsupportedValueError
 
@@ -41,6 +43,10 @@ _FACTORIES: dict[str, Any] = {
     kind.__name__: kind for kind in (list, dict, set, tuple, int, float, str, bool, OrderedDict)
 }
 _MAX_KEY_DEPTH = 32
+_NUMPY_NUMBERS = frozenset(
+    {"bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64))}
+    | {"float16", "float32", "float64"}
+)
 _KINDS: dict[str, Any] = {"dict": dict, "OrderedDict": OrderedDict, "Counter": Counter}
 
 
@@ -88,7 +94,8 @@ def describe(mapping: Mapping[Any, Any]) -> SavedMapping | None:
 
 def is_recordable(key: Any) -> bool:
     """Tell whether the record keeps the type of a key; any other key is loaded as its string."""
-    return key is None or type(key) in _KEY_TYPES or (type(key) is tuple and all(map(is_recordable, key)))
+    is_number = isinstance(key, np.generic) and key.dtype.kind in "biuf"
+    return key is None or is_number or type(key) in _KEY_TYPES or (type(key) is tuple and all(map(is_recordable, key)))
 
 
 _KEY_TYPES = frozenset({str, int, bool, float, bytes})
@@ -165,6 +172,8 @@ def _encoded_key(key: Any, depth: int = 0) -> Any:
         return key
     if type(key) is float:
         return {"float": key.hex()}
+    if isinstance(key, np.generic) and is_recordable(key):
+        return {"numpy": [key.dtype.name, key.tobytes().hex()]}
     if type(key) is bytes:
         return {"bytes": base64.b64encode(key).decode("ascii")}
     if type(key) is tuple and is_recordable(key):
@@ -183,6 +192,8 @@ def _decoded_key(encoded: Any, depth: int = 0) -> Any:
         ((kind, text),) = encoded.items()
         if kind == "float":
             return float.fromhex(text)
+        if kind == "numpy" and text[0] in _NUMPY_NUMBERS:
+            return np.frombuffer(bytes.fromhex(text[1]), dtype=text[0])[0]
         if kind == "bytes":
             return base64.b64decode(text, validate=True)
     raise ValueError(f"expected a key, found {encoded!r}")

@@ -21,7 +21,7 @@ from dcp_plugins.errors import PlanError
 from dcp_plugins.format.trust import SafeGlobal, admitted_by_torch
 from dcp_plugins.lightning import layout
 from dcp_plugins.lightning.layout import Contents
-from dcp_plugins.manager import load_state
+from dcp_plugins.manager import load_state, unwrapped_plan_errors
 from dcp_plugins.state_dict import StateDictOptions, set_model_state_dict
 from dcp_plugins.state_dict.numbered import by_name
 from dcp_plugins.state_dict.owned import own_model_state, own_optimizer_state, restore_optimizer_state
@@ -155,7 +155,8 @@ def fill_from_directory(
         state[name] = own_optimizer_state(module, optimizer)
     if layout.META_KEY in parts:
         state[layout.META_KEY] = {layout.PICKLE: b""}
-    load_state(state, storage_reader=reader, no_dist=no_dist, weights_only=weights_only, safe_globals=safe_globals)
+    with unwrapped_plan_errors():
+        load_state(state, storage_reader=reader, no_dist=no_dist, weights_only=weights_only, safe_globals=safe_globals)
     # The load has filled the tensors. This call sets the other values, and runs the modules' load hooks.
     for name, module in targets.modules.items():
         set_model_state_dict(module, state[name], options=options)
@@ -204,7 +205,8 @@ def fill_raw(
         state = own_optimizer_state(module, target)
     else:
         state = own_model_state(target, options=options, hint=f"This is {reader.path}. {hint} to load what they share.")
-    load_state(state, storage_reader=reader, no_dist=no_dist, weights_only=weights_only, safe_globals=safe_globals)
+    with unwrapped_plan_errors():
+        load_state(state, storage_reader=reader, no_dist=no_dist, weights_only=weights_only, safe_globals=safe_globals)
     if isinstance(target, Optimizer):
         restore_optimizer_state(module, target, state)
     else:

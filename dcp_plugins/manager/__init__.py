@@ -21,7 +21,7 @@ from dcp_plugins.manager.rank_bound import PerRank, RandomState, RankBoundLoadPl
 from dcp_plugins.manager.record import SaveRecord, read_record
 from dcp_plugins.manager.retention import KeepBest, KeepEvery, KeepLatest, KeepNewerThan, KeepPolicy, steps_to_delete
 from dcp_plugins.manager.run_state import ModelState, OptimizerState, run_state
-from dcp_plugins.manager.saver import Saver, expected_warnings
+from dcp_plugins.manager.saver import Saver, expected_warnings, unwrapped_plan_errors
 from dcp_plugins.manager.workers import shield_data_worker
 
 __all__ = [
@@ -59,5 +59,6 @@ __all__ = [
     "run_state",
     "shield_data_worker",
     "steps_to_delete",
+    "unwrapped_plan_errors",
     "verify_checkpoint",
 ]

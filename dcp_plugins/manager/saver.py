@@ -20,13 +20,14 @@ from dcp_plugins.contract import Metadata
 from dcp_plugins.engine import AsyncCheckpointerType, AsyncSaveResponse, await_staging_before_step, save
 from dcp_plugins.engine.async_save import begin_save
 from dcp_plugins.engine.thread_runner import thread_runner
+from dcp_plugins.errors import CheckpointException, PlanError
 from dcp_plugins.manager.agreement import deciding_ranks, is_alone
 from dcp_plugins.manager.in_flight import InFlight
 from dcp_plugins.manager.options import SaveOptions
 from dcp_plugins.staging import BlockingAsyncStager, HandoverStager, OverlappedStager
 from dcp_plugins.storage import FileSystemWriter
 
-__all__ = ["Saver", "expected_warnings", "renormed_weights"]
+__all__ = ["Saver", "expected_warnings", "renormed_weights", "unwrapped_plan_errors"]
 
 _Stager = BlockingAsyncStager | HandoverStager | OverlappedStager
 
@@ -242,6 +243,21 @@ class _Writer(FileSystemWriter):
     """Replaces a checkpoint without a warning: whoever saves in numbered steps or under "last" does so on purpose."""
 
     warns_of_replacing = False
+
+
+@contextmanager
+def unwrapped_plan_errors() -> Iterator[None]:
+    """Raise a ``PlanError`` as it is, on every rank, where a load has failed for nothing else.
+
+    Users of a framework know the error of a model that does not fit; the tracebacks of all ranks would hide it.
+    """
+    try:
+        yield
+    except CheckpointException as exc:
+        failures = [failure for failure, _ in exc.failures.values()]
+        if failures and all(isinstance(failure, PlanError) for failure in failures):
+            raise failures[0] from None
+        raise
 
 
 @contextmanager

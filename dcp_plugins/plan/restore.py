@@ -203,26 +203,26 @@ class _Restoring:
 
     def _leaf(self, saved: SavedValue, template: Any, path: tuple[Any, ...], *, in_object: bool) -> Any:
         def target_of(saved: SavedValue, template: Any) -> torch.Tensor:
-            is_tensor = isinstance(template, torch.Tensor)
-            fits = is_tensor and saved.size == size_of(template)
-            if fits and (not in_object or template.dtype == saved.dtype) and self._notes.may_fill(template, saved):
-                if saved.dtype is not None and not torch.can_cast(saved.dtype, template.dtype):
+            assert saved.size is not None
+            assert saved.dtype is not None
+            if not isinstance(template, torch.Tensor):
+                return torch.empty(saved.size, dtype=saved.dtype)
+            is_own = not in_object or template.dtype == saved.dtype
+            if is_own and self._notes.may_fill(template, saved):
+                if not torch.can_cast(saved.dtype, template.dtype):
                     self._problems.append(
                         f"{saved.fqn}: the checkpoint holds {saved.dtype}, which a tensor of {template.dtype} cannot"
                         " hold without loss"
                     )
                 # The caller's tensor gives the memory and the layout.
-                own: torch.Tensor = template
-                return own
-            if is_tensor and not fits and not in_object and template.numel():
+                return template
+            if not in_object and saved.size != size_of(template) and template.numel():
                 self._problems.append(
-                    f"Size mismatch between saved {tuple(saved.size or ())} and current: {tuple(size_of(template))} for"
+                    f"Size mismatch between saved {tuple(saved.size)} and current: {tuple(size_of(template))} for"
                     f" {saved.fqn}"
                 )
                 return template
-            device = template.device if isinstance(template, torch.Tensor) else None
-            assert saved.size is not None
-            return torch.empty(saved.size, dtype=saved.dtype, device=device)
+            return torch.empty(saved.size, dtype=saved.dtype, device=template.device)
 
         return like_saved(saved, template, target_of)
 

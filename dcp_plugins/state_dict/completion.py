@@ -237,7 +237,9 @@ def _plain_target(saved: SavedValue, own: Any) -> torch.Tensor:
     return torch.empty(saved.size, dtype=saved.dtype, device=own.device if isinstance(own, torch.Tensor) else None)
 
 
-def model_template(values: Mapping[str, Any], names: Names, *, strict: bool, hint: str) -> dict[str, Any]:
+def model_template(
+    values: Mapping[str, Any], names: Names, *, strict: bool, hint: str, title: str = ""
+) -> dict[str, Any]:
     """Return a model's state dict as a template that a load completes: extra state and lazy parameters are loaded too.
 
     Args:
@@ -246,8 +248,9 @@ def model_template(values: Mapping[str, Any], names: Names, *, strict: bool, hin
         strict: Raise if the model's keys and the checkpoint's differ, before anything is read; otherwise load the keys
             that both have.
         hint: The last sentence of that error: what the caller can do.
+        title: The name of the model in that error, where there are several.
     """
-    template = CompletingDict(values, _ModelCompletion(names, strict=strict, hint=hint))
+    template = CompletingDict(values, _ModelCompletion(names, strict=strict, hint=hint, title=title))
     template.__dict__.update(vars(values) if isinstance(values, OrderedDict) else {})
     return template
 
@@ -255,10 +258,11 @@ def model_template(values: Mapping[str, Any], names: Names, *, strict: bool, hin
 class _ModelCompletion:
     """Completes the state dict of a model."""
 
-    def __init__(self, names: Names, *, strict: bool, hint: str) -> None:
+    def __init__(self, names: Names, *, strict: bool, hint: str, title: str) -> None:
         self._names = names
         self._strict = strict
         self._hint = hint
+        self._of = f" of {title}" if title else ""
 
     def completed(self, template: Mapping[Any, Any], saved: Mapping[Any, Any], notes: Notes) -> Mapping[Any, Any]:
         missing = [key for key in template if key not in saved and not is_extra_state(key)]
@@ -269,7 +273,7 @@ class _ModelCompletion:
             for what, keys in (("Missing", missing), ("Unexpected", unexpected)):
                 wrong = [key for key in keys if not _is_below(key, free)]
                 if wrong:
-                    problems.append(f"{what} key(s): {listing(wrong)}")
+                    problems.append(f"{what} key(s){self._of}: {listing(wrong)}")
         tied = _earlier_tied(template, saved)
         made: OrderedDict[Any, Any] = OrderedDict()
         versions = getattr(template, "_metadata", None)

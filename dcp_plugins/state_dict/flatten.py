@@ -38,6 +38,7 @@ class ParsedOptimizerState:
     unknown: list[str] = field(default_factory=list)  # Flat keys with no name of a parameter of the model.
     had_state: frozenset[Any] | None = None  # Names of the parameters that had state; None if not known.
     shared: frozenset[Any] | None = None  # Keys that belong to no parameter; None if not known.
+    entries: dict[str, Any] = field(default_factory=dict)  # The entries beside state and groups.
 
 
 def is_nested(state_dict: Mapping[str, Any]) -> bool:
@@ -92,7 +93,8 @@ def _parsed_nested(state_dict: Mapping[str, Any]) -> ParsedOptimizerState:
     for group in state_dict[GROUPS]:
         options = {option: value for option, value in group.items() if option != PARAMS}
         groups.append(ParsedGroup(list(group.get(PARAMS, ())), options))
-    return ParsedOptimizerState(dict(state_dict[STATE]), groups)
+    entries = {key: value for key, value in state_dict.items() if key not in (STATE, GROUPS)}
+    return ParsedOptimizerState(dict(state_dict[STATE]), groups, entries=entries)
 
 
 def _parsed_flat(state_dict: Mapping[str, Any], known: Mapping[str, Any]) -> ParsedOptimizerState:

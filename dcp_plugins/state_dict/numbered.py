@@ -25,6 +25,8 @@ def by_name(saved: Mapping[str, Any], model: nn.Module, optimizer: Optimizer) ->
     Raises:
         PlanError: The state describes another number of parameters than the optimizer has.
     """
+    if "param_groups" not in saved:
+        return saved
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
     if all(isinstance(number, str) for number in numbers):
         return saved
@@ -53,6 +55,9 @@ def in_unsharded_order(state: dict[str, Any], model: nn.Module, optimizer: Optim
         The state.
     """
     groups = optimizer.param_groups
+    if "param_groups" not in state:
+        # The optimizer's own form, which names no parameters.
+        return state
     if any(isinstance(parameter, FlatParameter) for group in groups for parameter in group["params"]):
         # FSDP1 lists the parameters of its outermost unit first. Without it they are listed by module, in the order of
         # the modules, and those of one module in the order that the unit keeps, too.

@@ -21,7 +21,7 @@ from dcp_plugins.state_dict.options import StateDictOptions
 from dcp_plugins.state_dict.types import OptimizerStateType
 from dcp_plugins.state_dict.values import of_its_kind
 
-__all__ = ["as_optimizers", "check_membership", "get_optimizers"]
+__all__ = ["as_optimizers", "check_membership", "entries_of", "get_optimizers"]
 
 log = logging.getLogger(__name__)
 
@@ -90,18 +90,41 @@ def _own_state(optimizers: tuple[Optimizer, ...], names: Names, *, flat: bool, i
     check_membership(optimizers, names)
     state: dict[Any, Any] = {}
     groups: list[dict[str, Any]] = []
-    for optimizer in optimizers:
-        own_state, own_groups = _one(optimizer, names, has_initial=initial)
+    entries: dict[str, Any] = {}
+    for at, optimizer in enumerate(optimizers):
+        own_state, own_groups, own_entries = _one(optimizer, names, has_initial=initial)
+        entries.update((entry_key(key, at, len(optimizers)), value) for key, value in own_entries.items())
         twice = [key for key in own_state if key in state]
         if twice:
             raise PlanError(f"Two optimizers hold state for the same parameters: {listing(twice)}.")
         state.update(own_state)
         groups.extend(own_groups)
     result: dict[str, Any] = {STATE: state, GROUPS: groups}
-    return flattened(result) if flat else result
+    if initial:
+        # As torch's getters do.
+        entries = {}
+    if entries and flat:
+        raise UnsupportedValueError(
+            f"The state dict of an optimizer has entries beside '{STATE}' and '{GROUPS}', for which a flat state dict"
+            f" has no place: {listing(entries)}. Save without flatten_optimizer_state_dict."
+        )
+    return flattened(result) if flat else {**result, **entries}
 
 
-def _one(optimizer: Optimizer, names: Names, *, has_initial: bool) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
+def entry_key(key: str, at: int, num_optimizers: int) -> str:
+    """Name an entry of one optimizer's state dict, beside state and groups, in the state dict of all."""
+    return key if num_optimizers == 1 else f"{at}.{key}"
+
+
+def entries_of(entries: Mapping[str, Any], at: int, num_optimizers: int) -> dict[str, Any]:
+    """Return the entries of one optimizer, out of those of all."""
+    prefix = entry_key("", at, num_optimizers)
+    return {key[len(prefix) :]: value for key, value in entries.items() if key.startswith(prefix)}
+
+
+def _one(
+    optimizer: Optimizer, names: Names, *, has_initial: bool
+) -> tuple[dict[Any, Any], list[dict[str, Any]], dict[str, Any]]:
     with record("state_dict.call"):
         native = state_dict_call(optimizer, "state_dict")()
     if not isinstance(native, Mapping) or STATE not in native or GROUPS not in native:
@@ -130,7 +153,7 @@ def _one(optimizer: Optimizer, names: Names, *, has_initial: bool) -> tuple[dict
                     by_name[fqn] = _piece_state(piece, state)
         groups.append({**native_group, PARAMS: params})
     by_name.update((key, _detached_containers(value)) for key, value in states.items())
-    return by_name, groups
+    return by_name, groups, {key: value for key, value in native.items() if key not in (STATE, GROUPS)}
 
 
 def _initial(optimizer: Optimizer) -> dict[int, dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,7 +19,12 @@ from dcp_plugins.state_dict.values import of_its_kind, restored
 __all__ = ["install"]
 
 
-def install(optimizer: Optimizer, state: Mapping[Any, Any], groups: list[dict[str, Any]]) -> None:
+def install(
+    optimizer: Optimizer,
+    state: Mapping[Any, Any],
+    groups: list[dict[str, Any]],
+    entries: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
     """Make the state and the groups the optimizer's.
 
     An optimizer with hooks, or with a ``load_state_dict`` of its own, is given them through that. For any other its
@@ -30,6 +36,7 @@ def install(optimizer: Optimizer, state: Mapping[Any, Any], groups: list[dict[st
         state: By place of the parameter in all groups; other keys are kept as they are. Tensors have the dtype that
             the optimizer shall have them in; nobody else holds them.
         groups: As ``Optimizer.state_dict()`` has them.
+        entries: What the optimizer's state dict has beside these.
     """
     call = state_dict_call(optimizer, "load_state_dict")
     inner = underlying(optimizer)
@@ -39,11 +46,12 @@ def install(optimizer: Optimizer, state: Mapping[Any, Any], groups: list[dict[st
         getattr(call, "__func__", None) is Optimizer.load_state_dict
         and not inner._optimizer_load_state_dict_pre_hooks
         and not inner._optimizer_load_state_dict_post_hooks
+        and not entries
     ):
         _hand_over(inner, state, groups, parameters)
         return
     if not is_torchs:  # A method of the optimizer's own may have its reasons to convert.
-        call({STATE: state, GROUPS: groups})
+        call({STATE: state, GROUPS: groups, **entries})
         return
     given: Mapping[Any, Any] = state
 
@@ -64,7 +72,7 @@ def install(optimizer: Optimizer, state: Mapping[Any, Any], groups: list[dict[st
         inner.register_load_state_dict_post_hook(first_after, prepend=True),
     )
     try:
-        call({STATE: state, GROUPS: groups})
+        call({STATE: state, GROUPS: groups, **entries})
     finally:
         for hook in ours:
             hook.remove()

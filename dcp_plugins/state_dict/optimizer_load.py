@@ -23,12 +23,12 @@ from dcp_plugins.state_dict.fit import landed
 from dcp_plugins.state_dict.flatten import PARAMS, ParsedGroup, ParsedOptimizerState, parsed
 from dcp_plugins.state_dict.fsdp1 import FlatPiece, flat_memory
 from dcp_plugins.state_dict.full import Announced, Copy, agree, announce, fill_all, is_tensor_source, receive
-from dcp_plugins.state_dict.initial import initial_state, is_fresh, underlying
+from dcp_plugins.state_dict.initial import has_state, initial_state, is_fresh, underlying
 from dcp_plugins.state_dict.names import Names
-from dcp_plugins.state_dict.optimizer import check_membership
+from dcp_plugins.state_dict.optimizer import check_membership, entries_of
 from dcp_plugins.state_dict.optimizer_fsdp1 import is_memory_of, merge, piece_copy
 from dcp_plugins.state_dict.optimizer_install import install
-from dcp_plugins.state_dict.optimizer_names import all_fqns, by_fqn
+from dcp_plugins.state_dict.optimizer_names import by_fqn, check_real
 from dcp_plugins.state_dict.optimizer_shared import shared_state
 from dcp_plugins.state_dict.options import StateDictOptions
 from dcp_plugins.state_dict.problems import EmptyGroups, Problems, spellings
@@ -70,7 +70,7 @@ def load_optimizers(
 
     def check() -> None:
         check_membership(optimizers, names)
-        _check_real(optimizers, names)
+        check_real(optimizers, names)
 
     def read() -> ParsedOptimizerState:
         check()
@@ -115,15 +115,6 @@ def load_optimizers(
         install_all()
 
 
-def _check_real(optimizers: tuple[Optimizer, ...], names: Names) -> None:
-    on_meta = [fqn for fqn in all_fqns(optimizers, names) if names.tensors[fqn].is_meta]
-    if on_meta:
-        raise PlanError(
-            f"Cannot load optimizer state for parameters on the meta device: {listing(on_meta)}. Load the model first, "
-            "then make the optimizer over its real parameters."
-        )
-
-
 @dataclass(frozen=True, slots=True)
 class _Options:
     """A group's options, sent as they are: they are compared before tensors arrive, and small."""
@@ -152,6 +143,8 @@ def _plan_all(
     plans.extend(
         _Plan(optimizer, saved, names, options, problems, empty_groups, may_step_replica) for optimizer in optimizers
     )
+    for at, each in enumerate(plans):
+        each.entries = copied(entries_of(saved.entries, at, len(optimizers)))
     for at, key, value in shared_state(optimizers, saved, names, problems, strict=options.strict):
         plans[at].place(key, value)
     problems.raise_any()
@@ -172,6 +165,7 @@ class _Plan:
         may_step_replica: bool,
     ) -> None:
         self.copies: list[Copy] = []
+        self.entries: dict[str, Any] = {}
         self._optimizer = optimizer
         self._full = options.full_state_dict
         self._strict = options.strict
@@ -206,6 +200,9 @@ class _Plan:
             if not group[PARAMS]:
                 merged = empty_groups.next_options()
             own = {option: value for option, value in group.items() if option != PARAMS}
+            if merged and not may_step_replica and has_state(optimizer):
+                # Options that steps have made since the save go, as in ``Optimizer.load_state_dict``.
+                own = {option: value for option, value in own.items() if option in underlying(optimizer).defaults}
             new = {
                 option: copied(value, getattr(own.get(option), "device", None))
                 for option, value in merged.items()
@@ -221,7 +218,7 @@ class _Plan:
 
     def install(self) -> None:
         """Give the optimizer its state."""
-        install(self._optimizer, self._state, self._groups)
+        install(self._optimizer, self._state, self._groups, self.entries)
 
     def _merged_options(self, groups: list[ParsedGroup], at: int) -> dict[str, Any]:
         merged: dict[str, Any] = {}

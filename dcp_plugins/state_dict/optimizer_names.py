@@ -7,11 +7,11 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from dcp_plugins.errors import PlanError
+from dcp_plugins.errors import PlanError, listing
 from dcp_plugins.state_dict.flatten import GROUPS, PARAMS, STATE
 from dcp_plugins.state_dict.names import Names
 
-__all__ = ["all_fqns", "by_fqn"]
+__all__ = ["all_fqns", "by_fqn", "check_real"]
 
 
 def all_fqns(optimizers: Iterable[Optimizer], names: Names) -> list[str]:
@@ -43,3 +43,17 @@ def by_fqn(state_dict: Mapping[str, Any], optimizers: tuple[Optimizer, ...], nam
         STATE: {fqns.get(key, key): value for key, value in state_dict[STATE].items()},
         GROUPS: [{**group, PARAMS: [fqns[param] for param in group[PARAMS]]} for group in groups],
     }
+
+
+def check_real(optimizers: tuple[Optimizer, ...], names: Names) -> None:
+    """Raise if a parameter of an optimizer is on the meta device, and has no memory that state could belong to.
+
+    Raises:
+        PlanError: Names the parameters.
+    """
+    on_meta = [fqn for fqn in all_fqns(optimizers, names) if names.tensors[fqn].is_meta]
+    if on_meta:
+        raise PlanError(
+            f"Cannot load optimizer state for parameters on the meta device: {listing(on_meta)}. Load the model first, "
+            "then make the optimizer over its real parameters."
+        )

@@ -19,6 +19,12 @@ from dcp_plugins.state_dict.model import get_model
 from dcp_plugins.state_dict.names import Model
 from dcp_plugins.state_dict.optimizer import get_optimizers
 from dcp_plugins.state_dict.optimizer_load import load_optimizers
+from dcp_plugins.state_dict.optimizer_odd import (
+    has_usual_form,
+    load_whole_state,
+    name_loose_tensors,
+    whole_state,
+)
 from dcp_plugins.state_dict.options import StateDictOptions, checked_options
 from dcp_plugins.state_dict.together import begun
 
@@ -32,6 +38,7 @@ def own_model_state(
     options: StateDictOptions | None = None,
     values: Mapping[str, Any] | None = None,
     hint: str = "",
+    title: str = "",
 ) -> dict[str, Any]:
     """Return the state dict of a model, for a save or as the template of a load.
 
@@ -41,11 +48,12 @@ def own_model_state(
             checkpoint's differ.
         values: The part of the model's state dict to load; None takes all of it.
         hint: The last sentence of that error: what the caller can do.
+        title: The name of the model in that error, where there are several.
     """
     options = checked_options(options)
     names, _ = begun(model, options)
     found = get_model(names, options, None) if values is None else values
-    return model_template(found, names, strict=options.strict, hint=hint)
+    return model_template(found, names, strict=options.strict, hint=hint, title=title)
 
 
 @collector_paused()
@@ -63,6 +71,9 @@ def own_optimizer_state(
     """
     options = checked_options(options)
     names, found = begun(model, options, optimizers, needs_optimizer=True)
+    if len(found) == 1 and not has_usual_form(found[0]):
+        return whole_state(found[0])
+    name_loose_tensors(names, found)
     return dict(get_optimizers(found, names, options, initial=False))
 
 
@@ -77,4 +88,8 @@ def restore_optimizer_state(
     """Give optimizers a loaded state dict, as ``set_optimizer_state_dict`` does, but without a step of a replica."""
     options = checked_options(options)
     names, found = begun(model, options, optimizers, needs_optimizer=True, setting=True)
+    if len(found) == 1 and not has_usual_form(found[0]):
+        load_whole_state(found[0], state_dict)
+        return
+    name_loose_tensors(names, found)
     load_optimizers(found, state_dict, names, options, may_step_replica=False)

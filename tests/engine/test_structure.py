@@ -9,6 +9,7 @@ from collections import Counter, OrderedDict, defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -28,6 +29,7 @@ ODD_KEYS: dict[str, Any] = {
     "booleans, floats, None": {True: 1, 2.5: 2, None: 3, float("inf"): 4, -0.0: 5},
     "tuples": {("a", 1): 1, (("b",), None): 2},
     "bytes": {b"\x00k": 1},
+    "numbers of NumPy": {np.int64(3): 1, np.float32(0.5): 2, np.bool_(True): 3},
     "strings that look like numbers": {"0": 1, "True": 2, "None": 3},
     "a mixture": {"x": 1, 7: {"y": torch.arange(3)}, (1, 2): [{3: torch.ones(2)}, {}]},
     "dots": {"a.b": {"c": 1}, "a": {"c": 2}},
