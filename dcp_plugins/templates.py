@@ -28,6 +28,7 @@ __all__ = [
     "apply_completed",
     "completion_of",
     "like_saved",
+    "only_as_asked",
     "overlapping",
     "saved_values",
 ]
@@ -189,6 +190,25 @@ def apply_completed(container: dict[Any, Any], completed: Mapping[Any, Any]) -> 
     container.update(completed)
     if isinstance(container, CompletingDict) and isinstance(completed, CompletingDict):
         container.completion = completed.completion
+
+
+class _AsAsked:
+    def completed(self, template: Mapping[Any, Any], saved: Mapping[Any, Any], notes: Notes) -> Mapping[Any, Any]:
+        made: dict[Any, Any] = {}
+        for key, value in saved.items():
+            own = template.get(key)
+            if isinstance(value, Mapping) and isinstance(own, Mapping):
+                made[key] = self.completed(own, value, notes)
+            elif key in template:
+                made[key] = own
+            else:
+                notes.left_unread.update(found.fqn for found in saved_values(value))
+        return made
+
+
+def only_as_asked(values: Mapping[Any, Any]) -> CompletingDict:
+    """Return nested dicts that a restore fills without what else was saved below them: other ranks' values, say."""
+    return CompletingDict(values, _AsAsked())
 
 
 def completion_of(container: Any) -> Completion | None:

@@ -44,7 +44,6 @@ def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
         module=frame.f_globals.get("__name__") or "<unknown>",
         # Python's filters keep in this dict which warnings the module has shown.
         registry=frame.f_globals.setdefault("__warningregistry__", {}),
-        module_globals=frame.f_globals,
     )
 
 

@@ -41,6 +41,7 @@ from dcp_plugins.plan.unloadable import loaded_with
 from dcp_plugins.state_dict import StateDictOptions, set_model_state_dict
 from dcp_plugins.state_dict.owned import restore_optimizer_state
 from dcp_plugins.storage.parts import PartsWriter
+from dcp_plugins.templates import only_as_asked
 from dcp_plugins.user_warnings import warn_user
 
 __all__ = ["Checkpointer"]
@@ -306,7 +307,7 @@ class Checkpointer:
             rest: dict[str, dict[str, bytes]] = {}
             for name, rank in contents.files_for(accelerator.process_index, accelerator.num_processes).items():
                 rest.setdefault(str(rank), {})[name] = b""
-            state[layout.REST] = rest
+            state[layout.REST] = only_as_asked(rest)
             return state
 
         state = self._together("prepare", prepare)

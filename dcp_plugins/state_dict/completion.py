@@ -197,7 +197,19 @@ class _Owner:
 
     def targets(self, notes: Notes) -> Callable[[SavedValue, Any], torch.Tensor]:
         """Return what finds the tensor to fill: the optimizer's own if a value can be loaded there, or a new one."""
-        return lambda saved, own: own if notes.may_fill(own, saved) else self._new(saved)
+
+        def target_of(saved: SavedValue, own: Any) -> torch.Tensor:
+            made_or_own: torch.Tensor = (
+                own if notes.may_fill(own, saved) and self._keeps(own, saved) else self._new(saved)
+            )
+            return made_or_own
+
+        return target_of
+
+    def _keeps(self, own: torch.Tensor, saved: SavedValue) -> bool:
+        """Tell whether a value keeps its dtype in the optimizer's own tensor, or is cast as the optimizer would."""
+        optimizer = self._optimizer()
+        return own.dtype == saved.dtype or (optimizer is not None and _is_torchs(optimizer))
 
     def _new(self, saved: SavedValue) -> torch.Tensor:
         assert saved.size is not None
@@ -225,11 +237,14 @@ class _Owner:
 
 def _dtype_of(saved: torch.dtype, parameter: torch.Tensor, optimizer: Optimizer, size: torch.Size) -> torch.dtype:
     """Return the dtype of new state: the parameter's for torch's own optimizers, the saved one for any other."""
-    is_torchs = type(optimizer).__module__.startswith("torch.optim.")
     is_alike = (
         saved.is_floating_point == parameter.dtype.is_floating_point and size == parameter.shape and len(size) > 0
     )
-    return parameter.dtype if is_torchs and is_alike else saved
+    return parameter.dtype if _is_torchs(optimizer) and is_alike else saved
+
+
+def _is_torchs(optimizer: Optimizer) -> bool:
+    return type(optimizer).__module__.startswith("torch.optim.")
 
 
 def _plain_target(saved: SavedValue, own: Any) -> torch.Tensor:

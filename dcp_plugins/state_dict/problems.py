@@ -61,7 +61,9 @@ class Problems:
             self.others.append(
                 f"Expected {len(own)} parameter group(s), as the optimizer has: {ours}. Found"
                 f" {len(self._saved.groups)}: {theirs}. Group the parameters as they were when it was saved, or pass"
-                " StateDictOptions(strict=False) to take each parameter's options where they are found."
+                " StateDictOptions(strict=False) to take each parameter's options where they are found. Where ranks"
+                " hold different parameters (pipeline stages), save with"
+                " StateDictOptions(flatten_optimizer_state_dict=True)."
             )
 
     def lacks_state(self, fqn: str, *, has_own: bool) -> None:

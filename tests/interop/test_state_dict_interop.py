@@ -14,6 +14,7 @@ from torch import nn
 
 import dcp_plugins as dcp
 from dcp_plugins import state_dict as ours
+from dcp_plugins.errors import PlanError
 from dcp_plugins.state_dict import StateDictOptions
 from dcp_plugins.testing.ranks import run_ranks
 from tests.ranks.wrapped_models import adamw, build, train, whole
@@ -160,7 +161,7 @@ def _options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     return [{k: v for k, v in group.items() if k in ("lr", "weight_decay")} for group in optimizer.param_groups]
 
 
-def test_a_group_that_is_split_keeps_its_options_where_torch_leaves_them_to_the_last_part() -> None:
+def test_a_group_that_is_split_is_refused_or_keeps_its_options_where_torch_leaves_them_to_the_last_part() -> None:
     model = Net()
     matrices, others = groups_of(model)
     optimizer = _adamw([matrices, others])
@@ -168,7 +169,9 @@ def test_a_group_that_is_split_keeps_its_options_where_torch_leaves_them_to_the_
     state = ours.get_optimizer_state_dict(model, optimizer)
     split = [{**matrices, "params": matrices["params"][at::2]} for at in (0, 1)]
     mine, theirs = (_adamw([*split, others]) for _ in range(2))
-    ours.set_optimizer_state_dict(model, mine, snapshot(state))
+    with pytest.raises(PlanError, match=r"Expected 3 parameter group\(s\).*Found 2"):
+        ours.set_optimizer_state_dict(model, mine, snapshot(state))
+    ours.set_optimizer_state_dict(model, mine, snapshot(state), options=ours.StateDictOptions(strict=False))
     assert _options(mine) == [{"lr": 0.05, "weight_decay": 0.1}] * 2 + [{"lr": 0.002, "weight_decay": 0.0}]
     train_net(model, mine, steps=1)
     stock.set_optimizer_state_dict(model, theirs, snapshot(state))

@@ -123,7 +123,6 @@ def test_every_kind_of_replicated_value_survives_on_many_ranks_and_on_others(tmp
 
 
 REFUSED: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
-    "quantised": (lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), "quantised.*int_repr"),
     "meta": (lambda: torch.ones(3, device="meta"), "meta device.*Materialise"),
     "sparse": (lambda: torch.eye(3).to_sparse(), "torch.sparse_coo.*to_dense"),
     "sparse_csr": (lambda: torch.eye(3).to_sparse_csr(), "torch.sparse_csr.*to_dense"),

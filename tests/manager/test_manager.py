@@ -18,7 +18,12 @@ import pytest
 import torch
 
 import dcp_plugins as dcp
-from dcp_plugins.errors import CheckpointNotFoundError, CorruptCheckpointError, UnsafeCheckpointError
+from dcp_plugins.errors import (
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    UnloadableValueWarning,
+    UnsafeCheckpointError,
+)
 from dcp_plugins.manager import (
     CheckpointManager,
     EveryMinutes,
@@ -207,7 +212,8 @@ def test_a_run_does_not_begin_anew_beside_damaged_checkpoints(tmp_path: Path) ->
 def test_what_does_not_fit_is_no_damage(tmp_path: Path) -> None:
     manager = CheckpointManager(tmp_path, options=SYNC)
     for step in (1, 2):
-        manager.save(step, value(step) | {"odd": Odd(1)})
+        with pytest.warns(UnloadableValueWarning, match="odd .*Odd"):
+            manager.save(step, value(step) | {"odd": Odd(1)})
     with pytest.raises(dcp.CheckpointException, match="Missing key"):
         manager.restore({"other": torch.zeros(1)})
     with pytest.raises(dcp.CheckpointException) as caught:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import warnings
 from collections import Counter, OrderedDict
 from pathlib import Path
@@ -208,7 +207,6 @@ SCRIPTS = st.lists(
 def test_an_optimizer_with_random_state_goes_on_as_if_it_had_not_been_interrupted(
     tmp_path_factory: pytest.TempPathFactory, script: Any, flat: bool, with_manager: bool, stepped_before: int
 ) -> None:
-    logging.getLogger("dcp_plugins").setLevel(logging.ERROR)
     folder: Path = tmp_path_factory.mktemp("c")
 
     def made() -> tuple[nn.Module, Random]:

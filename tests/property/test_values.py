@@ -62,7 +62,6 @@ def test_any_nesting_of_listed_values_is_decoded_as_stock_torch_does(value: Any,
     stream = io.BytesIO()
     torch.save(value, stream, pickle_protocol=protocol)
     decoded = decode_value(stream.getvalue(), "x")
-    assert same(decoded, value)
     stream.seek(0)
     assert same(decoded, torch.load(stream, weights_only=False))
 

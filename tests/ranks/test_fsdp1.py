@@ -142,7 +142,9 @@ def built(kind: str) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 def close(first: Any, second: Any, where: str = "") -> None:
     """Compare trees whose tensors may differ by rounding."""
-    assert type(first) is type(second) or isinstance(first, torch.Tensor), (where, type(first), type(second))
+    are_dicts = isinstance(first, dict) and isinstance(second, dict)
+    is_alike = are_dicts or type(first) is type(second) or isinstance(first, torch.Tensor)
+    assert is_alike, (where, type(first), type(second))
     if isinstance(first, dict):
         assert sorted(map(str, first)) == sorted(map(str, second)), where
         for key in first:

@@ -379,6 +379,7 @@ def test_what_does_not_fit_is_said_before_anything_is_changed(tmp_path: Path) ->
     assert same(changed.whole_state(), before)
     other = enable(accelerator_for("plain"), DCPPlugin())
     model = other.prepare(nn.Linear(2, 2))
+    other.register_for_checkpointing(Counter())
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(PlanError, match=r"Missing key\(s\) of model 0: bias, weight. Unexpected key"):
         other.load_state(tmp_path / "a")

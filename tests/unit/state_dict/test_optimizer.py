@@ -463,6 +463,6 @@ def test_a_state_dict_that_does_not_tell_what_had_state_is_loaded_with_a_warning
     state = {"state": dict(own["state"]), "param_groups": own["param_groups"]}
     del state["state"]["last.weight"]
     fresh = torch.optim.Adam(model.parameters())
-    with pytest.warns(UserWarning, match=r"no state for last\.weight, and does not tell whether there was any"):
+    with pytest.warns(UserWarning, match=r"no state for last\.weight, and does not say whether there was any"):
         set_optimizer_state_dict(model, fresh, state)
     assert len(fresh.state) == len(optimizer.state) - 1

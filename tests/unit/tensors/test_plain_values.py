@@ -145,7 +145,7 @@ def test_find_shard_gives_the_tensor_itself_and_refuses_another_offset():
     assert find_shard(value, MetadataIndex("w")) is value
     assert find_shard(torch.tensor(1.0), MetadataIndex("s", [])).shape == ()
     for wrong in ([0, 1], [0], [0, 0, 0]):
-        with pytest.raises(PlanError, match=r"'w' is a tensor of shape \(3, 4\).*\(0, 0\), found"):
+        with pytest.raises(PlanError, match=r"'w' is no ShardedTensor but a tensor of shape \(3, 4\).*\(0, 0\), found"):
             find_shard(value, MetadataIndex("w", wrong))
 
 
