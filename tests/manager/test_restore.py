@@ -89,7 +89,7 @@ def test_entries_that_were_not_saved_go_with_one_line_in_the_log(
     with caplog.at_level(logging.WARNING, logger="dcp_plugins"):
         restored(tmp_path, fresh)
     assert fresh == {"counters": {"seen": {0: 5}}}
-    (record,) = [one for one in caplog.records if "gone" in one.getMessage()]
+    (record,) = [one for one in caplog.records if "removed entries" in one.getMessage()]
     assert "counters.later, counters.seen.1" in record.getMessage()
 
 

@@ -231,7 +231,10 @@ def _regrouped(folder: str) -> None:
         matrices, others = groups_of(model)
         halves = [{**matrices, "params": matrices["params"][at::2][::-1]} for at in (0, 1)]
         fresh = torch.optim.AdamW([others, *halves], lr=9.0)
-        set_optimizer_state_dict(model, fresh, state)
+        if not flat:
+            with pytest.raises(PlanError, match=r"Expected 3 parameter group\(s\).*Found 2"):
+                set_optimizer_state_dict(model, fresh, state)
+        set_optimizer_state_dict(model, fresh, state, options=StateDictOptions(strict=flat))
         assert [group["lr"] for group in fresh.param_groups] == [0.003, 0.01, 0.01]
         for parameter in model.parameters():
             assert_equal(fresh.state.get(parameter, {}), optimizer.state.get(parameter, {}))
