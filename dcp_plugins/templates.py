@@ -72,7 +72,7 @@ class SavedOptimizerState(dict[Any, Any]):
 
 @dataclass(slots=True)
 class Notes:
-    """What the completions of one template tell and are told."""
+    """The notes on one template, shared by its completions: which tensors may be filled, and which values are left."""
 
     left_unread: set[str] = field(default_factory=set)
     """Gets the fqns that are left unread on purpose."""

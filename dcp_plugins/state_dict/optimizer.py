@@ -101,7 +101,7 @@ def _own_state(optimizers: tuple[Optimizer, ...], names: Names, *, flat: bool, i
         groups.extend(own_groups)
     result: dict[str, Any] = {STATE: state, GROUPS: groups}
     if initial:
-        # As torch's getters do.
+        # Torch's getters leave these entries out, and so does the public getter here.
         entries = {}
     if entries and flat:
         raise UnsupportedValueError(

@@ -172,7 +172,7 @@ class _Plan:
         self._names = names
         self._problems = problems
         self._initial: dict[int, dict[str, Any]] | None = None if may_step_replica else {}
-        # What an owner has saved comes back as it was saved.
+        # An owner gets a number back as a number, whatever its optimizer has now.
         self._may_convert = may_step_replica
         groups_of: dict[str, int] = {fqn: at for at, group in enumerate(saved.groups) for fqn in group.params}
         self._state: dict[Any, Any] = {}
