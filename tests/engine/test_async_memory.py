@@ -25,6 +25,7 @@ from dcp_plugins import DefaultSavePlanner
 from dcp_plugins.cli.bench.memory import return_free_memory
 from dcp_plugins.engine import AsyncCheckpointerType, AsyncSaveResponse
 from dcp_plugins.engine.thread_runner import thread_runner
+from dcp_plugins.errors import UnloadableValueWarning
 from dcp_plugins.staging import DefaultStager, StagingOptions, release_staging_memory, staging_memory_bytes
 from tests.engine.leftovers import num_threads
 from tests.programs import run_forked
@@ -243,7 +244,8 @@ class Uncopyable:
 
 def test_the_completion_of_staging_comes_also_if_nothing_can_be_staged_after_all(tmp_path: Path) -> None:
     stager = DefaultStager(StagingOptions(False, False, True, False), max_staging_bytes=1_000_000)
-    response = dcp.async_save({**state(7), "value": Uncopyable()}, checkpoint_id=tmp_path, async_stager=stager)
+    with pytest.warns(UnloadableValueWarning, match=r"value \(.*Uncopyable\)"):
+        response = dcp.async_save({**state(7), "value": Uncopyable()}, checkpoint_id=tmp_path, async_stager=stager)
     assert isinstance(response, AsyncSaveResponse)
     with pytest.raises(dcp.CheckpointException, match="cannot take a snapshot of value"):
         response.upload_completion.result(timeout=20)

@@ -6,8 +6,10 @@ import runpy
 import warnings
 from pathlib import Path
 
+import pytest
 import torch.distributed as dist
 
+from dcp_plugins.errors import UnreadValuesWarning
 from dcp_plugins.testing.ranks import run_ranks
 
 HERE = Path(__file__).resolve().parent
@@ -39,9 +41,7 @@ def run_getting_started(program: Path, folder: Path) -> None:
     run_ranks(2, run_on_rank, program, "load_example", folder)
     # The number of processes may differ between saving and loading.
     run_ranks(1, run_on_rank, program, "load_example", folder)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        runpy.run_path(str(program))["plain_load_example"](str(folder))
+    runpy.run_path(str(program))["plain_load_example"](str(folder))
 
 
 def run_asynchronous_saving(program: Path, folder: Path) -> None:
@@ -49,14 +49,18 @@ def run_asynchronous_saving(program: Path, folder: Path) -> None:
     run_ranks(2, run_on_rank, program, "cached_staging_example", folder)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_getting_started_runs_with_only_the_prefix_changed(tmp_path: Path) -> None:
-    run_getting_started(recipe("getting_started", "dcp_plugins", tmp_path), tmp_path)
+    # Its plain load takes the model out of `app` and leaves the optimizer there.
+    with pytest.warns(UnreadValuesWarning, match=r"app\.optim\."):
+        run_getting_started(recipe("getting_started", "dcp_plugins", tmp_path), tmp_path)
 
 
 def test_asynchronous_saving_runs_with_only_the_prefix_changed(tmp_path: Path) -> None:
     run_asynchronous_saving(recipe("asynchronous_saving", "dcp_plugins", tmp_path), tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_getting_started_is_a_recipe_that_stock_torch_runs(tmp_path: Path) -> None:
     run_getting_started(recipe("getting_started", STOCK, tmp_path), tmp_path)
 
