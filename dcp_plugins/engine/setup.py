@@ -205,8 +205,8 @@ def _without_completions(value: Any) -> Any:
         return dict(value)
     if type(value) not in (dict, OrderedDict) or _holds_leaves_only(value):
         return value
-    made = {key: _without_completions(entry) for key, entry in value.items()}
-    return value if all(made[key] is entry for key, entry in value.items()) else type(value)(made)
+    changed = {key: plain for key, entry in value.items() if (plain := _without_completions(entry)) is not entry}
+    return type(value)({**value, **changed}) if changed else value
 
 
 def holds_stateful(value: Any) -> bool:

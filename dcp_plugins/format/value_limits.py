@@ -17,6 +17,9 @@ __all__ = ["Limits"]
 
 _BUDGET_BYTES_PER_BYTE = 32
 _FREE_BUDGET_BYTES = 1 << 24
+# Parts of keys that are tuples. A part takes a byte at least; those that keys share are counted again.
+_KEY_PARTS_PER_BYTE = 4
+_FREE_KEY_PARTS = 1 << 20
 _MAX_KEY_DEPTH = 100
 # A dict with more keys of one hash than this is refused: finding a key would be slow.
 _MAX_COLLISIONS = 64
@@ -34,7 +37,7 @@ class Limits:
 
     def __init__(self, size: int) -> None:
         self._bytes_left = _FREE_BUDGET_BYTES + _BUDGET_BYTES_PER_BYTE * size
-        self._key_parts_left = self._bytes_left
+        self._key_parts_left = _FREE_KEY_PARTS + _KEY_PARTS_PER_BYTE * size
         self._collisions: collections.Counter[tuple[int, int]] = collections.Counter()
 
     def charge(self, nbytes: int) -> None:

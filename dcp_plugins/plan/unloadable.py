@@ -178,10 +178,14 @@ class _Search:
             # Keep a reference: the id of a freed object may be given to another one.
             self._seen[id(current)] = current
             if kind in _MAPPINGS or (not is_pickled and isinstance(current, Mapping)):
-                pending += [
-                    (item, f"{where}.{key}", is_pickled) for key, item in current.items() if type(item) not in _LEAVES
-                ]
-                pending += [(key, where, True) for key in current if type(key) not in _SCALARS]
+                if not _LEAVES.issuperset(map(type, current.values())):
+                    pending += [
+                        (item, f"{where}.{key}", is_pickled)
+                        for key, item in current.items()
+                        if type(item) not in _LEAVES
+                    ]
+                if not _SCALARS.issuperset(map(type, current)):
+                    pending += [(key, where, True) for key in current if type(key) not in _SCALARS]
                 if kind is collections.defaultdict and current.default_factory is not None:
                     pending.append((current.default_factory, where, True))
             elif kind in _SEQUENCES or (not is_pickled and isinstance(current, list)):

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 
 from dcp_plugins.errors import StagingMemoryError
-from dcp_plugins.format.memory import with_own_storage
 from dcp_plugins.staging.available import available_bytes
 from dcp_plugins.staging.huge_pages import huge_pages
 from dcp_plugins.staging.page_locks import PageLocks
@@ -50,13 +49,22 @@ class _Block:
         self.kept_bytes = 0
         """Bytes in the kept slots of this block."""
 
+        # Another process maps shared memory by its storage, the whole block. In private memory each slot gets a storage
+        # of its own: `torch.save` writes whole storages, and refuses tensors of two dtypes in one.
+        self._bytes = memory if memory.is_shared() else memory.numpy()  # type: ignore[no-untyped-call]
+
     def take(self, nbytes: int) -> torch.Tensor | None:
         """Return the next bytes of it, if there are as many left."""
         start = self.used_bytes
         if start + nbytes > self.memory.nbytes:
             return None
         self.used_bytes += _aligned(nbytes)
-        return self.memory[start : start + nbytes]
+        return self.part(start, start + nbytes)
+
+    def part(self, start: int, stop: int) -> torch.Tensor:
+        """Return these bytes of it; they keep the whole block's memory alive."""
+        part = self._bytes[start:stop]
+        return part if isinstance(part, torch.Tensor) else torch.from_numpy(part)
 
 
 class _Slot(NamedTuple):
@@ -182,8 +190,6 @@ class HostMemory:
             nbytes = math.prod(shape) * dtype.itemsize
             memory, block = self._allocate(nbytes)
             block.kept_bytes += _aligned(nbytes)
-            if not block.memory.is_shared():  # type: ignore[no-untyped-call]
-                memory = with_own_storage(memory)
             slot = _Slot(memory.view(dtype).view(shape), block)
         current[key] = slot
         return slot.tensor
@@ -227,7 +233,7 @@ class HostMemory:
     def _allocate(self, nbytes: int) -> tuple[torch.Tensor, _Block]:
         if nbytes > _MAX_SLAB_SLOT_BYTES:
             block = self._block(-(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE, is_for_one=True)
-            return block.memory[:nbytes], block
+            return block.part(0, nbytes), block
         memory = self._slabs[-1].take(nbytes) if self._slabs else None
         if memory is None:
             self._slabs.append(self._block(_SLAB_BYTES, is_for_one=False))

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.matrix.cells import Shape, resume_from_all, shared_checkpoints
+from tests.matrix.cells import WORLD_SIZES, Shape, resume_from_all, shared_checkpoints
+from tests.matrix.parallelisms import KINDS
 from tests.matrix.table import PAGE, SHAPES, documented, rendered, table_of
 
 
@@ -15,16 +16,26 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return shared_checkpoints(tmp_path_factory, "matrix", SHAPES)
 
 
+def sources_of(target: Shape) -> list[Shape]:
+    """A third of all shapes; together the targets of a kind resume from every shape, and from each kind three times.
+
+    `make parallelism-table` runs all cells.
+    """
+    kind, world_size = KINDS.index(target[0]), WORLD_SIZES.index(target[1])
+    return [(KINDS[at], WORLD_SIZES[(kind + at + world_size) % len(WORLD_SIZES)]) for at in range(len(KINDS))]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("target", SHAPES, ids=lambda shape: f"{shape[0]}-on-{shape[1]}")
 def test_a_run_saved_under_any_parallelism_goes_on_under(target: Shape, checkpoints: Path) -> None:
-    problems = resume_from_all(checkpoints, target, SHAPES)
+    sources = sources_of(target)
+    problems = resume_from_all(checkpoints, target, sources)
     report = "\n".join(f"{kind} on {world_size}: {problem}" for (kind, world_size), problem in problems.items())
     assert not problems, report
     # The column of this target: the table promises what is found here, no less and no more.
     in_docs = {source for source, resumed in documented(table_of(PAGE.read_text())) if resumed == target}
-    assert in_docs == set(problems), "`make parallelism-table` writes the table anew"
+    assert in_docs.intersection(sources) == set(problems), "`make parallelism-table` writes the table anew"
 
 
 def test_the_table_in_the_docs_is_the_one_that_is_generated() -> None:

@@ -59,21 +59,23 @@ def save_and_resume(name: str, sharded: bool, root: Path) -> list[tuple[str, lis
         run.train(3)
         again.train(3)
         found.append((kind, differences(run, again), num_found))
+    return found
+
+
+def save_and_resume_all(sharded: bool, root: Path) -> dict[str, list[tuple[str, list[str], int]]]:
+    found = {name: save_and_resume(name, sharded, root / name) for name in OPTIMIZERS}
     process_runner.close()
     release_staging_memory()
     return found
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_low_bit_optimizer_goes_on_as_if_it_had_never_stopped(name: str, tmp_path: Path) -> None:
-    (found,) = run_ranks(1, save_and_resume, name, False, tmp_path, timeout_seconds=150)
-    assert found == [("sync", [], 4), ("thread", [], 4), ("process", [], 4)]
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_sharded_low_bit_optimizer_goes_on_as_if_it_had_never_stopped(name: str, tmp_path: Path) -> None:
-    for found in run_ranks(2, save_and_resume, name, True, tmp_path, timeout_seconds=150):
-        assert found == [("sync", [], 4), ("thread", [], 4), ("process", [], 4)]
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_low_bit_optimizers_whole_and_sharded_go_on_as_if_they_had_never_stopped(
+    num_ranks: int, tmp_path: Path
+) -> None:
+    as_before: list[Any] = [("sync", [], 4), ("thread", [], 4), ("process", [], 4)]
+    for found in run_ranks(num_ranks, save_and_resume_all, num_ranks > 1, tmp_path, timeout_seconds=150):
+        assert found == dict.fromkeys(OPTIMIZERS, as_before)
 
 
 def save_sharded(name: str, ours: Path, torchs: Path) -> None:
