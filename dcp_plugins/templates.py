@@ -116,9 +116,11 @@ def _span_of(tensor: torch.Tensor) -> tuple[int, int, bool] | None:
     local = getattr(tensor, "_local_tensor", tensor)
     if type(local) not in PLAIN_TENSORS or local.is_meta or local.layout is not torch.strided or not local.numel():
         return None
+    first = local.data_ptr()
+    if local.is_contiguous():
+        return first, first + local.nbytes, True
     reach = sum((size - 1) * stride for size, stride in zip(local.shape, local.stride(), strict=True))
     is_dense = all(stride for size, stride in zip(local.shape, local.stride(), strict=True) if size > 1)
-    first = local.data_ptr()
     return first, first + (reach + 1) * local.element_size(), is_dense
 
 

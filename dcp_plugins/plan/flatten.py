@@ -74,17 +74,18 @@ class KeyPaths(FlattenMapping):
         """Return a path with the keys of the state dict in the place of their strings."""
         if not self.saved_mappings:
             return path
-        keys: list[Any] = []
-        for depth, key in enumerate(path):
-            found = self.saved_mappings.get(path[:depth])
-            if found is not None and found.keys is not None:
-                originals = self._originals.get(path[:depth])
-                if originals is None:
-                    originals = self._originals[path[:depth]] = {str(original): original for original in found.keys}
-                keys.append(originals.get(str(key), key))
-            else:
-                keys.append(key)
-        return tuple(keys)
+        return tuple(self.last_key(path[: depth + 1]) for depth in range(len(path)))
+
+    def last_key(self, path: KeyPath) -> Any:
+        """Return the last key of a path as it is in the state dict."""
+        above = path[:-1]
+        found = self.saved_mappings.get(above)
+        if found is None or found.keys is None:
+            return path[-1]
+        originals = self._originals.get(above)
+        if originals is None:
+            originals = self._originals[above] = {str(original): original for original in found.keys}
+        return originals.get(str(path[-1]), path[-1])
 
 
 def actual_path(paths: Mapping[str, KeyPath], fqn: str) -> tuple[Any, ...]:
@@ -209,27 +210,32 @@ def keyed_by_strings(state_dict: dict[Any, Any]) -> dict[str, Any]:
 
 def unflatten_state_dict(flat: Mapping[str, Any], mapping: Mapping[str, KeyPath]) -> dict[str, Any]:
     """Return the nested dict whose flattening gave ``flat`` and ``mapping``."""
+    paths = mapping if isinstance(mapping, KeyPaths) else KeyPaths(mapping)
     nested: dict[str, Any] = {}
-    saved_mappings = mapping.saved_mappings if isinstance(mapping, KeyPaths) else {}
-    made: set[KeyPath] = {()}
+    containers: dict[KeyPath, Any] = {(): nested}
 
-    def make_mappings(path: KeyPath) -> None:
-        """Make the recorded mappings along a path, each before its first value is put into it."""
-        assert isinstance(mapping, KeyPaths)
-        for depth in range(1, len(path) + 1):
+    def container_at(path: KeyPath, next_key: Any) -> Any:
+        """Return the container at a path; make it, and those above it, if they are not there yet."""
+        known = len(path)
+        while path[:known] not in containers:
+            known -= 1
+        container = containers[path[:known]]
+        for depth in range(known + 1, len(path) + 1):
             at = path[:depth]
-            if at in saved_mappings and at not in made:
-                made.add(at)
-                set_element(nested, mapping.actual(at), saved_mappings[at].empty())
+            recorded = paths.saved_mappings.get(at)
+            below = path[depth] if depth < len(path) else next_key
+            container = containers[at] = _entered(container, paths.last_key(at), below, recorded)
+        return container
 
-    for fqn in mapping if isinstance(mapping, KeyPaths) else flat:
+    for fqn in paths if paths is mapping else flat:
         if fqn not in flat:
             continue
-        if saved_mappings:
-            make_mappings(mapping[fqn][:-1])
-        set_element(nested, actual_path(mapping, fqn), flat[fqn])
-    for path in saved_mappings:
-        make_mappings(path)
+        path = paths[fqn]
+        container = container_at(path[:-1], path[-1])
+        containers.pop(path, None)
+        _put(container, paths.last_key(path), flat[fqn])
+    for path in paths.saved_mappings:
+        container_at(path, "")
     return nested
 
 
@@ -240,15 +246,7 @@ def set_element(root: dict[str, Any], path: tuple[Any, ...], value: Any) -> None
     """
     container: Any = root
     for key, next_key in itertools.pairwise(path):
-        entry = _get(container, key)
-        if entry is None:
-            entry = [] if type(next_key) is int else {}
-            _put(container, key, entry)
-        elif isinstance(entry, tuple):
-            # A tuple cannot be filled in place: a list takes its place.
-            entry = list(entry)
-            _put(container, key, entry)
-        container = entry
+        container = _entered(container, key, next_key, None)
     _put(container, path[-1], value)
 
 
@@ -263,6 +261,20 @@ def get_element(root: Mapping[str, Any], path: tuple[Any, ...], default: Any = N
             return default
         value = value[key]
     return value
+
+
+def _entered(container: Any, key: Any, next_key: Any, recorded: SavedMapping | None) -> Any:
+    """Return the container under a key, with a new one put there if the recorded one, or any, is missing."""
+    entry = _get(container, key) if recorded is None else recorded.empty()
+    if entry is None:
+        entry = [] if type(next_key) is int else {}
+    elif isinstance(entry, tuple):
+        # A tuple cannot be filled in place: a list takes its place.
+        entry = list(entry)
+    elif recorded is None:
+        return entry
+    _put(container, key, entry)
+    return entry
 
 
 def _get(container: Any, key: Any) -> Any:

@@ -49,9 +49,13 @@ class CompletionResult:
     subclass. None if nothing was completed."""
 
 
-def _tensors(value: Any) -> Iterator[tuple[int, torch.Tensor]]:
+def _result(notes: Notes, tensors: list[torch.Tensor]) -> CompletionResult:
+    return CompletionResult(notes.left_unread, {id(tensor): tensor for tensor in tensors})
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
-        yield id(value), value
+        yield value
     elif isinstance(value, (Mapping, list)):
         for entry in value.values() if isinstance(value, Mapping) else value:
             yield from _tensors(entry)
@@ -74,8 +78,8 @@ def complete_in_place(template: dict[Any, Any], metadata: Metadata) -> Completio
     places = list(_completing(template, ()))
     if not places:
         return CompletionResult()
-    own_tensors = dict(_tensors(template))
-    notes = Notes(overlapping=overlapping(tensor for _, tensor in _tensors(template)))
+    tensors = list(_tensors(template))
+    notes = Notes(overlapping=overlapping(tensors))
     saved = saved_tree(metadata)
     for path, container in places:
         below = get_element(saved, path)
@@ -83,7 +87,7 @@ def complete_in_place(template: dict[Any, Any], metadata: Metadata) -> Completio
         assert completion is not None
         completed = completion.completed(container, below if isinstance(below, Mapping) else {}, notes)
         apply_completed(container, completed)
-    return CompletionResult(notes.left_unread, own_tensors)
+    return _result(notes, tensors)
 
 
 def _completing(container: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], dict[Any, Any]]]:
@@ -119,12 +123,12 @@ def restored_template(
         PlanError: A saved value has no place, or a tensor of the caller was not saved; lists all of them.
     """
     saved = saved_tree(metadata)
-    own_tensors = dict(_tensors(template))
-    notes = Notes(overlapping=overlapping(tensor for _, tensor in _tensors(template)))
+    tensors = list(_tensors(template))
+    notes = Notes(overlapping=overlapping(tensors))
     restoring = _Restoring(outline, notes, is_recorded=saved_mappings_of(metadata) is not None, strict=strict)
     completion = completion_of(template)
     if completion is not None:
-        return dict(completion.completed(template, saved, notes)), CompletionResult(notes.left_unread, own_tensors)
+        return dict(completion.completed(template, saved, notes)), _result(notes, tensors)
     made: dict[Any, Any] = {}
     for key, value in template.items():
         if key in saved:
@@ -135,7 +139,7 @@ def restored_template(
         else:
             made[key] = value
     restoring.raise_problems(metadata)
-    return made, CompletionResult(notes.left_unread, own_tensors)
+    return made, _result(notes, tensors)
 
 
 def _is_empty(value: Any) -> bool:

@@ -158,6 +158,12 @@ def warn_of_unloadable(values: Mapping[str, Any], how_to_trust: str, noted: Mapp
     )
 
 
+def _kinds_to_enter(items: Iterable[Any], is_pickled: bool) -> set[type]:
+    """Return the classes of the items that a search has to enter; a tensor in a dict or list is stored as a tensor."""
+    kinds = set(map(type, items)) - _LEAVES
+    return kinds if is_pickled else {kind for kind in kinds if not issubclass(kind, torch.Tensor)}
+
+
 class _Search:
     """Looks for classes that a load would refuse."""
 
@@ -178,19 +184,19 @@ class _Search:
             # Keep a reference: the id of a freed object may be given to another one.
             self._seen[id(current)] = current
             if kind in _MAPPINGS or (not is_pickled and isinstance(current, Mapping)):
-                if not _LEAVES.issuperset(map(type, current.values())):
+                kinds = _kinds_to_enter(current.values(), is_pickled)
+                if kinds:
                     pending += [
-                        (item, f"{where}.{key}", is_pickled)
-                        for key, item in current.items()
-                        if type(item) not in _LEAVES
+                        (item, f"{where}.{key}", is_pickled) for key, item in current.items() if type(item) in kinds
                     ]
                 if not _SCALARS.issuperset(map(type, current)):
                     pending += [(key, where, True) for key in current if type(key) not in _SCALARS]
                 if kind is collections.defaultdict and current.default_factory is not None:
                     pending.append((current.default_factory, where, True))
             elif kind in _SEQUENCES or (not is_pickled and isinstance(current, list)):
-                if not _LEAVES.issuperset(map(type, current)):
-                    inside = is_pickled or not isinstance(current, list)
+                inside = is_pickled or not isinstance(current, list)
+                kinds = _kinds_to_enter(current, inside)
+                if kinds:
                     pending += [(item, f"{where}.{at}", inside) for at, item in enumerate(current)]
             elif is_pickled or not (isinstance(current, torch.Tensor) or hasattr(current, "__create_write_items__")):
                 for refused in self._enter(current, where, pending):
