@@ -1,0 +1,30 @@
+"""A plugin of pytest that writes the outcome of each test into the file that ``OUTCOMES`` names."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+_ORDER = ("passed", "skipped", "failed")
+_found: dict[str, str] = {}
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Note the worst outcome of a test's phases."""
+    before = _found.get(report.nodeid, "passed")
+    _found[report.nodeid] = max(before, report.outcome, key=_ORDER.index)
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    """Note a file that cannot be collected."""
+    if report.outcome == "failed":
+        _found[report.nodeid] = "failed"
+
+
+def pytest_sessionfinish() -> None:
+    """Write what was noted; of the processes of pytest-xdist only the first does."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        Path(os.environ["OUTCOMES"]).write_text(json.dumps(_found))

@@ -1,0 +1,91 @@
+"""How this package takes the place of each framework's own checkpoints, in every object that a test makes."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+
+__all__ = ["swap_accelerate", "swap_lightning", "swap_transformers"]
+
+
+def swap_accelerate(module: ModuleType, mode: str) -> None:
+    """Let every ``Accelerator`` save through this package."""
+
+    def swapped(self: Any, made: Callable[[], None]) -> None:
+        made()
+        from dcp_plugins.accelerate import DCPPlugin, enable
+
+        enable(self, DCPPlugin(asynchronous=mode))
+
+    _around_init(module.Accelerator, swapped)
+
+
+def swap_transformers(module: ModuleType, mode: str) -> None:
+    """Give every ``Trainer`` the callback."""
+
+    def swapped(self: Any, made: Callable[[], None]) -> None:
+        made()
+        from dcp_plugins.transformers import DCPCallback
+
+        self.add_callback(DCPCallback(asynchronous=mode, hf_weights=True))
+
+    _around_init(module.Trainer, swapped)
+
+
+def swap_lightning(module: ModuleType, mode: str) -> None:
+    """Give every ``Trainer`` the flag that stands for the strategy that stock would take."""
+    from lightning.pytorch import strategies
+    from lightning.pytorch.trainer.connectors import accelerator_connector
+
+    flags = {
+        strategies.SingleDeviceStrategy: "dcp",
+        strategies.DDPStrategy: "dcp_ddp",
+        strategies.FSDPStrategy: "dcp_fsdp",
+        strategies.ModelParallelStrategy: "dcp_fsdp2",
+    }
+    kind = accelerator_connector._AcceleratorConnector
+    make = kind.__init__
+
+    @functools.wraps(make)
+    def made(self: Any, *args: Any, **options: Any) -> None:
+        make(self, *args, **options)
+        # A strategy object of the test's own stays, and so does a `CheckpointIO`.
+        flag = flags.get(type(self.strategy))
+        if flag is None or not isinstance(options.get("strategy", "auto"), str) or self.checkpoint_io is not None:
+            return
+        import dcp_plugins.lightning  # noqa: F401
+
+        make(self, *args, **{**options, "strategy": flag if mode == "sync" else f"{flag}_async"})
+
+    kind.__init__ = made
+    _open_directories()
+
+
+def _open_directories() -> None:
+    """Let ``torch.load`` open a checkpoint that is a directory: tests look into the file that stock writes."""
+    load = torch.load
+
+    @functools.wraps(load)
+    def opened(file: Any, *args: Any, **options: Any) -> Any:
+        if isinstance(file, (str, os.PathLike)) and os.path.isdir(file):
+            from dcp_plugins.lightning import DCPCheckpointIO
+
+            return DCPCheckpointIO().load_checkpoint(file, weights_only=options.get("weights_only"))
+        return load(file, *args, **options)
+
+    torch.load = opened
+
+
+def _around_init(kind: type, swapped: Callable[[Any, Callable[[], None]], None]) -> None:
+    make = kind.__init__
+
+    @functools.wraps(make)
+    def made(self: Any, *args: Any, **options: Any) -> None:
+        swapped(self, lambda: make(self, *args, **options))
+
+    kind.__init__ = made  # type: ignore[misc]

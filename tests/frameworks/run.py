@@ -1,0 +1,188 @@
+"""Run a framework's own tests with this package swapped in, and with stock, and tell where the two differ.
+
+    python -m tests.frameworks.run accelerate ../accelerate-1.15.0 tests/test_state_checkpointing.py
+    python -m tests.frameworks.run lightning ../pytorch-lightning/tests tests_pytorch/checkpointing --mode sync
+
+The framework's tests come from a checkout or a source distribution of the installed version; none of them is kept here.
+Each difference needs a reason in ``reasons.json``: one without a reason makes the command fail. With ``--write`` the
+table goes into ``docs/compatibility.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Difference", "Reason", "differences", "main", "outcomes", "reasons", "rendered", "with_table"]
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+PAGE = ROOT / "docs" / "compatibility.md"
+REASONS = HERE / "reasons.json"
+MODES = {
+    "accelerate": ("off", "thread", "process"),
+    "lightning": ("sync", "async"),
+    "transformers": ("off", "thread", "process"),
+}
+Outcomes = Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why tests have another outcome with this package."""
+
+    framework: str
+    test: str
+    """Test ids, as a pattern of the shell's."""
+    why: str
+    modes: tuple[str, ...] = ()
+    """The modes that differ; empty for all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A test that has another outcome with this package than with stock."""
+
+    mode: str
+    test: str
+    stock: str
+    ours: str
+    why: str | None
+    """None if nobody has given a reason."""
+
+
+def outcomes(framework: str, source: Path, files: Iterable[str], mode: str | None) -> Outcomes:
+    """Run the framework's tests and return each one's outcome by its id.
+
+    Args:
+        framework: The framework's name.
+        source: The folder that the framework's tests are run in.
+        files: Files, folders and other arguments of pytest.
+        mode: How this package saves; None runs stock.
+    """
+    with tempfile.TemporaryDirectory(prefix="dcp_frameworks_") as folder:
+        report = Path(folder) / "outcomes.json"
+        environment = os.environ | {"OUTCOMES": str(report)}
+        # Python imports `sitecustomize` at its start, in the processes that tests start as well.
+        paths = [HERE / "plugins", source, ROOT]
+        if mode is not None:
+            environment |= {"SWAPPED": framework, "SWAPPED_MODE": mode}
+        environment["PYTHONPATH"] = os.pathsep.join([*map(str, paths), os.environ.get("PYTHONPATH", "")])
+        subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "framework_outcomes", "-p", "no:cacheprovider", *files],
+            cwd=source,
+            env=environment,
+            check=False,
+        )
+        if not report.exists():
+            raise SystemExit(f"pytest in {source} ended without a result; its own output is above")
+        found: dict[str, str] = json.loads(report.read_text())
+        return found
+
+
+def reasons() -> list[Reason]:
+    """Read the reasons that are known."""
+    return [Reason(**{**entry, "modes": tuple(entry.get("modes", ()))}) for entry in json.loads(REASONS.read_text())]
+
+
+def differences(
+    framework: str, stock: Outcomes, ours: Mapping[str, Outcomes], known: Iterable[Reason]
+) -> list[Difference]:
+    """Return the tests that end otherwise with this package than with stock, or did not run with one of them."""
+    known = [reason for reason in known if reason.framework == framework]
+    found = []
+    for mode, of_mode in ours.items():
+        for test in sorted(stock.keys() | of_mode.keys()):
+            one, other = stock.get(test, "not run"), of_mode.get(test, "not run")
+            if one != other:
+                found.append(Difference(mode, test, one, other, _why(test, mode, known)))
+    return found
+
+
+def _why(test: str, mode: str, known: Iterable[Reason]) -> str | None:
+    for reason in known:
+        if fnmatch.fnmatchcase(test, reason.test) and (not reason.modes or mode in reason.modes):
+            return reason.why
+    return None
+
+
+def rendered(
+    framework: str, version: str, stock: Outcomes, ours: Mapping[str, Outcomes], found: list[Difference]
+) -> str:
+    """Return a page's section: how many tests pass on each side, and each difference with its reason."""
+
+    def passed(side: Outcomes) -> str:
+        return f"{sum(outcome == 'passed' for outcome in side.values())} of {len(side)}"
+
+    lines = [
+        f"### {framework} {version}",
+        "",
+        "| | passed |",
+        "|---|---|",
+        f"| stock | {passed(stock)} |",
+        *(f"| ours, {mode} | {passed(of_mode)} |" for mode, of_mode in ours.items()),
+    ]
+    if found:
+        lines += ["", "| test | mode | stock | ours | reason |", "|---|---|---|---|---|"]
+        lines += [
+            f"| `{one.test}` | {one.mode} | {one.stock} | {one.ours} | {one.why or '**none**'} |" for one in found
+        ]
+    return "\n".join(lines)
+
+
+def with_table(page: str, framework: str, table: str) -> str:
+    """Return the page with a framework's section between its markers replaced.
+
+    Raises:
+        ValueError: The page has no such markers.
+    """
+    begin, end = f"<!-- {framework}: written by tests.frameworks.run -->", f"<!-- end of {framework} -->"
+    made, count = re.subn(
+        f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: f"{begin}\n{table}\n{end}", page, flags=re.DOTALL
+    )
+    if count != 1:
+        raise ValueError(f"expected the lines {begin!r} and {end!r} once in the page, found them {count} times")
+    return made
+
+
+def main() -> int:
+    """Run the command; return its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("framework", choices=MODES)
+    parser.add_argument("source", type=Path, help="the folder that the framework's tests are run in")
+    parser.add_argument("files", nargs="+", help="its files of tests, relative to that folder")
+    parser.add_argument("--mode", action="append", help="how this package saves [default: in every way]")
+    parser.add_argument("--pytest", action="append", default=[], help="another argument of pytest")
+    parser.add_argument("--write", action="store_true", help=f"write the table into {PAGE.name}")
+    options = parser.parse_args()
+    framework: str = options.framework
+    unknown = set(options.mode or ()).difference(MODES[framework])
+    if unknown:
+        parser.error(f"--mode must be one of {', '.join(MODES[framework])} for {framework}, got {', '.join(unknown)}")
+    arguments = [*options.files, *options.pytest]
+    source = options.source.resolve()
+    stock = outcomes(framework, source, arguments, None)
+    ours = {mode: outcomes(framework, source, arguments, mode) for mode in options.mode or MODES[framework]}
+    found = differences(framework, stock, ours, reasons())
+    table = rendered(framework, importlib.metadata.version(framework), stock, ours, found)
+    print(table)
+    if options.write:
+        PAGE.write_text(with_table(PAGE.read_text(), framework, table))
+    without = [one for one in found if one.why is None]
+    if without:
+        print(f"\n{len(without)} difference(s) without a reason in {REASONS.name}", file=sys.stderr)
+    return 1 if without else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
