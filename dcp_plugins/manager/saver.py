@@ -22,6 +22,7 @@ from dcp_plugins.engine.async_save import begin_save
 from dcp_plugins.engine.thread_runner import thread_runner
 from dcp_plugins.errors import CheckpointException, PlanError
 from dcp_plugins.manager.agreement import deciding_ranks, is_alone
+from dcp_plugins.manager.failed_saves import forget_failure, note_failure
 from dcp_plugins.manager.in_flight import InFlight
 from dcp_plugins.manager.options import SaveOptions
 from dcp_plugins.staging import BlockingAsyncStager, HandoverStager, OverlappedStager
@@ -120,17 +121,16 @@ class Saver:
         self.finish(but_last=queue and in_background)
         if writer is None:
             writer = _Writer(path, sync_files=self.options.sync_files, thread_count=self.options.thread_count)
-        if not in_background:
-            with expected_warnings():
-                save(
-                    state_dict,
-                    storage_writer=writer,
-                    process_group=self.process_group,
-                    no_dist=is_alone(no_dist=self.no_dist),
-                )
-            self.newest = path
-        else:
-            self._begin(state_dict, path, writer, list(optimizers), list(changed_by_forward))
+        forget_failure(path)
+        try:
+            if in_background:
+                self._begin(state_dict, path, writer, list(optimizers), list(changed_by_forward))
+            else:
+                self._save(state_dict, writer)
+                self.newest = path
+        except Exception as exc:
+            note_failure(path, exc)
+            raise
 
     def after_commit(self, step: Callable[[], None]) -> None:
         """Do something once the save begun last is committed, and not at all if it fails; now if none is in flight.
@@ -161,6 +161,15 @@ class Saver:
         finally:
             self._free_stagers()
 
+    def _save(self, state_dict: dict[str, Any], writer: FileSystemWriter) -> None:
+        with expected_warnings():
+            save(
+                state_dict,
+                storage_writer=writer,
+                process_group=self.process_group,
+                no_dist=is_alone(no_dist=self.no_dist),
+            )
+
     def _begin(
         self,
         state_dict: dict[str, Any],
@@ -186,12 +195,13 @@ class Saver:
                     kind=kind,
                     async_stager=staging.stager,
                     is_queued=self._in_flight.is_any,
+                    has_owner=True,
                 )
             if isinstance(begun, AsyncSaveResponse):
                 await_staging_before_step(optimizers, begun.staging_completion)
                 begun = begun.upload_completion
             staging.save = begun
-            self._in_flight.began(begun)
+            self._in_flight.began(begun, path)
             self.newest = path
         except BaseException as exc:  # the other ranks hear of it first
             failure = exc

@@ -1,0 +1,84 @@
+"""A save that fails in the background: who is told of it, and what is said of the checkpoint that does not exist."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dcp_plugins as dcp
+from dcp_plugins.errors import CheckpointNotFoundError
+from dcp_plugins.manager import (
+    CheckpointManager,
+    SaveOptions,
+    Saver,
+    expected_warnings,
+    is_committed,
+    verify_checkpoint,
+)
+
+
+def refuse_commit(path: Path) -> None:
+    """Let a save into a directory fail at its commit: a file cannot be renamed to the name of a directory."""
+    (path / ".metadata").mkdir(parents=True)
+
+
+@pytest.mark.parametrize("kind", ["thread", "process"])
+def test_a_failure_is_raised_once_by_the_object_whose_save_it_was_and_by_no_other(tmp_path: Path, kind: Any) -> None:
+    options = SaveOptions(asynchronous=kind, sync_files=False)
+    first, second = Saver(options), CheckpointManager(tmp_path, options=options)
+    refuse_commit(tmp_path / "first")
+    first.save({"x": torch.ones(2)}, tmp_path / "first")
+    second.save(1, {"x": torch.ones(2)})
+    with expected_warnings():
+        dcp.async_save({"x": torch.ones(2)}, checkpoint_id=tmp_path / "plain").result()
+    second.close()
+    with pytest.raises(dcp.CheckpointException, match="directory"):
+        first.finish()
+    first.save({"x": torch.ones(2)}, tmp_path / "again")
+    first.close()
+    for name in ("step_1", "plain", "again"):
+        verify_checkpoint(tmp_path / name)
+    assert not is_committed(tmp_path / "first")
+
+
+def test_a_failure_of_a_plain_save_waits_for_the_next_plain_save(tmp_path: Path) -> None:
+    refuse_commit(tmp_path / "plain")
+    with expected_warnings():
+        dcp.async_save({"x": torch.ones(2)}, checkpoint_id=tmp_path / "plain")
+    saver = Saver(SaveOptions(asynchronous="thread"))
+    saver.save({"x": torch.ones(2)}, tmp_path / "own")
+    saver.close()
+    with expected_warnings(), pytest.raises(dcp.CheckpointException, match="directory"):
+        dcp.async_save({"x": torch.ones(2)}, checkpoint_id=tmp_path / "next")
+    verify_checkpoint(tmp_path / "own")
+
+
+@pytest.mark.parametrize("kind", ["off", "thread"])
+def test_a_restore_of_a_failed_save_names_the_cause_until_a_save_succeeds(tmp_path: Path, kind: Any) -> None:
+    manager = CheckpointManager(tmp_path, options=SaveOptions(asynchronous=kind))
+    state = {"x": torch.ones(2)}
+    manager.save(1, state)
+    manager.wait()
+    refuse_commit(tmp_path / "step_2")
+    if kind == "off":
+        with pytest.raises(dcp.CheckpointException):
+            manager.save(2, state)
+    else:
+        manager.save(2, state)
+    with pytest.raises(CheckpointNotFoundError, match="step_2.*the save into it failed: .*IsADirectoryError"):
+        manager.restore(state, step=2)
+    with pytest.warns(UserWarning, match="the save into it failed: .*IsADirectoryError"):
+        assert CheckpointManager(tmp_path).restore(state) == 1
+    if kind != "off":
+        with pytest.raises(dcp.CheckpointException):
+            manager.wait()
+    os.rmdir(tmp_path / "step_2" / ".metadata")
+    manager.save(2, state, force=True)
+    manager.close()
+    os.unlink(tmp_path / "step_2" / ".metadata")
+    with pytest.raises(CheckpointNotFoundError, match="never finished"):
+        verify_checkpoint(tmp_path / "step_2")
