@@ -249,7 +249,7 @@ def newest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     Warns of those with a higher number that are damaged; of what was never finished it says nothing.
     """
     newest, skipped = newest_of(numbered(Path(folder)))
-    damaged = [f"{path.name} ({reason})" for path, reason in skipped.items() if reason != _NEVER_COMMITTED]
+    damaged = [f"{path.name} ({reason})" for path, reason in skipped.items() if kind_of(path) is not None]
     if damaged:
         warn_user(f"Skipped in {os.fspath(folder)}, which are no good checkpoints: {listing(damaged)}")
     return newest[0] if newest is not None else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 import dcp_plugins as dcp
 from dcp_plugins.errors import CheckpointNotFoundError
+from dcp_plugins.events import Event, subscribe
 from dcp_plugins.manager import (
     CheckpointManager,
     SaveOptions,
@@ -82,3 +84,26 @@ def test_a_restore_of_a_failed_save_names_the_cause_until_a_save_succeeds(tmp_pa
     os.unlink(tmp_path / "step_2" / ".metadata")
     with pytest.raises(CheckpointNotFoundError, match="never finished"):
         verify_checkpoint(tmp_path / "step_2")
+
+
+@pytest.mark.parametrize("moment", ["write", "commit"])
+def test_a_directory_that_is_deleted_while_it_is_saved_into_is_named_with_what_helps(
+    tmp_path: Path, moment: str
+) -> None:
+    path = tmp_path / "rotated"
+
+    def rotate(event: Event) -> None:
+        if (event.name, event.kind) == (moment, "start"):
+            shutil.rmtree(path)
+
+    unsubscribe = subscribe(rotate)
+    try:
+        saver = Saver(SaveOptions(asynchronous="thread"))
+        saver.save({"x": torch.ones(2)}, path)
+        with pytest.raises(dcp.CheckpointException, match="deleted before the save was committed. Let a rotation"):
+            saver.finish()
+    finally:
+        unsubscribe()
+    saver.save({"x": torch.ones(2)}, path)
+    saver.close()
+    verify_checkpoint(path)
