@@ -306,7 +306,8 @@ class Checkpointer:
                 for name, data in own.items():
                     (folder / name).write_bytes(data)
 
-        self._together("apply", apply)
+        with unwrapped_plan_errors("Prepare the models and optimizers that were prepared when it was saved."):
+            self._together("apply", apply)
 
     def _load_stock(self, path: Path, models: Sequence[nn.Module], *, strict: bool) -> None:
         accelerator, alone = self._accelerator, self._is_alone

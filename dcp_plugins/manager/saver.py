@@ -26,6 +26,7 @@ from dcp_plugins.manager.failed_saves import forget_failure, note_failure
 from dcp_plugins.manager.in_flight import InFlight
 from dcp_plugins.manager.options import SaveOptions
 from dcp_plugins.staging import BlockingAsyncStager, HandoverStager, OverlappedStager
+from dcp_plugins.state_dict.problems import KEEPING_ADVICE
 from dcp_plugins.storage import FileSystemWriter
 
 __all__ = ["Saver", "expected_warnings", "renormed_weights", "unwrapped_plan_errors"]
@@ -140,7 +141,11 @@ class Saver:
         self._in_flight.after_commit(step)
 
     def wait(self) -> None:
-        """Wait for what is in flight and what follows it, whatever comes of it; a failure stays to be raised."""
+        """Wait for what is in flight and what follows it, whatever comes of it; a failure stays to be raised.
+
+        Saves of other objects in this process are waited for, too: the next load may be of what they are saving.
+        """
+        thread_runner.wait()
         self._in_flight.wait()
 
     def finish(self, *, but_last: bool = False) -> None:
@@ -256,18 +261,30 @@ class _Writer(FileSystemWriter):
 
 
 @contextmanager
-def unwrapped_plan_errors() -> Iterator[None]:
+def unwrapped_plan_errors(hint: str = "") -> Iterator[None]:
     """Raise a ``PlanError`` as it is, on every rank, where a load has failed for nothing else.
 
     Users of a framework know the error of a model that does not fit; the tracebacks of all ranks would hide it.
+
+    Args:
+        hint: The last sentence of the error: what the framework's users can do, who cannot pass ``StateDictOptions``.
     """
     try:
         yield
+    except PlanError as exc:
+        raise _advised(exc, hint) from None
     except CheckpointException as exc:
         failures = [failure for failure, _ in exc.failures.values()]
         if failures and all(isinstance(failure, PlanError) for failure in failures):
-            raise failures[0] from None
+            raise _advised(failures[0], hint) from None
         raise
+
+
+def _advised(failure: BaseException, hint: str) -> BaseException:
+    if not hint:
+        return failure
+    text = str(failure).replace(f"\n    {KEEPING_ADVICE}", "")
+    return failure if hint in text else PlanError(f"{text}\n    {hint}")
 
 
 @contextmanager

@@ -126,6 +126,7 @@ class DCPCallback(TrainerCallback):
         **kwargs: Any,
     ) -> Any:
         _refuse_unsupported(trainer)
+        self.saver.wait()
         path, is_ours = _agreed_checkpoint(trainer, resume_from_checkpoint)
         self._resuming = path if is_ours else None
         self._loaded = set()

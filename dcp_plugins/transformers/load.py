@@ -17,7 +17,7 @@ from transformers import Trainer
 import dcp_plugins as dcp
 from dcp_plugins.errors import PlanError, listing
 from dcp_plugins.format.trust import SafeGlobal
-from dcp_plugins.manager import OptimizerState, RandomState, load_state
+from dcp_plugins.manager import OptimizerState, RandomState, load_state, unwrapped_plan_errors
 from dcp_plugins.manager.agreement import deciding_ranks
 from dcp_plugins.plan.values import load_value
 from dcp_plugins.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -31,6 +31,12 @@ from dcp_plugins.transformers.unwrapped import bare_optimizer, model_of, schedul
 from dcp_plugins.user_warnings import warn_user
 
 __all__ = ["load_model", "load_optimizer_and_scheduler", "load_random_state", "names_in"]
+
+
+_ADVICE = (
+    "Resume with the model and the optimizer that were saved. To go on with the weights alone, load them into the model"
+    " and train without resume_from_checkpoint."
+)
 
 
 def load_model(
@@ -56,7 +62,8 @@ def load_model(
         )
     options = StateDictOptions(strict=False)
     state = {MODEL: own_model_state(model, options=options, values=wanted, hint=f"This is {path}.")}
-    load_state(state, path, weights_only=weights_only, safe_globals=safe_globals)
+    with unwrapped_plan_errors(_ADVICE):
+        load_state(state, path, weights_only=weights_only, safe_globals=safe_globals)
     # The load has filled the tensors. This call sets the other values, and runs the modules' load hooks.
     found = set_model_state_dict(model, state[MODEL], options=options)
     missing &= {*found.missing_keys}
@@ -81,7 +88,8 @@ def load_optimizer_and_scheduler(
         OPTIMIZER: OptimizerState(model_of(trainer), [bare_optimizer(trainer)]),
         TRAINER: dict.fromkeys(rest, b""),
     }
-    load_state(state, path, weights_only=weights_only, safe_globals=safe_globals)
+    with unwrapped_plan_errors(_ADVICE):
+        load_state(state, path, weights_only=weights_only, safe_globals=safe_globals)
     for name, stateful in ((SCHEDULER, scheduler_of(trainer)), (SCALER, scaler)):
         if name in rest:
             value = load_value(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ def test_a_failure_is_raised_once_by_the_object_whose_save_it_was_and_by_no_othe
     assert not is_committed(tmp_path / "first")
 
 
+# The thread of the save issues this warning, at any time.
+@pytest.mark.filterwarnings("ignore:Detected an existing checkpoint")
 def test_a_failure_of_a_plain_save_waits_for_the_next_plain_save(tmp_path: Path) -> None:
     refuse_commit(tmp_path / "plain")
     with expected_warnings():
@@ -107,3 +110,24 @@ def test_a_directory_that_is_deleted_while_it_is_saved_into_is_named_with_what_h
     saver.save({"x": torch.ones(2)}, path)
     saver.close()
     verify_checkpoint(path)
+
+
+def test_a_restore_waits_for_a_save_that_another_object_has_in_flight(tmp_path: Path) -> None:
+    loaded = threading.Event()
+
+    def hold(event: Event) -> None:
+        if (event.name, event.kind) == ("commit", "start"):
+            # In vain: a restore that did not wait would be over by then.
+            loaded.wait(0.5)
+
+    unsubscribe = subscribe(hold)
+    try:
+        saving = CheckpointManager(tmp_path, options=SaveOptions(asynchronous="thread"))
+        saving.save(1, {"x": torch.ones(2)})
+        state = {"x": torch.zeros(2)}
+        assert CheckpointManager(tmp_path).restore(state) == 1
+        loaded.set()
+    finally:
+        unsubscribe()
+    assert torch.equal(state["x"], torch.ones(2))
+    saving.close()

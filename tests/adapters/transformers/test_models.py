@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from dcp_plugins.accelerate import DCPPlugin, enable
+from dcp_plugins.errors import PlanError
 from dcp_plugins.transformers import DCPCallback
 from tests.adapters.accelerate.trainers import accelerator_for
-from tests.adapters.transformers.trainers import StopAt, fit
+from tests.adapters.transformers.trainers import StopAt, fit, tiny
 
 
 class Base(nn.Module):
@@ -32,9 +33,9 @@ class Base(nn.Module):
 
 
 class Resizes(Base):
-    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+    def load_state_dict(self, state_dict: Any, strict: bool = True) -> Any:  # type: ignore[override]
         self.seen = torch.empty_like(state_dict["seen"])
-        return super().load_state_dict(state_dict, *args, **kwargs)
+        return super().load_state_dict(state_dict, strict=strict)
 
 
 class ResizesInPart(Base):
@@ -115,3 +116,22 @@ def test_accelerate_loads_such_a_model_as_without_us(tmp_path: Path, kinds: Any)
     assert stock.keys() == ours.keys()
     assert all(torch.equal(stock[name], ours[name]) for name in stock)
     assert any(value.numel() == 1 for value in ours.values()), "the buffer has grown"
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"n_inner": 24}, r"Size mismatch .* transformer\.h\.0\.mlp"),
+        ({"tie_word_embeddings": False}, "Missing optimizer state .*lm_head"),
+    ],
+    ids=["size", "parameter"],
+)
+@pytest.mark.filterwarnings("ignore:Keys missing from the checkpoint")
+def test_a_model_that_does_not_fit_is_refused_with_what_a_users_program_can_change(
+    tmp_path: Path, change: dict[str, Any], problem: str
+) -> None:
+    fit(tmp_path, StopAt(2), DCPCallback(), model=tiny(n_inner=16))
+    with pytest.raises(PlanError, match=problem) as refused:
+        fit(tmp_path, DCPCallback(), model=tiny(**{"n_inner": 16, **change}), resume=True)
+    assert "train without resume_from_checkpoint" in str(refused.value)
+    assert "StateDictOptions" not in str(refused.value)
