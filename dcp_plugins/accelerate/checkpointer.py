@@ -1,13 +1,13 @@
-"""`Checkpointer`: ``save_state``, ``load_state``, ``end_training`` and ``free_memory`` of one accelerator."""
+"""`Checkpointer`: ``save_state`` and ``load_state`` of one accelerator."""
 
 from __future__ import annotations
 
-import logging
 import os
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -28,13 +28,13 @@ from dcp_plugins.accelerate.collect import (
     weights_of,
 )
 from dcp_plugins.accelerate.plugin import DCPPlugin
-from dcp_plugins.accelerate.retention import remove_old
+from dcp_plugins.accelerate.retention import follow_commit
 from dcp_plugins.accelerate.stock import load_stock_model, load_stock_optimizer
-from dcp_plugins.coord import Ranks
+from dcp_plugins.coord import naming_absent
 from dcp_plugins.errors import CheckpointNotFoundError, listing
 from dcp_plugins.format.trust import check_safe_globals
-from dcp_plugins.manager import KeepPolicy, Saver, load_state, unwrapped_plan_errors
-from dcp_plugins.manager.agreement import on_rank_zero
+from dcp_plugins.manager import Saver, load_state, unwrapped_plan_errors
+from dcp_plugins.manager.agreement import deciding_ranks, on_rank_zero
 from dcp_plugins.manager.record import RECORD_KEY, record_item
 from dcp_plugins.manager.saver import renormed_weights
 from dcp_plugins.plan.unloadable import loaded_with
@@ -46,7 +46,7 @@ from dcp_plugins.user_warnings import warn_user
 
 __all__ = ["Checkpointer"]
 
-log = logging.getLogger(__name__)
+_ADVICE = "Call it on every process: take it out of conditions such as `if accelerator.is_main_process`"
 
 _PathLike = str | os.PathLike[str]
 _Answer = TypeVar("_Answer")
@@ -56,7 +56,8 @@ class Checkpointer:
     """Saves and loads everything that one accelerator was given; its methods are called on every process together."""
 
     def __init__(self, accelerator: Accelerator, plugin: DCPPlugin) -> None:
-        self._accelerator = accelerator
+        # Weak, because the accelerator refers to this object: in a cycle, `del accelerator` would not free the model.
+        self._reference = weakref.ref(accelerator)
         self._is_alone = accelerator.num_processes == 1
         self.plugin = plugin
         self._saver = Saver(plugin, no_dist=self._is_alone)
@@ -118,8 +119,7 @@ class Checkpointer:
         if accelerator.is_main_process:
             policy = self.plugin.keep_policy(accelerator.project_configuration.total_limit)
             # The program may have changed its directory by then.
-            where = path.absolute()
-            self._saver.after_commit(lambda: self._follow_up(where, policy))
+            self._saver.after_commit(partial(follow_commit, path.absolute(), policy, removes_old=self._is_naming))
         self._last_begun = time.monotonic()
         accelerator.project_configuration.iteration += 1
         return path
@@ -151,7 +151,8 @@ class Checkpointer:
         if map_location not in (None, "cpu", "on_device"):
             raise TypeError(f"map_location must be None, 'cpu' or 'on_device', got {map_location!r}")
         self._saver.wait()
-        path, kind = self._decide("find", lambda: self._find(input_dir))
+        with nullcontext() if self._is_alone else naming_absent("load_state", _ADVICE):
+            path, kind = self._decide("find", lambda: self._find(input_dir))
         models = list(accelerator._models)
         if not is_fsdp(accelerator):
             # A hook removes the models that it loads itself. Under FSDP stock calls hooks after models and optimizers.
@@ -184,28 +185,18 @@ class Checkpointer:
             configuration = accelerator.project_configuration
             configuration.iteration = max(configuration.iteration, number + 1)
 
-    def end_training(self) -> None:
-        """Finish the save in flight, then do as stock; a save that failed is raised, on every process."""
-        try:
-            self.close()
-        finally:
-            # A subclass's own, if there is one.
-            type(self._accelerator).end_training(self._accelerator)
-
-    def free_memory(self, *objects: Any) -> Any:
-        """Finish the save in flight, which holds the optimizers, free its memory, and do as stock."""
-        try:
-            self.close()
-        finally:
-            released = type(self._accelerator).free_memory(self._accelerator, *objects)
-        return released
-
     def _loaded_with(self) -> AbstractContextManager[None]:
         return loaded_with(weights_only=self.plugin.weights_only, safe_globals=self.plugin.safe_globals)
 
     def close(self) -> None:
         """Finish the save in flight, and free the memory that it was staged in."""
         self._saver.close()
+
+    @property
+    def _accelerator(self) -> Accelerator:
+        accelerator = self._reference()
+        assert accelerator is not None, "the accelerator calls the methods of this object"
+        return accelerator
 
     @property
     def _is_naming(self) -> bool:
@@ -228,8 +219,11 @@ class Checkpointer:
                     f"Checkpoint directory {path} ({number}) already exists. Set"
                     " accelerator.project_configuration.iteration to the number to go on with."
                 )
-        elif output_dir is None:
-            raise ValueError("save_state needs output_dir, or automatic_checkpoint_naming in the ProjectConfiguration")
+        elif output_dir is None or not os.fspath(output_dir):
+            raise ValueError(
+                "save_state needs output_dir, or automatic_checkpoint_naming in the ProjectConfiguration, found"
+                f" {output_dir!r}"
+            )
         elif "://" in os.fspath(output_dir):
             raise ValueError(f"save_state saves into a directory, found the URL {os.fspath(output_dir)!r}")
         else:
@@ -249,28 +243,15 @@ class Checkpointer:
             state[RECORD_KEY] = record_item(accelerator.save_iteration, time.time(), metrics)
         return state
 
-    def _follow_up(self, path: Path, policy: KeepPolicy | None) -> None:
-        """Do what may only be done once the checkpoint at ``path`` is committed. Runs on the main process."""
-        try:
-            layout.write_stock_files(path)
-            if self._is_naming:
-                remove_old(path, policy)
-        # The checkpoint exists: it must not look as if it did not.
-        except Exception:
-            log.warning(
-                "What follows the commit of %s failed: files for stock Accelerate, or the deletion of old checkpoints",
-                path,
-                exc_info=True,
-            )
-
     def _find(self, input_dir: _PathLike | None) -> tuple[Path, str]:
         """Return the checkpoint to load and its kind. Runs on the main process."""
         if input_dir is not None:
             path = Path(input_dir).expanduser()
-            if not path.is_dir():
+            if not os.fspath(input_dir) or not path.is_dir():
                 beside, _ = layout.newest_of(layout.numbered(path.parent))
                 hint = f". The newest committed checkpoint beside it is {beside[0]}" if beside is not None else ""
-                raise ValueError(f"Tried to find {path} but folder does not exist{hint}")
+                named = os.fspath(input_dir) or "''"
+                raise ValueError(f"Tried to find {named} but folder does not exist{hint}")
             return path, layout.refuse_unless_checkpoint(path)
         if not self._is_naming:
             raise ValueError("load_state needs input_dir, or automatic_checkpoint_naming in the ProjectConfiguration")
@@ -325,7 +306,8 @@ class Checkpointer:
                 for name, data in own.items():
                     (folder / name).write_bytes(data)
 
-        self._together("apply", apply)
+        with unwrapped_plan_errors("Prepare the models and optimizers that were prepared when it was saved."):
+            self._together("apply", apply)
 
     def _load_stock(self, path: Path, models: Sequence[nn.Module], *, strict: bool) -> None:
         accelerator, alone = self._accelerator, self._is_alone
@@ -356,7 +338,11 @@ class Checkpointer:
             may_be_skipped=plugin.in_flight == "skip" and not force,
             is_busy=self._saver.is_busy,
         )
-        found = [own] if self._is_alone else Ranks(None, distributed=True).all_gather("options", lambda: own)
+        found = [own]
+        if not self._is_alone:
+            with naming_absent("save_state", _ADVICE):
+                # Not over the default group: processes that are not here may be using that group for training.
+                found = deciding_ranks().all_gather("options", lambda: own)
         if len({one.asynchronous for one in found}) > 1:
             said = listing(f"{one.asynchronous!r} on process {rank}" for rank, one in enumerate(found))
             raise ValueError(
@@ -371,11 +357,11 @@ class Checkpointer:
         """Run something on every process; if it fails on one, every process raises."""
         if self._is_alone:
             return local()
-        return Ranks(None, distributed=True).settle(step, local)
+        return deciding_ranks().settle(step, local)
 
     def _decide(self, step: str, decide: Callable[[], _Answer]) -> _Answer:
         """Run something on the main process and return its answer, or raise its error, on every process."""
-        return decide() if self._is_alone else on_rank_zero(Ranks(None, distributed=True), step, decide)
+        return decide() if self._is_alone else on_rank_zero(deciding_ranks(), step, decide)
 
 
 class _Wish(NamedTuple):

@@ -1,15 +1,18 @@
 """Where this package takes the place of ``save_state`` and ``load_state`` in a stock ``Accelerator``, and leaves it.
 
 Accelerate's hooks come too late: under FSDP models and optimizers are written before the save hooks run, and optimizers
-are never handed to a hook. So methods are rebound, on the one instance: ``save_state`` and ``load_state``, and two that
-must finish the save in flight, ``end_training`` and ``free_memory``. What they need of Accelerate beyond its public
-interface is listed here, and looked for before anything is changed.
+are never handed to a hook. So the one instance gets a subclass of its class, which overrides ``save_state`` and
+``load_state``, and two methods that must finish the save in flight, ``end_training`` and ``free_memory``. What these
+need of Accelerate beyond its public interface is listed here, and looked for before anything is changed.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 from accelerate import Accelerator, checkpointing
 from accelerate.utils import DistributedType
@@ -20,7 +23,7 @@ from dcp_plugins.errors import MissingExtraError, listing
 
 __all__ = ["disable", "enable"]
 
-_METHODS = ("save_state", "load_state", "end_training", "free_memory")
+_CHECKPOINTER = "_dcp_plugins_checkpointer"
 
 _ATTRIBUTES = (
     *("_models", "_optimizers", "_schedulers", "_dataloaders", "_custom_objects", "scaler", "step"),
@@ -57,7 +60,8 @@ def enable(accelerator: Accelerator, plugin: DCPPlugin | None = None) -> Acceler
             " checkpoints are its own. Leave the call of enable() out."
         )
     _check_seam(accelerator)
-    kind = type(accelerator)
+    earlier = _checkpointer_of(accelerator)
+    kind = type(accelerator) if earlier is None else _stock_class(accelerator)
     overridden = [
         name for name in ("save_state", "load_state") if getattr(kind, name) is not getattr(Accelerator, name)
     ]
@@ -68,10 +72,8 @@ def enable(accelerator: Accelerator, plugin: DCPPlugin | None = None) -> Acceler
             " the calls."
         )
     plugin = DCPPlugin.from_launch() if plugin is None else plugin
-    earlier = _checkpointer_of(accelerator)
-    checkpointer = Checkpointer(accelerator, plugin)
-    for name in _METHODS:
-        setattr(accelerator, name, getattr(checkpointer, name))
+    setattr(accelerator, _CHECKPOINTER, Checkpointer(accelerator, plugin))
+    accelerator.__class__ = _enabled_class(kind)  # type: ignore[arg-type]
     if earlier is not None:
         # It raises if the save in flight failed. The accelerator is not left to stock then.
         earlier.close()
@@ -82,15 +84,62 @@ def disable(accelerator: Accelerator) -> Accelerator:
     """Finish the save in flight, give the accelerator its own methods back, and return it; without effect on others."""
     checkpointer = _checkpointer_of(accelerator)
     if checkpointer is not None:
-        for name in _METHODS:
-            delattr(accelerator, name)
+        accelerator.__class__ = _stock_class(accelerator)
+        delattr(accelerator, _CHECKPOINTER)
         checkpointer.close()
     return accelerator
 
 
+def _delegated(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def call(self: Accelerator, *args: Any, **kwargs: Any) -> Any:
+        return method(_checkpointer_of(self), *args, **kwargs)
+
+    return call
+
+
+class _Enabled(Accelerator):  # type: ignore[misc]
+    """The methods that an accelerator gets. As attributes of the instance they would keep it alive, in a cycle."""
+
+    save_state = _delegated(Checkpointer.save_state)
+    load_state = _delegated(Checkpointer.load_state)
+
+    def end_training(self) -> None:
+        """Finish the save in flight, then do as stock; a save that failed is raised, on every process."""
+        try:
+            _close(self)
+        finally:
+            super().end_training()
+
+    def free_memory(self, *objects: Any) -> Any:
+        """Finish the save in flight, which holds the optimizers, free its memory, and do as stock."""
+        try:
+            _close(self)
+        finally:
+            released = super().free_memory(*objects)
+        return released
+
+
+@functools.cache
+def _enabled_class(kind: type[Accelerator]) -> type[Accelerator]:
+    """Return the class of enabled accelerators that were of a class; programs see it under the same name."""
+    return type(kind.__name__, (_Enabled, kind), {"__module__": kind.__module__, "__qualname__": kind.__qualname__})
+
+
+def _stock_class(accelerator: Accelerator) -> type[Accelerator]:
+    """Return the class that an enabled accelerator had before."""
+    kind: type[Accelerator] = type(accelerator).__bases__[1]
+    return kind
+
+
+def _close(accelerator: Accelerator) -> None:
+    checkpointer = _checkpointer_of(accelerator)
+    assert checkpointer is not None
+    checkpointer.close()
+
+
 def _checkpointer_of(accelerator: Accelerator) -> Checkpointer | None:
-    owner = getattr(accelerator.save_state, "__self__", None)
-    return owner if isinstance(owner, Checkpointer) else None
+    return getattr(accelerator, _CHECKPOINTER, None)
 
 
 def _check_seam(accelerator: Accelerator) -> None:

@@ -30,6 +30,7 @@ from dcp_plugins.contract import Metadata
 from dcp_plugins.errors import CheckpointError, CheckpointNotFoundError, PlanError, UnsafeCheckpointError, listing
 from dcp_plugins.format.names import METADATA_NAME, save_id_of
 from dcp_plugins.manager import StepNames, is_committed, verify_checkpoint
+from dcp_plugins.manager.failed_saves import failure_of
 from dcp_plugins.storage.local import remove_files
 from dcp_plugins.storage.parts import is_foreign, is_view, publish_view
 from dcp_plugins.user_warnings import warn_user
@@ -208,7 +209,7 @@ def newest_of(candidates: Iterable[Path]) -> tuple[tuple[Path, Literal["ours", "
         except (CheckpointError, OSError) as exc:
             skipped[path] = str(exc)
         else:
-            skipped[path] = _NEVER_COMMITTED
+            skipped[path] = failure_of(path) or _NEVER_COMMITTED
     return None, skipped
 
 
@@ -248,7 +249,7 @@ def newest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     Warns of those with a higher number that are damaged; of what was never finished it says nothing.
     """
     newest, skipped = newest_of(numbered(Path(folder)))
-    damaged = [f"{path.name} ({reason})" for path, reason in skipped.items() if reason != _NEVER_COMMITTED]
+    damaged = [f"{path.name} ({reason})" for path, reason in skipped.items() if kind_of(path) is not None]
     if damaged:
         warn_user(f"Skipped in {os.fspath(folder)}, which are no good checkpoints: {listing(damaged)}")
     return newest[0] if newest is not None else None
@@ -294,9 +295,9 @@ def refuse_unless_checkpoint(path: Path) -> Literal["ours", "stock"]:
     hint = (
         f"The newest committed checkpoint beside it is {beside[0]}." if beside else "There is no checkpoint beside it."
     )
+    cause = failure_of(path) or "the save into it never finished, or another program wrote it"
     raise CheckpointNotFoundError(
-        f"Expected a committed checkpoint in {path}, but it has no {METADATA_NAME}: the save into it never finished, or"
-        f" another program wrote it. {hint}"
+        f"Expected a committed checkpoint in {path}, but it has no {METADATA_NAME}: {cause}. {hint}"
     )
 
 

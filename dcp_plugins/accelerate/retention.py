@@ -1,4 +1,4 @@
-"""Which of the checkpoints that are named automatically go, and which is the best."""
+"""What follows a commit, which of the checkpoints that are named automatically go, and which is the best."""
 
 from __future__ import annotations
 
@@ -10,17 +10,39 @@ from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 
-from dcp_plugins.accelerate.layout import AUTOMATIC_NAMES, automatic_number, automatically_named, is_litter, kind_of
+from dcp_plugins.accelerate.layout import (
+    AUTOMATIC_NAMES,
+    automatic_number,
+    automatically_named,
+    is_litter,
+    kind_of,
+    write_stock_files,
+)
 from dcp_plugins.errors import CheckpointError
 from dcp_plugins.manager import KeepBest, KeepPolicy, SaveRecord, delete_checkpoint, read_record
 from dcp_plugins.manager.retention import Mode, Selection
 
-__all__ = ["best_checkpoint", "remove_old"]
+__all__ = ["best_checkpoint", "follow_commit", "remove_old"]
 
 log = logging.getLogger(__name__)
 
 _selections: defaultdict[Path, Selection] = defaultdict(Selection)
 """By folder: whoever asks for the best names a folder, not an accelerator."""
+
+
+def follow_commit(path: Path, policy: KeepPolicy | None, *, removes_old: bool) -> None:
+    """Do what may only be done once the checkpoint at ``path`` is committed. Runs on the main process."""
+    try:
+        write_stock_files(path)
+        if removes_old:
+            remove_old(path, policy)
+    # The checkpoint exists: it must not look as if it did not.
+    except Exception:
+        log.warning(
+            "What follows the commit of %s failed: files for stock Accelerate, or the deletion of old checkpoints",
+            path,
+            exc_info=True,
+        )
 
 
 def remove_old(saved: Path, policy: KeepPolicy | None) -> None:

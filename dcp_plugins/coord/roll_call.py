@@ -23,7 +23,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-__all__ = ["Exchanges", "Missing", "exchanges_of"]
+__all__ = ["Exchanges", "Missing", "exchanges_of", "store_of"]
 
 _PREFIX = "dcp_plugins/ranks"
 _DEADLINE_SECONDS = 5.0
@@ -48,7 +48,7 @@ class Exchanges:
     """Counts the exchanges in a process group, and takes a roll call where one has failed."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self._store = _store_of(group)
+        self._store = store_of(group)
         self._rank = dist.get_rank(group)
         self._world_size = dist.get_world_size(group)
         ranks = dist.get_process_group_ranks(group)
@@ -167,7 +167,8 @@ def exchanges_of(group: dist.ProcessGroup | None) -> Exchanges:
 _by_group: weakref.WeakKeyDictionary[dist.ProcessGroup, Exchanges] = weakref.WeakKeyDictionary()
 
 
-def _store_of(group: dist.ProcessGroup) -> dist.Store | None:
+def store_of(group: dist.ProcessGroup) -> dist.Store | None:
+    """Return the store that the ranks of a group met by; None if torch does not tell."""
     try:
         # Torch has no public function for the store of a group.
         found: dist.Store = distributed_c10d._world.pg_map[group][1]

@@ -127,10 +127,14 @@ def begin_save(
     no_dist: bool = False,
     use_collectives: bool = True,
     is_queued: bool = False,
+    has_owner: bool = False,
 ) -> Future[Metadata] | AsyncSaveResponse:
-    """Do what ``async_save`` does, with one choice more, for which torch's signature has no room.
+    """Do what ``async_save`` does, with two choices more, for which torch's signature has no room.
 
     Args:
+        has_owner: The caller waits for this save and reports its failure. This call raises no failure of an earlier
+            save, and no later call raises the failure of this one: two owners in one process do not hear of each
+            other's failures. The same on every rank.
         is_queued: Do not wait for the save in flight: stage now, and write once that save has ended, whatever becomes
             of it. Its failure is not raised here. The same on every rank. The stager's memory must not be that of a
             save in flight.
@@ -144,7 +148,11 @@ def begin_save(
         try:
             thread_runner.check_can_start()
             working_directory = str(Path.cwd()) if in_process else ""
-            previous_failure = None if is_queued else thread_runner.finish_previous()
+            previous_failure = None
+            if has_owner and not is_queued:
+                thread_runner.wait()
+            elif not is_queued:
+                previous_failure = thread_runner.finish_previous()
             if previous_failure is not None:
                 logger.error("an asynchronous save failed, and nobody asked for its result: raised at the next one")
                 raise previous_failure
@@ -199,7 +207,7 @@ def begin_save(
                     is_staged=True,
                 )
 
-        upload = thread_runner.start(save_staged, then=snapshot.written)
+        upload = thread_runner.start(save_staged, then=snapshot.written, has_owner=has_owner)
         if snapshot.completion is not None:
             # Where the staging finds no memory, training waits for this save, and for those before it.
             snapshot.if_held(upload.hurry)

@@ -53,8 +53,10 @@ class SaveFuture(Future[Metadata]):
     Like a save that has begun, it cannot be cancelled: other ranks take part in it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, has_owner: bool = False) -> None:
         super().__init__()
+        self.has_owner = has_owner
+        """Whether an object waits for this save and reports its failure; other saves then do not raise it."""
         self._seen = False
         self.awaited = Awaited()
         """Set once somebody waits: the save need not give way to training any more."""
@@ -134,10 +136,17 @@ class ThreadRunner:
         return any(not save.done() for save in self._saves)
 
     def finish_previous(self) -> BaseException | None:
-        """Wait for all saves in flight; return the first failure that nobody has seen, which a call does not repeat."""
+        """Wait for all saves in flight; return the first failure that nobody has seen, which a call does not repeat.
+
+        A failure that has an owner is not returned: it stays for its owner.
+        """
         self.wait()
-        while self._saves:
-            failure = self._saves.pop(0).take_unseen_failure()
+        return self._take_unseen_failure([save for save in self._saves if not save.has_owner])
+
+    def _take_unseen_failure(self, saves: Sequence[SaveFuture]) -> BaseException | None:
+        for save in saves:
+            self._saves.remove(save)
+            failure = save.take_unseen_failure()
             if failure is not None:
                 return failure
         return None
@@ -166,12 +175,20 @@ class ThreadRunner:
         self,
         job: Callable[[], Metadata | PackedMetadata],
         then: Callable[[Future[Metadata]], None] | None = None,
+        *,
+        has_owner: bool = False,
     ) -> SaveFuture:
-        """Run ``job`` on a thread once those before it have ended, and ``then`` with its future, there."""
+        """Run ``job`` on a thread once those before it have ended, and ``then`` with its future, there.
+
+        Args:
+            job: Makes the save.
+            then: Called with the future when the save has ended.
+            has_owner: Whether the caller reports the save's failure. If it has not, the end of the process does.
+        """
         if not self._has_exit_hook:
             _register_exit_hook(self._at_exit)
             self._has_exit_hook = True
-        future = SaveFuture()
+        future = SaveFuture(has_owner=has_owner)
         if then is not None:
             future.add_done_callback(then)
         may_begin = threading.Event()
@@ -201,7 +218,8 @@ class ThreadRunner:
 
     def _at_exit(self) -> None:
         has_failed = False
-        while (failure := self.finish_previous()) is not None:
+        self.wait()
+        while (failure := self._take_unseen_failure(list(self._saves))) is not None:
             sys.stderr.write("dcp_plugins: the last asynchronous save failed, and nobody asked for its result:\n")
             traceback.print_exception(failure)
             has_failed = True

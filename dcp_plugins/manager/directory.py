@@ -19,6 +19,7 @@ from dcp_plugins.contract import StorageInfo
 from dcp_plugins.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, listing
 from dcp_plugins.format.metadata import decode_with_extras
 from dcp_plugins.format.names import METADATA_NAME, metadata_rank, safe_join
+from dcp_plugins.manager.failed_saves import missing_commit
 from dcp_plugins.storage.local import litter, sync_directory
 from dcp_plugins.user_warnings import warn_user
 
@@ -100,10 +101,8 @@ def verify_checkpoint(path: _PathLike) -> None:
     source = path / METADATA_NAME
     try:
         content = source.read_bytes()
-    except (FileNotFoundError, NotADirectoryError) as exc:
-        raise CheckpointNotFoundError(
-            f"expected a committed checkpoint in {path}, but it has no {METADATA_NAME}: the save into it never finished"
-        ) from exc
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as exc:
+        raise CheckpointNotFoundError(f"expected a committed checkpoint in {path}, but {missing_commit(path)}") from exc
     decoded = decode_with_extras(content, str(source))
     exact: Any = decoded.extras.get("files")
     sizes: dict[str, int] = dict(exact) if isinstance(exact, dict) else {}

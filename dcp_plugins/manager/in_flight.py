@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import concurrent.futures
 import logging
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 
 from dcp_plugins.contract import Metadata
 from dcp_plugins.engine.thread_runner import await_saves
+from dcp_plugins.manager.failed_saves import note_failure
 
 __all__ = ["InFlight"]
 
@@ -25,12 +29,17 @@ class InFlight:
 
     def __init__(self) -> None:
         self._saves: list[Future[Metadata]] = []
+        self._paths: weakref.WeakKeyDictionary[Future[Metadata], Path] = weakref.WeakKeyDictionary()
         self._steps: list[Future[None]] = []
         self._executor: ThreadPoolExecutor | None = None
 
-    def began(self, save: Future[Metadata]) -> None:
-        """Note a save."""
+    def began(self, save: Future[Metadata], path: Path) -> None:
+        """Note a save into a directory."""
         self._saves.append(save)
+        # The program may have changed its directory by the time that the save fails.
+        path = path.absolute()
+        self._paths[save] = path
+        save.add_done_callback(partial(_note_if_failed, path))
 
     @property
     def is_any(self) -> bool:
@@ -58,6 +67,9 @@ class InFlight:
     def wait(self) -> None:
         """Wait for the saves and for what was to follow them, whatever comes of them; failures stay to be raised."""
         await_saves(self._saves)
+        for save in self._saves:
+            # The save's thread may not have run its callback yet.
+            _note_if_failed(self._paths[save], save)
         concurrent.futures.wait(self._steps)
 
     def finish(self) -> None:
@@ -77,6 +89,13 @@ class InFlight:
         await_saves(earlier)
         self._saves = self._saves[-1:]
         _raise_failure_of(earlier)
+
+
+def _note_if_failed(path: Path, save: Future[Metadata]) -> None:
+    # As in `_run_after`.
+    failure = Future.exception(save)
+    if failure is not None:
+        note_failure(path, failure)
 
 
 def _raise_failure_of(saves: list[Future[Metadata]]) -> None:

@@ -22,9 +22,11 @@ from dcp_plugins.engine.async_save import begin_save
 from dcp_plugins.engine.thread_runner import thread_runner
 from dcp_plugins.errors import CheckpointException, PlanError
 from dcp_plugins.manager.agreement import deciding_ranks, is_alone
+from dcp_plugins.manager.failed_saves import forget_failure, note_failure
 from dcp_plugins.manager.in_flight import InFlight
 from dcp_plugins.manager.options import SaveOptions
 from dcp_plugins.staging import BlockingAsyncStager, HandoverStager, OverlappedStager
+from dcp_plugins.state_dict.problems import KEEPING_ADVICE
 from dcp_plugins.storage import FileSystemWriter
 
 __all__ = ["Saver", "expected_warnings", "renormed_weights", "unwrapped_plan_errors"]
@@ -120,17 +122,16 @@ class Saver:
         self.finish(but_last=queue and in_background)
         if writer is None:
             writer = _Writer(path, sync_files=self.options.sync_files, thread_count=self.options.thread_count)
-        if not in_background:
-            with expected_warnings():
-                save(
-                    state_dict,
-                    storage_writer=writer,
-                    process_group=self.process_group,
-                    no_dist=is_alone(no_dist=self.no_dist),
-                )
-            self.newest = path
-        else:
-            self._begin(state_dict, path, writer, list(optimizers), list(changed_by_forward))
+        forget_failure(path)
+        try:
+            if in_background:
+                self._begin(state_dict, path, writer, list(optimizers), list(changed_by_forward))
+            else:
+                self._save(state_dict, writer)
+                self.newest = path
+        except Exception as exc:
+            note_failure(path, exc)
+            raise
 
     def after_commit(self, step: Callable[[], None]) -> None:
         """Do something once the save begun last is committed, and not at all if it fails; now if none is in flight.
@@ -140,7 +141,11 @@ class Saver:
         self._in_flight.after_commit(step)
 
     def wait(self) -> None:
-        """Wait for what is in flight and what follows it, whatever comes of it; a failure stays to be raised."""
+        """Wait for what is in flight and what follows it, whatever comes of it; a failure stays to be raised.
+
+        Saves of other objects in this process are waited for, too: the next load may be of what they are saving.
+        """
+        thread_runner.wait()
         self._in_flight.wait()
 
     def finish(self, *, but_last: bool = False) -> None:
@@ -160,6 +165,15 @@ class Saver:
             self.finish()
         finally:
             self._free_stagers()
+
+    def _save(self, state_dict: dict[str, Any], writer: FileSystemWriter) -> None:
+        with expected_warnings():
+            save(
+                state_dict,
+                storage_writer=writer,
+                process_group=self.process_group,
+                no_dist=is_alone(no_dist=self.no_dist),
+            )
 
     def _begin(
         self,
@@ -186,12 +200,13 @@ class Saver:
                     kind=kind,
                     async_stager=staging.stager,
                     is_queued=self._in_flight.is_any,
+                    has_owner=True,
                 )
             if isinstance(begun, AsyncSaveResponse):
                 await_staging_before_step(optimizers, begun.staging_completion)
                 begun = begun.upload_completion
             staging.save = begun
-            self._in_flight.began(begun)
+            self._in_flight.began(begun, path)
             self.newest = path
         except BaseException as exc:  # the other ranks hear of it first
             failure = exc
@@ -246,18 +261,30 @@ class _Writer(FileSystemWriter):
 
 
 @contextmanager
-def unwrapped_plan_errors() -> Iterator[None]:
+def unwrapped_plan_errors(hint: str = "") -> Iterator[None]:
     """Raise a ``PlanError`` as it is, on every rank, where a load has failed for nothing else.
 
     Users of a framework know the error of a model that does not fit; the tracebacks of all ranks would hide it.
+
+    Args:
+        hint: The last sentence of the error: what the framework's users can do, who cannot pass ``StateDictOptions``.
     """
     try:
         yield
+    except PlanError as exc:
+        raise _advised(exc, hint) from None
     except CheckpointException as exc:
         failures = [failure for failure, _ in exc.failures.values()]
         if failures and all(isinstance(failure, PlanError) for failure in failures):
-            raise failures[0] from None
+            raise _advised(failures[0], hint) from None
         raise
+
+
+def _advised(failure: BaseException, hint: str) -> BaseException:
+    if not hint:
+        return failure
+    text = str(failure).replace(f"\n    {KEEPING_ADVICE}", "")
+    return failure if hint in text else PlanError(f"{text}\n    {hint}")
 
 
 @contextmanager

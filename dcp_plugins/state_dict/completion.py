@@ -261,7 +261,7 @@ def model_template(
         values: The state dict that the getter made, or a part of it.
         names: The names of the model's parameters.
         strict: Raise if the model's keys and the checkpoint's differ, before anything is read; otherwise load the keys
-            that both have.
+            that both have, and those of modules that load their part themselves.
         hint: The last sentence of that error: what the caller can do.
         title: The name of the model in that error, where there are several.
     """
@@ -283,8 +283,9 @@ class _ModelCompletion:
         missing = [key for key in template if key not in saved and not is_extra_state(key)]
         unexpected = [key for key in saved if key not in template]
         problems = []
+        # A module that loads its part itself gets the keys that it does not have now, as from ``load_state_dict``.
+        free = self_loading(self._names, keeps_keys) if missing or unexpected else set()
         if self._strict and (missing or unexpected):
-            free = self_loading(self._names, keeps_keys)
             for what, keys in (("Missing", missing), ("Unexpected", unexpected)):
                 wrong = [key for key in keys if not _is_below(key, free)]
                 if wrong:
@@ -302,7 +303,7 @@ class _ModelCompletion:
                 notes.left_unread.update(found.fqn for found in saved_values(value))
             elif key in template:
                 made[key] = like_saved(value, template[key], self._target_for(key, misfits))
-            elif self._strict:
+            elif self._strict or _is_below(key, free):
                 made[key] = like_saved(value, None, _plain_target)
             else:
                 notes.left_unread.update(found.fqn for found in saved_values(value))

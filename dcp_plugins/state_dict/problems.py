@@ -13,7 +13,7 @@ from dcp_plugins.state_dict.keys import suggestion
 from dcp_plugins.state_dict.names import Names
 from dcp_plugins.user_warnings import warn_user
 
-__all__ = ["EmptyGroups", "Problems", "spellings"]
+__all__ = ["KEEPING_ADVICE", "EmptyGroups", "Problems", "spellings"]
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +22,10 @@ def spellings(names: Names) -> dict[str, None]:
     """Return every name that a state dict may have for a parameter or buffer of the model."""
     hidden = {name: None for each in names.hidden_names.values() for name in each}
     return {**dict.fromkeys(names.tensors), **hidden}
+
+
+KEEPING_ADVICE = "To load what is there and keep the rest, pass StateDictOptions(strict=False)."
+"""A line of an error. Whoever takes no such options from the user puts other advice in its place."""
 
 
 def _titled(params: list[str]) -> str:
@@ -119,7 +123,7 @@ class Problems:
             lines.append(f"... ({len(self.others) - 12} more)")
         if lines:
             if self.missing or self.losing or self.ungrouped:
-                lines.append("To load what is there and keep the rest, pass StateDictOptions(strict=False).")
+                lines.append(KEEPING_ADVICE)
             raise PlanError("\n    ".join(["The optimizer state dict does not fit:", *lines]))
 
 

@@ -6,6 +6,7 @@ other file systems.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -119,18 +120,37 @@ class LocalStore:
     @contextmanager
     def create(self, name: str) -> Iterator[NewFile]:
         # O_EXCL: names are unique to the save, so a file of this name would be a bug.
-        fd = os.open(self._path / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        with self._naming_deletion():
+            fd = os.open(self._path / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             yield _LocalFile(fd)
         finally:
             os.close(fd)
 
     def publish(self, name: str, content: bytes, temporary: str, *, sync: bool) -> None:
-        publish(self._path / name, content, self._path / temporary, sync=sync)
+        with self._naming_deletion():
+            publish(self._path / name, content, self._path / temporary, sync=sync)
 
     def sizes(self, names: Collection[str], infos: Iterable[StorageInfo]) -> dict[str, int]:
         # Ask the files: a file of another rank may not be visible on this machine, which must not stay unnoticed.
-        return {name: (self._path / name).stat().st_size for name in sorted(names)}
+        with self._naming_deletion():
+            return {name: (self._path / name).stat().st_size for name in sorted(names)}
+
+    @contextmanager
+    def _naming_deletion(self) -> Iterator[None]:
+        """Say of a file or directory that is missing in the middle of a save how that can have come."""
+        try:
+            yield
+        except FileNotFoundError as exc:
+            is_there = self._path.is_dir()
+            gone = os.fspath(exc.filename) if is_there else os.fspath(self._path)
+            cause = (
+                "it was deleted before the save was committed. Let a rotation of old checkpoints spare the one that is"
+                " being saved"
+            )
+            if is_there:
+                cause += ". Or another rank wrote it on another machine, and the machines do not share this directory"
+            raise FileNotFoundError(errno.ENOENT, cause, gone) from exc
 
     def remove(self, names: Iterable[str], *, sync: bool = False) -> None:
         remove_files(self._path, names)

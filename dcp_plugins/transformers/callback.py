@@ -13,15 +13,18 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.import_utils import is_sagemaker_mp_enabled, is_torch_xla_available
 
-from dcp_plugins.errors import CorruptCheckpointError
+from dcp_plugins.errors import CorruptCheckpointError, listing
 from dcp_plugins.format.trust import SafeGlobal, check_safe_globals
 from dcp_plugins.manager import SaveOptions, Saver, is_committed
 from dcp_plugins.manager.agreement import deciding_ranks
 from dcp_plugins.manager.options import Asynchronous
 from dcp_plugins.plan.unloadable import loaded_with
 from dcp_plugins.transformers import load, seam, stock
-from dcp_plugins.transformers.layout import find_checkpoint, forget_states_but, restore_state
-from dcp_plugins.transformers.save import model_of, save_checkpoint
+from dcp_plugins.transformers.layout import NAMES, find_checkpoint, forget_states_but, later_checkpoints, restore_state
+from dcp_plugins.transformers.listeners import readers_of
+from dcp_plugins.transformers.save import save_checkpoint
+from dcp_plugins.transformers.unwrapped import model_of
+from dcp_plugins.transformers.writers import Writers
 from dcp_plugins.user_warnings import warn_user
 
 __all__ = ["DCPCallback"]
@@ -43,6 +46,9 @@ class DCPCallback(TrainerCallback):
         hf_weights: Let each checkpoint also hold what ``from_pretrained`` loads: weights as safetensors, configuration,
             tokenizer. They are written before training goes on, whatever ``asynchronous`` says. By default only where
             the Trainer pushes checkpoints to the hub.
+        commit_before_on_save: Let a save in the background wait for its commit before the Trainer calls ``on_save`` of
+            its callbacks. By default it waits where a callback may read the checkpoint's files there, such as one that
+            uploads them; a line in the log names that callback.
         weights_only: Read schedulers' and scalers' states as plain data. False unpickles them, which can run code: only
             for checkpoints that you trust.
         safe_globals: Classes of yours that these states may have all the same, beside those of
@@ -58,6 +64,7 @@ class DCPCallback(TrainerCallback):
         sync_files: bool | None = None,
         overlap_staging: bool | None = None,
         hf_weights: bool | None = None,
+        commit_before_on_save: bool | None = None,
         weights_only: bool = True,
         safe_globals: Iterable[SafeGlobal] = (),
     ) -> None:
@@ -71,11 +78,15 @@ class DCPCallback(TrainerCallback):
             options, **{name: value for name, value in given.items() if value is not None}
         )
         self.hf_weights = hf_weights
+        self.commit_before_on_save = commit_before_on_save
         self.weights_only = weights_only
         self.safe_globals = check_safe_globals(safe_globals)
         self.saver = Saver(self.options)
+        self.writers = Writers()
         self._saved_step: int | None = None
+        self._saved: list[Path] = []
         self._pushed: list[Path] = []
+        self._hinted = False
         self._resuming: Path | None = None
         self._loaded: set[str] = set()
         seam.install(_REPLACEMENTS, callback_of)
@@ -115,10 +126,12 @@ class DCPCallback(TrainerCallback):
         **kwargs: Any,
     ) -> Any:
         _refuse_unsupported(trainer)
+        self.saver.wait()
         path, is_ours = _agreed_checkpoint(trainer, resume_from_checkpoint)
         self._resuming = path if is_ours else None
         self._loaded = set()
         self._saved_step = None
+        self._saved = []
         try:
             result = original(None if path is None else str(path), *args, **kwargs)
         except BaseException:
@@ -139,18 +152,60 @@ class DCPCallback(TrainerCallback):
         if uploads is None or uploads.is_done():
             self._pushed = []
         push = pushes_checkpoints(trainer.args)
+        hf_weights = self.writes_hf_weights(trainer.args)
+        if not self._saved and trainer.is_world_process_zero():
+            self._hint(trainer, Path(trainer._get_output_dir(trial=trial)) / NAMES.name(trainer.state.global_step))
         with loaded_with(weights_only=self.weights_only, safe_globals=self.safe_globals):
             path = save_checkpoint(
                 trainer,
                 self.saver,
+                self.writers,
                 trial=trial,
-                hf_weights=self.writes_hf_weights(trainer.args),
+                hf_weights=hf_weights,
                 push=push,
+                commit_first=self._commits_first(trainer),
                 in_use=self._pushed,
+                own=self._saved,
             )
         if push:
             self._pushed = [*self._pushed, path]
+        self._saved = [*(other for other in self._saved if other != path), path]
         self._saved_step = trainer.state.global_step
+
+    def _commits_first(self, trainer: Trainer) -> bool:
+        """Agree whether a save is committed before the Trainer calls ``on_save``."""
+        if self.options.asynchronous == "off" or self.commit_before_on_save is not None:
+            return bool(self.commit_before_on_save)
+        # Ranks must decide alike, and a callback may be on one rank only.
+        readers = readers_of(trainer)
+        commits_first = deciding_ranks().any_of("on_save", [bool(readers)])[0]
+        if readers and not self._saved:
+            log.warning(
+                "DCPCallback: each save waits for its commit, because %s may read the checkpoint's files in on_save. If"
+                " not, DCPCallback(commit_before_on_save=False) lets training go on meanwhile",
+                ", ".join(readers),
+            )
+        return commits_first
+
+    def _hint(self, trainer: Trainer, path: Path) -> None:
+        """Say what users find out late: before a run's first save, on the main process."""
+        later = later_checkpoints(path)
+        if later:
+            log.warning(
+                "%s is saved beside later steps of an earlier run: %s. save_total_limit deletes these first, and until"
+                " then resume_from_checkpoint=True takes the last one. Give this run another output_dir, or move them"
+                " away, unless that is what you want",
+                path,
+                listing(other.name for other in later),
+            )
+        if self.hf_weights is None and not self.writes_hf_weights(trainer.args) and not self._hinted:
+            self._hinted = True
+            if hasattr(model_of(trainer), "save_pretrained"):
+                log.warning(
+                    "%s is for resuming: from_pretrained cannot load it. DCPCallback(hf_weights=True) writes weights,"
+                    " configuration and tokenizer into each checkpoint, too; False only hides this hint",
+                    path,
+                )
 
     def load_model(
         self, trainer: Trainer, original: Callable[..., Any], resume_from_checkpoint: str, model: Any = None
@@ -236,6 +291,11 @@ _REPLACEMENTS: dict[str, seam.Replacement] = {
     "_load_rng_state": DCPCallback.load_random_state,
     "_load_best_model": DCPCallback.load_best_model,
     "_finalize_training": DCPCallback.finalize,
+    "save_model": lambda callback, *args, **kwargs: callback.writers.save_model(*args, **kwargs),
+    "_save": lambda callback, *args, **kwargs: callback.writers.save_weights(*args, **kwargs),
+    "_save_optimizer_and_scheduler": lambda callback, *args, **kwargs: callback.writers.save_optimizer_and_scheduler(
+        *args, **kwargs
+    ),
 }
 
 

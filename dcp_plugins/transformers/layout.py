@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from accelerate.utils.constants import FSDP_MODEL_NAME
@@ -26,6 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import dcp_plugins as dcp
 from dcp_plugins.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
+from dcp_plugins.format.names import METADATA_NAME
 from dcp_plugins.manager import (
     StepNames,
     delete_checkpoint,
@@ -47,8 +48,10 @@ __all__ = [
     "forget_state",
     "forget_states_but",
     "has_stock_files",
+    "has_weights",
     "is_stock",
     "last_checkpoint",
+    "later_checkpoints",
     "publish_state",
     "restore_state",
     "rotate",
@@ -71,6 +74,8 @@ _STOCK_FILES = (
     SCHEDULER_NAME,
     "rng_state*.pth",
 )
+# The stock Trainer writes these after the other ones, whatever it distributes.
+_LAST_STOCK_FILES = ("rng_state*.pth",)
 _WEIGHTS = ("*.safetensors*", "pytorch_model*.bin*", "adapter_model.bin", "*/adapter_model.*")
 
 # A file that a save at SIGTERM (enable_jit_checkpoint) puts beside the checkpoint until it has returned.
@@ -106,8 +111,8 @@ def find_checkpoint(requested: str | bool | None, output_dir: _PathLike) -> Path
     ``output_dir``: it then comes from ``get_last_checkpoint``, which takes whatever has the name.
 
     Raises:
-        ValueError: There is no good checkpoint to take.
-        CheckpointNotFoundError: The path is no checkpoint.
+        ValueError: There is no good checkpoint to take, or the path cannot be one; names the newest one near it.
+        CheckpointNotFoundError: The save into the path did not finish.
         CorruptCheckpointError: The path is one, with damaged files.
     """
     if requested is None or requested is False:
@@ -121,6 +126,11 @@ def find_checkpoint(requested: str | bool | None, output_dir: _PathLike) -> Path
             )
         return newest
     path = Path(requested)
+    problem = _why_no_checkpoint(requested, path)
+    if problem is not None:
+        raise ValueError(
+            f"Can't find a valid checkpoint at {requested!r}: {problem}. {_advice(path, Path(output_dir))}"
+        )
     try:
         _verify(path)
     except (CheckpointNotFoundError, CorruptCheckpointError) as exc:
@@ -134,17 +144,59 @@ def find_checkpoint(requested: str | bool | None, output_dir: _PathLike) -> Path
     return path
 
 
+def _why_no_checkpoint(requested: str, path: Path) -> str | None:
+    """Say why a path cannot be that of a checkpoint, finished or not; None if it can."""
+    if not requested:
+        return "it is empty"
+    if path.is_dir():
+        if _is_checkpoint(path) or NAMES.step_of(path.name) is not None or _holds(path, ("*.distcp",)):
+            return None
+        inside = any(_is_checkpoint(other) for other in path.iterdir() if NAMES.step_of(other.name) is not None)
+        return (
+            "it is a directory of checkpoints" if inside else f"it has neither {METADATA_NAME} nor {TRAINER_STATE_NAME}"
+        )
+    if requested.lower() in ("true", "false"):
+        return "it is a text, not the boolean"
+    return "it is a file, not a directory" if path.exists() else "it does not exist"
+
+
+def _advice(path: Path, output_dir: Path) -> str:
+    """Name the newest good checkpoint inside of a path, beside it, or in ``output_dir``."""
+    for folder, where in ((path, "in it"), (path.parent, "beside it"), (output_dir, f"in {output_dir}")):
+        newest = last_checkpoint(folder) if folder != Path() or folder == output_dir else None
+        if newest is not None:
+            return f"The newest checkpoint {where} is {newest}. Pass that path, or True for the newest in {output_dir}."
+    return f"There is no checkpoint in {output_dir} either. Pass None to begin."
+
+
 def is_stock(path: Path) -> bool:
     """Tell whether the stock Trainer wrote the checkpoint at ``path``, to the end as far as one can see."""
     if is_committed(path) or not (path / TRAINER_STATE_NAME).is_file():
         return False
     # With save_only_model it writes weights alone; beside data files of ours these are a killed save's.
-    return has_stock_files(path) or (_holds(path, _WEIGHTS) and not _holds(path, ("*.distcp",)))
+    return has_stock_files(path) or (has_weights(path) and not _holds(path, ("*.distcp",)))
 
 
 def has_stock_files(path: Path) -> bool:
-    """Tell whether there are files at ``path`` that only the stock Trainer writes."""
-    return _holds(path, _STOCK_FILES)
+    """Tell whether the stock Trainer has written files at ``path``; beside a commit of ours, whether to the end.
+
+    Beside a commit, a subclass of `Trainer` may have written the others: its own ``_save_optimizer_and_scheduler``.
+    """
+    return _holds(path, _LAST_STOCK_FILES if is_committed(path) else _STOCK_FILES)
+
+
+def has_weights(path: Path) -> bool:
+    """Tell whether there are files of weights at ``path``, as ``from_pretrained`` loads them."""
+    return _holds(path, _WEIGHTS)
+
+
+def later_checkpoints(path: Path) -> list[Path]:
+    """Return the checkpoints beside ``path`` with a later step, which a resumed run would prefer."""
+    step = NAMES.step_of(path.name)
+    assert step is not None
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    found = [(other, NAMES.step_of(other.name)) for other in beside]
+    return [other for other, number in found if number is not None and number > step and _is_checkpoint(other)]
 
 
 def publish_state(path: Path, text: str, *, sync: bool) -> None:
@@ -183,27 +235,30 @@ def forget_states_but(run_dir: Path, best: Path) -> None:
             forget_state(path)
 
 
-def rotate(run_dir: Path, limit: int, keep: Collection[Path]) -> None:
+def rotate(run_dir: Path, limit: int, keep: Collection[Path], *, own: Sequence[Path] = ()) -> None:
     """Delete the oldest checkpoints until ``limit`` are left, and what killed saves have left among them.
 
     Args:
         run_dir: Where the checkpoints are.
         limit: How many may stay; more do if more are to be kept.
         keep: Never deleted: the newest, the best, one that is being read.
+        own: The checkpoints that this run has saved, the oldest first. Those of earlier runs are older, whatever their
+            steps.
     """
     kept = {path.resolve() for path in keep}
+    saved_at = {path.resolve(): place for place, path in enumerate(own)}
     newest = max(NAMES.step_of(path.name) or 0 for path in keep)
     complete = []
     for path in run_dir.iterdir():
         step = NAMES.step_of(path.name)
         if step is None or not path.is_dir():
             continue
-        if is_committed(path) or is_stock(path):
-            complete.append((step, path))
+        if _is_checkpoint(path):
+            complete.append((saved_at.get(path.resolve(), -1), step, path))
         elif step < newest and path.resolve() not in kept:
             remove_if_uncommitted(path, also=(TRAINER_STATE_NAME, f"{TRAINER_STATE_NAME}.new", _MARK_OF_JIT_SAVE))
     surplus = len(complete) - max(limit, len(kept))
-    for _, path in sorted(complete):
+    for *_, path in sorted(complete):
         if surplus <= 0:
             break
         if path.resolve() not in kept:
@@ -211,6 +266,10 @@ def rotate(run_dir: Path, limit: int, keep: Collection[Path]) -> None:
             forget_state(path)
             delete_checkpoint(path)
             surplus -= 1
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return is_committed(path) or is_stock(path)
 
 
 def _verify(path: Path) -> None:

@@ -17,17 +17,26 @@ from transformers import Trainer
 import dcp_plugins as dcp
 from dcp_plugins.errors import PlanError, listing
 from dcp_plugins.format.trust import SafeGlobal
-from dcp_plugins.manager import OptimizerState, RandomState, load_state
+from dcp_plugins.manager import OptimizerState, RandomState, load_state, unwrapped_plan_errors
 from dcp_plugins.manager.agreement import deciding_ranks
 from dcp_plugins.plan.values import load_value
 from dcp_plugins.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from dcp_plugins.state_dict.keys import keeps_keys, self_loading
+from dcp_plugins.state_dict.names import names_of
 from dcp_plugins.state_dict.owned import own_model_state
 from dcp_plugins.transformers.adapters import has_adapters, only_adapters
 from dcp_plugins.transformers.layout import MODEL, OPTIMIZER, RANDOM, TRAINER
-from dcp_plugins.transformers.save import SCALER, SCHEDULER, bare_optimizer, model_of, scheduler_of
+from dcp_plugins.transformers.save import SCALER, SCHEDULER
+from dcp_plugins.transformers.unwrapped import bare_optimizer, model_of, scheduler_of
 from dcp_plugins.user_warnings import warn_user
 
 __all__ = ["load_model", "load_optimizer_and_scheduler", "load_random_state", "names_in"]
+
+
+_ADVICE = (
+    "Resume with the model and the optimizer that were saved. To go on with the weights alone, load them into the model"
+    " and train without resume_from_checkpoint."
+)
 
 
 def load_model(
@@ -35,8 +44,8 @@ def load_model(
 ) -> None:
     """Load the weights of a checkpoint into a model, in place; every rank calls it.
 
-    As the Trainer does, this loads the keys that the model and the checkpoint share, and warns of the others. Keys of
-    adapters must be in the checkpoint.
+    As the Trainer does, this loads the keys that the model and the checkpoint share, and warns of the others. A module
+    that loads its part itself gets all of its saved keys. Keys of adapters must be in the checkpoint.
 
     Raises:
         PlanError: An adapter's keys are missing, or all keys are.
@@ -44,19 +53,24 @@ def load_model(
     saved = names_in(path).get(MODEL, set())
     wanted = only_adapters(model, get_model_state_dict(model))
     missing, unexpected = wanted.keys() - saved, saved - wanted.keys()
-    if missing and (has_adapters(model) or missing == wanted.keys()):
+    free = tuple(self_loading(names_of(model), keeps_keys)) if unexpected else ()
+    given = {name for name in unexpected if name.startswith(free)}
+    if missing and (has_adapters(model) or (missing == wanted.keys() and not given)):
         raise PlanError(
             f"Expected {'the adapters of the model' if has_adapters(model) else 'the model'} in the checkpoint {path},"
             f" but these keys are missing: {listing(missing)}. It holds {listing(saved) or 'no model'}."
         )
+    options = StateDictOptions(strict=False)
+    state = {MODEL: own_model_state(model, options=options, values=wanted, hint=f"This is {path}.")}
+    with unwrapped_plan_errors(_ADVICE):
+        load_state(state, path, weights_only=weights_only, safe_globals=safe_globals)
+    # The load has filled the tensors. This call sets the other values, and runs the modules' load hooks.
+    found = set_model_state_dict(model, state[MODEL], options=options)
+    missing &= {*found.missing_keys}
+    unexpected = (unexpected - given) | {*found.unexpected_keys}
     for what, names in (("missing from", missing), ("unexpected in", unexpected)):
         if names and deciding_ranks().is_coordinator:
             warn_user(f"Keys {what} the checkpoint {path}, left as they are: {listing(names)}")
-    options = StateDictOptions(strict=False)
-    state = {MODEL: own_model_state(model, options=options, values=wanted, hint=f"This is {path}.")}
-    load_state(state, path, weights_only=weights_only, safe_globals=safe_globals)
-    # The load has filled the tensors. This call sets the other values, and runs the modules' load hooks.
-    set_model_state_dict(model, state[MODEL], options=options)
 
 
 def load_optimizer_and_scheduler(
@@ -74,7 +88,8 @@ def load_optimizer_and_scheduler(
         OPTIMIZER: OptimizerState(model_of(trainer), [bare_optimizer(trainer)]),
         TRAINER: dict.fromkeys(rest, b""),
     }
-    load_state(state, path, weights_only=weights_only, safe_globals=safe_globals)
+    with unwrapped_plan_errors(_ADVICE):
+        load_state(state, path, weights_only=weights_only, safe_globals=safe_globals)
     for name, stateful in ((SCHEDULER, scheduler_of(trainer)), (SCALER, scaler)):
         if name in rest:
             value = load_value(

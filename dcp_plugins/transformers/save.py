@@ -14,8 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate.optimizer import AcceleratedOptimizer
-from torch import nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerState
 from transformers.trainer_callback import ExportableState
@@ -26,7 +24,7 @@ from dcp_plugins.manager.agreement import deciding_ranks
 from dcp_plugins.manager.saver import renormed_weights
 from dcp_plugins.plan.unloadable import warn_of_unloadable
 from dcp_plugins.plan.values import dump_value
-from dcp_plugins.state_dict import StateDictOptions, get_model_state_dict
+from dcp_plugins.state_dict import get_model_state_dict
 from dcp_plugins.storage.local import make_directory
 from dcp_plugins.transformers.adapters import only_adapters
 from dcp_plugins.transformers.layout import (
@@ -42,15 +40,13 @@ from dcp_plugins.transformers.layout import (
     publish_state,
     rotate,
 )
+from dcp_plugins.transformers.unwrapped import bare_optimizer, model_of, scheduler_of
+from dcp_plugins.transformers.writers import Writers
 
 __all__ = [
     "SCALER",
     "SCHEDULER",
-    "bare_optimizer",
-    "model_of",
     "save_checkpoint",
-    "scheduler_of",
-    "write_hf_weights",
 ]
 
 log = logging.getLogger(__name__)
@@ -60,17 +56,29 @@ SCALER = "scaler"
 
 
 def save_checkpoint(
-    trainer: Trainer, saver: Saver, *, trial: Any, hf_weights: bool, push: bool, in_use: Sequence[Path]
+    trainer: Trainer,
+    saver: Saver,
+    writers: Writers,
+    *,
+    trial: Any,
+    hf_weights: bool,
+    push: bool,
+    commit_first: bool,
+    in_use: Sequence[Path],
+    own: Sequence[Path],
 ) -> Path:
     """Save a checkpoint of a Trainer at its current step, and return where; every rank calls it.
 
     Args:
         trainer: The Trainer, in training.
         saver: Makes the save. The failure of its last save is raised here.
+        writers: Writes the files beside the checkpoint's own data.
         trial: The trial of a hyperparameter search, or None.
         hf_weights: Also write the files that ``from_pretrained`` loads.
         push: Push to the hub after the commit.
+        commit_first: Return after the commit, whatever the options of the saver say.
         in_use: Checkpoints that are not to be deleted.
+        own: The checkpoints that this run has saved before, the oldest first.
     """
     # First, because the state that is saved below may name the last checkpoint as the best.
     saver.finish()
@@ -81,8 +89,7 @@ def save_checkpoint(
     _note_best(trainer, run_dir, path)
     is_first = trainer.is_world_process_zero()
     text = deciding_ranks().settle("prepare", lambda: _prepare(trainer, path, saver) if is_first else "")
-    if hf_weights:
-        write_hf_weights(trainer, path)
+    writers.write(trainer, path, hf_weights=hf_weights)
     optimizer = None if trainer.args.save_only_model else bare_optimizer(trainer)
     saver.save(
         _state_of(trainer, optimizer, text if is_first else None),
@@ -92,7 +99,7 @@ def save_checkpoint(
         optimizers=[] if optimizer is None or hasattr(optimizer, "train") else [optimizer],
         changed_by_forward=renormed_weights([model_of(trainer)]),
         # The Trainer begins an upload on this thread, and the upload reads the files.
-        blocking=True if push or not trainer.is_in_train else None,
+        blocking=True if push or commit_first or not trainer.is_in_train else None,
     )
     if is_first:
         saver.after_commit(partial(shutil.rmtree, path.with_name(f"{path.name}.replaced"), ignore_errors=True))
@@ -104,41 +111,11 @@ def save_checkpoint(
         keep = [path, *in_use]
         if trainer.state.best_model_checkpoint is not None:
             keep.append(Path(trainer.state.best_model_checkpoint))
-        saver.after_commit(partial(_attempt, partial(rotate, run_dir, limit, keep)))
+        saver.after_commit(partial(_attempt, partial(rotate, run_dir, limit, keep, own=[*own, path])))
+    if commit_first:
+        # A callback of another rank may read what rank 0 has just written.
+        deciding_ranks().barrier()
     return path
-
-
-def write_hf_weights(trainer: Trainer, path: Path) -> None:
-    """Write weights, configuration and tokenizer as ``save_pretrained`` does; every rank calls it."""
-    if trainer.is_fsdp_enabled:
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        whole = get_model_state_dict(model_of(trainer), options=options)
-        write = partial(trainer._save, str(path), state_dict=whole)
-    else:
-        write = partial(trainer.save_model, str(path), _internal_call=True)
-    deciding_ranks().settle("write weights for from_pretrained", write)
-
-
-def model_of(trainer: Trainer) -> nn.Module:
-    """Return the model that is trained: not inside DDP's wrapper, but inside FSDP1's."""
-    model = trainer.model
-    assert model is not None
-    return model
-
-
-def bare_optimizer(trainer: Trainer) -> Optimizer:
-    """Return the optimizer itself, without Accelerate's wrapper around it."""
-    optimizer: Any = trainer.optimizer
-    while isinstance(optimizer, AcceleratedOptimizer):
-        optimizer = optimizer.optimizer
-    assert isinstance(optimizer, Optimizer)
-    return optimizer
-
-
-def scheduler_of(trainer: Trainer) -> Any:
-    """Return the learning-rate scheduler, of whatever class."""
-    assert trainer.lr_scheduler is not None
-    return trainer.lr_scheduler
 
 
 def _prepare(trainer: Trainer, path: Path, saver: Saver) -> str:

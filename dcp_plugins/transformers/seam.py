@@ -1,7 +1,7 @@
 """The seam: methods of `Trainer` that ask whether this Trainer has a `DCPCallback`, and do as before if it has none.
 
 A callback is given neither the Trainer nor a say before the Trainer has written (``on_save``) or refused to read
-(``_load_from_checkpoint``). So eight methods are wrapped, once, on the class itself: subclasses that override one and
+(``_load_from_checkpoint``). So eleven methods are wrapped, once, on the class itself: subclasses that override one and
 call ``super()``, as TRL's do, still arrive here. Their signatures, and those of what we call, are compared first.
 """
 
@@ -31,6 +31,9 @@ REPLACED: dict[str, tuple[str, ...]] = {
     "_load_rng_state": ("checkpoint",),
     "_load_best_model": (),
     "_finalize_training": ("trial", "num_train_samples", "start_time"),
+    "save_model": ("output_dir", "_internal_call"),
+    "_save": ("output_dir", "state_dict"),
+    "_save_optimizer_and_scheduler": ("output_dir",),
 }
 # What is called, or must go on calling what is replaced.
 CALLED: dict[str, tuple[str, ...]] = {
@@ -47,14 +50,11 @@ CALLED: dict[str, tuple[str, ...]] = {
     ),
     "_prepare_for_training": ("max_steps", "train_dataloader", "resume_from_checkpoint"),
     "_push_from_checkpoint": ("checkpoint_folder",),
-    "_save": ("output_dir", "state_dict"),
-    "_save_optimizer_and_scheduler": ("output_dir",),
     "_save_rng_state": ("output_dir",),
     "_save_scaler": ("output_dir",),
     "create_optimizer": ("model",),
     "create_scheduler": ("num_training_steps", "optimizer"),
     "is_world_process_zero": (),
-    "save_model": ("output_dir", "_internal_call"),
     "store_flos": (),
 }
 

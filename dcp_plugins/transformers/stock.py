@@ -21,7 +21,7 @@ from dcp_plugins.manager import OptimizerState, RandomState, is_committed, load_
 from dcp_plugins.manager.agreement import deciding_ranks
 from dcp_plugins.transformers.layout import OPTIMIZER, restore_state
 from dcp_plugins.transformers.load import load_model, load_optimizer_and_scheduler, load_random_state, names_in
-from dcp_plugins.transformers.save import bare_optimizer, model_of, scheduler_of
+from dcp_plugins.transformers.unwrapped import bare_optimizer, model_of, scheduler_of
 
 __all__ = [
     "fsdp_model_directory",

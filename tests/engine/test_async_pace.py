@@ -109,7 +109,7 @@ def wait_in_next(saving: Future[Any], path: Path) -> None:
 
 def wait_in_manager(saving: Future[Any], path: Path) -> None:
     in_flight = InFlight()
-    in_flight.began(saving)
+    in_flight.began(saving, path)
     in_flight.finish()
 
 

@@ -59,7 +59,7 @@ def test_a_damaged_checkpoint_is_skipped_and_told_what_it_lacks(tmp_path: Path) 
         verify_checkpoint(tmp_path / "step_4")
     with pytest.raises(CorruptCheckpointError, match="has 100 bytes, it was written with"):
         verify_checkpoint(tmp_path / "step_3")
-    with pytest.raises(CheckpointNotFoundError, match="never finished"):
+    with pytest.raises(CheckpointNotFoundError, match="step_5, but it does not exist"):
         verify_checkpoint(tmp_path / "step_5")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

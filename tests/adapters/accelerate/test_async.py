@@ -67,7 +67,7 @@ def fail_in_the_background(root: Path) -> tuple[list[str], list[str]]:
             raise OSError(28, "No space left on device")
         return write(writer, *args)
 
-    accelerator.save_state.__self__._saver.wait()
+    accelerator._dcp_plugins_checkpointer._saver.wait()
     FileSystemWriter._write_file = fail  # type: ignore[method-assign]
     accelerator.save_state()
     messages = []
@@ -78,7 +78,7 @@ def fail_in_the_background(root: Path) -> tuple[list[str], list[str]]:
     FileSystemWriter._write_file = write  # type: ignore[method-assign]
     left = sorted(path.name for path in (root / "checkpoints").iterdir() if is_committed(path))
     accelerator.save_state()
-    accelerator.save_state.__self__._saver.wait()
+    accelerator._dcp_plugins_checkpointer._saver.wait()
     FileSystemWriter._write_file = fail  # type: ignore[method-assign]
     accelerator.save_state()
     try:
@@ -109,7 +109,7 @@ def test_old_checkpoints_stay_until_the_new_one_is_committed(tmp_path: Path, mon
 
     one = run("plain", plugin=DCPPlugin(asynchronous="thread"), folder=tmp_path, total_limit=1)
     one.accelerator.save_state()
-    one.accelerator.save_state.__self__._saver.wait()
+    one.accelerator._dcp_plugins_checkpointer._saver.wait()
     monkeypatch.setattr(FileSystemWriter, "finish", wait_and_commit)
     path = one.accelerator.save_state()
     one.train(1)

@@ -419,7 +419,7 @@ def test_the_plugin_is_switched_off_and_on(tmp_path: Path, monkeypatch: pytest.M
     stock = accelerator.save_state
     assert enable(accelerator, DCPPlugin()) is accelerator
     enable(accelerator, DCPPlugin(asynchronous="thread"))
-    assert accelerator.save_state.__self__.plugin.asynchronous == "thread"
+    assert accelerator._dcp_plugins_checkpointer.plugin.asynchronous == "thread"
     assert disable(accelerator) is accelerator
     assert accelerator.save_state == stock
     assert disable(accelerator) is accelerator
@@ -432,10 +432,10 @@ def test_the_plugin_is_switched_off_and_on(tmp_path: Path, monkeypatch: pytest.M
     with monkeypatch.context() as patch:
         patch.setattr(FileSystemWriter, "finish", lambda *_: 1 // 0)
         accelerator.save_state(tmp_path / "b")
-        accelerator.save_state.__self__._saver.wait()
+        accelerator._dcp_plugins_checkpointer._saver.wait()
     with pytest.raises(CheckpointException, match="ZeroDivisionError"):
         enable(accelerator, DCPPlugin(thread_count=1))
-    assert accelerator.save_state.__self__.plugin == DCPPlugin(thread_count=1)
+    assert accelerator._dcp_plugins_checkpointer.plugin == DCPPlugin(thread_count=1)
     accelerator.state.__dict__["distributed_type"] = "DEEPSPEED"
     with pytest.raises(ValueError, match="whose checkpoints are its own"):
         enable(accelerator, DCPPlugin())

@@ -77,6 +77,36 @@ def test_what_get_last_checkpoint_names_gives_way_to_the_newest_good_one(folder:
     assert find_checkpoint(False, folder) is None
 
 
+@pytest.mark.parametrize(
+    ("requested", "problem"),
+    [
+        ("run/chekpoint-4", "does not exist.* beside it is run/checkpoint-8"),
+        ("run/checkpoint-44", "does not exist.* beside it is run/checkpoint-8"),
+        ("run", "is a directory of checkpoints.* in it is run/checkpoint-8"),
+        ("run/checkpoint-4/trainer_state.json", "is a file, not a directory"),
+        ("True", "is a text, not the boolean.* in run is run/checkpoint-8"),
+        ("", "is empty.* in run is run/checkpoint-8"),
+        ("elsewhere/checkpoint-1", "does not exist.* in run is run/checkpoint-8"),
+    ],
+)
+def test_a_path_that_is_no_checkpoint_is_refused_with_the_newest_one_near_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, requested: str, problem: str
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    with pytest.raises(ValueError, match=f"Can't find a valid checkpoint at '{requested}': it {problem}"):
+        fit("run", DCPCallback(), resume=requested)
+
+
+def test_a_fresh_run_beside_an_older_one_is_told_and_keeps_its_own_checkpoints(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fit(folder, DCPCallback(), save_steps=1, max_steps=3, save_total_limit=2)
+    assert checkpoints(folder) == ["checkpoint-2", "checkpoint-3"]
+    said = [one.getMessage() for one in caplog.records if "later steps of an earlier run" in one.getMessage()]
+    assert len(said) == 1
+    assert "checkpoint-2, checkpoint-4, checkpoint-6, checkpoint-8" in said[0]
+
+
 def test_a_kill_between_commit_and_state_file_costs_nothing(folder: Path) -> None:
     state = folder / "checkpoint-4" / "trainer_state.json"
     text = state.read_text()

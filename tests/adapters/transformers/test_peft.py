@@ -38,6 +38,11 @@ def test_adapters_resume_exactly_and_the_base_is_not_saved(tmp_path: Path) -> No
     assert any("idle" in name for name in names), "an adapter that does not train is part of the model all the same"
     assert {"adapter_model.safetensors", "adapter_config.json", ".metadata"} <= set(files(tmp_path / "checkpoint-4"))
 
+    loaded = digest(peft.PeftModel.from_pretrained(tiny(), tmp_path / "checkpoint-4"))
+    trained = {(name, value) for name, value in digest(model).items() if name in names}
+    assert {(name, value) for name, value in loaded.items() if name in names} <= trained
+    assert any("lora_" in name for name in loaded)
+
     fit(tmp_path / "run", StopAt(4), DCPCallback(), model=adapted(modules_to_save=["ln_f"]))
     resumed = fit(tmp_path / "run", DCPCallback(), resume=True, model=adapted(modules_to_save=["ln_f"]))
     assert outcome(resumed) == expected

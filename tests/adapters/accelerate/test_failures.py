@@ -1,0 +1,89 @@
+"""Saves and loads that cannot work: who is told, and what the message says that helps."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dcp_plugins.accelerate import DCPPlugin
+from dcp_plugins.errors import CheckpointException, CheckpointNotFoundError
+from dcp_plugins.manager import is_committed
+from dcp_plugins.testing.ranks import run_ranks
+from tests.adapters.accelerate.trainers import run
+from tests.manager.test_failed_saves import refuse_commit
+
+
+def test_the_other_accelerator_saves_and_the_failed_one_says_why_there_is_nothing_to_load(tmp_path: Path) -> None:
+    plugin = DCPPlugin(asynchronous="thread", sync_files=False)
+    first, second = run("plain", plugin=plugin).accelerator, run("plain", plugin=plugin).accelerator
+    refuse_commit(tmp_path / "first")
+    first.save_state(tmp_path / "first")
+    second.save_state(tmp_path / "second")
+    second.end_training()
+    assert is_committed(tmp_path / "second")
+    with pytest.raises(CheckpointNotFoundError, match=r"first, .*the save into it failed: .*IsADirectoryError"):
+        first.load_state(tmp_path / "first")
+    with pytest.raises(CheckpointException, match="IsADirectoryError"):
+        first.end_training()
+
+
+def test_an_empty_path_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    accelerator = run("plain").accelerator
+    with pytest.raises(ValueError, match="save_state needs output_dir.* found ''"):
+        accelerator.save_state("")
+    with pytest.raises(ValueError, match="Tried to find ''"):
+        accelerator.load_state("")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["off", "thread"])
+def test_a_deleted_accelerator_is_freed_at_once_with_its_model_and_optimizer(tmp_path: Path, kind: Any) -> None:
+    one = run("plain", plugin=DCPPlugin(asynchronous=kind, sync_files=False))
+    one.train(1)
+    one.accelerator.save_state(tmp_path)
+    one.train(1)
+    watched = [weakref.ref(value) for value in (one.accelerator, one.model, one.optimizer)]
+    gc.collect()
+    gc.disable()
+    try:
+        del one
+        assert [watch() for watch in watched] == [None, None, None]
+    finally:
+        gc.enable()
+
+
+def come_late(folder: Path) -> list[str]:
+    accelerator = run("plain").accelerator
+    heard = folder / "heard"
+    lines: list[str] = []
+
+    class Listening(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+            heard.touch()
+
+    handler = Listening()
+    logging.getLogger("dcp_plugins").addHandler(handler)
+    try:
+        if accelerator.process_index == 1:
+            while not heard.exists():
+                time.sleep(0.05)
+        accelerator.save_state(folder / "saved")
+    finally:
+        logging.getLogger("dcp_plugins").removeHandler(handler)
+    return [line for line in lines if "waits in" in line]
+
+
+def test_a_process_that_waits_in_save_state_says_within_seconds_for_whom(tmp_path: Path) -> None:
+    first, second = run_ranks(2, come_late, tmp_path)
+    assert len(first) == 1
+    assert "rank 0 waits in save_state for rank(s) 1, which have not called it. Call it on every process" in first[0]
+    assert second == []
+    assert is_committed(tmp_path / "saved")
