@@ -6,6 +6,7 @@ Each also derives from what users of ``torch.distributed.checkpoint`` catch in i
     |-- CheckpointException      (torch's CheckpointException)  some rank failed: which, and why
     |-- PlanError                (RuntimeError, ValueError)     state dict and checkpoint do not fit
     |-- UnsupportedValueError    (ValueError, TypeError)        a value that cannot be checkpointed
+    |   `-- SnapshotChangedError                                ... because it was changed during the save
     |-- CorruptCheckpointError   (RuntimeError)                 bytes on storage are not what was written
     |   `-- UnsafeCheckpointError                               ... and loading them could do harm
     |-- CheckpointNotFoundError  (FileNotFoundError)            no committed checkpoint under this id
@@ -24,6 +25,7 @@ Warnings::
 
 from __future__ import annotations
 
+import errno
 import traceback
 from collections.abc import Iterable, Mapping
 
@@ -38,6 +40,7 @@ __all__ = [
     "LostContactError",
     "MissingExtraError",
     "PlanError",
+    "SnapshotChangedError",
     "StagingMemoryError",
     "StorageDetectionError",
     "StorageWriteError",
@@ -72,6 +75,10 @@ class CheckpointException(TorchCheckpointException, CheckpointError):
         lines = [f"{self._step}: {len(ranks)} rank(s) failed: {listing(ranks)}"]
         for rank in ranks[:_LISTED]:
             exc, stack = self.failures[rank]
+            if isinstance(exc, OSError) and exc.filename is not None and exc.errno in _DISK_ERRORS:
+                # The system says what is wrong with which file. Frames of this package would say nothing more.
+                lines.append(f"[rank {rank}] {type(exc).__name__}: {exc}")
+                continue
             lines.append(f"[rank {rank}] Traceback (most recent call last):")
             lines.extend(line.rstrip("\n") for line in (stack.format() if stack is not None else ()))
             lines.extend(line.rstrip("\n") for line in traceback.format_exception_only(type(exc), exc))
@@ -86,6 +93,10 @@ class PlanError(CheckpointError, RuntimeError, ValueError):
 
 class UnsupportedValueError(CheckpointError, ValueError, TypeError):
     """A value in the state dict is of a kind that cannot be saved or loaded."""
+
+
+class SnapshotChangedError(UnsupportedValueError):
+    """Values were changed while their snapshot was being taken: the save has failed, for it would be of no one step."""
 
 
 class CorruptCheckpointError(CheckpointError, RuntimeError):
@@ -133,6 +144,7 @@ class UnloadableValueWarning(UserWarning):
 
 
 _LISTED = 12
+_DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS})
 
 
 def listing(items: Iterable[object]) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 from lightning_recorder import digest
 from lightning_runs import TRAIN, Event, Run, train
 
+import dcp_plugins as dcp
 from dcp_plugins.lightning import DCPCheckpointIO, is_committed, last_checkpoint
 
 OVERHEAD = Path(__file__).with_name("lightning_overhead.py")
@@ -154,13 +155,14 @@ def compare(demo: Demo, checkpoint: Path, reference: Run, resumed: list[Run]) ->
             )
 
     print("\nStates, model and optimizer, compared bit for bit")
-    saved = DCPCheckpointIO().load_checkpoint(checkpoint)
-    on_disk = digest(saved["state_dict"], saved["optimizer_states"])
-    live = reference.states[saved["global_step"]]
+    saved = dcp.load_from_keys(["state_dict", "optimizer_0"], checkpoint_id=checkpoint)
+    on_disk = digest(saved["state_dict"], [saved["optimizer_0"]])
+    global_step = DCPCheckpointIO().load_checkpoint(checkpoint)["global_step"]
+    live = reference.states[global_step]
     tensors = sum(" " in value and "(" in value for value in on_disk.values())
     same: Callable[[dict[str, str]], bool] = on_disk.__eq__
     demo.check(
-        f"what is on disk is what the uninterrupted run had in memory at step {saved['global_step']}",
+        f"what is on disk is what the uninterrupted run had in memory at step {global_step}",
         same(live),
         f"{tensors} tensors",
     )

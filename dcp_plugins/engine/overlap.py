@@ -13,7 +13,12 @@ from torch.optim import Optimizer
 __all__ = ["await_staging_before_step"]
 
 
-def await_staging_before_step(optimizers: Iterable[Optimizer], staging_completion: Future[Any]) -> None:
+def await_staging_before_step(
+    optimizers: Iterable[Optimizer],
+    staging_completion: Future[Any],
+    *,
+    before_step: Callable[[], None] | None = None,
+) -> None:
     """Make the next step of each optimizer wait until a snapshot is taken.
 
     For use with ``async_save`` and a stager that works in the background::
@@ -31,6 +36,7 @@ def await_staging_before_step(optimizers: Iterable[Optimizer], staging_completio
     Args:
         optimizers: Those whose parameters or state are in the snapshot.
         staging_completion: Done when the snapshot is taken, or has failed.
+        before_step: Called when the snapshot is taken, before the next step of each optimizer.
     """
     for optimizer in optimizers:
         gate = _gates.get(optimizer)
@@ -38,7 +44,7 @@ def await_staging_before_step(optimizers: Iterable[Optimizer], staging_completio
             gate = _gates[optimizer] = _Gate()
             # For the optimizer's life: a hook cannot be removed while hooks are being called.
             optimizer.register_step_pre_hook(gate)
-        gate.close_until(staging_completion)
+        gate.close_until(staging_completion, before_step)
 
 
 class _Gate:
@@ -46,13 +52,19 @@ class _Gate:
 
     def __init__(self) -> None:
         self._awaited: list[Future[Any]] = []
+        self._before_step: list[Callable[[], None]] = []
 
-    def close_until(self, future: Future[Any]) -> None:
+    def close_until(self, future: Future[Any], before_step: Callable[[], None] | None) -> None:
         self._awaited = [*(one for one in self._awaited if not one.done()), future]
+        if before_step is not None:
+            self._before_step.append(before_step)
 
     def wait(self) -> None:
         concurrent.futures.wait(self._awaited)
         self._awaited = []
+        calls, self._before_step = self._before_step, []
+        for call in calls:
+            call()
 
     def __call__(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]

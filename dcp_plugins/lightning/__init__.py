@@ -9,6 +9,8 @@ With ``_async`` behind the name (``dcp_fsdp2_async``) checkpoints are written in
 The strategies are Lightning's own with one change: every rank takes part in writing and reading checkpoints, which are
 directories in Lightning's layout for sharded checkpoints (`layout.py` says what is in one). A run saved under one flag
 resumes under any other and on any number of ranks.
+
+The import also lets ``load_from_checkpoint`` and the CLI's ``--ckpt_path`` take directories (`plain_loading.py`).
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from dcp_plugins.lightning.checkpoint_io import DCPCheckpointIO
 from dcp_plugins.lightning.fabric import register_strategies as register_fabric_strategies
 from dcp_plugins.lightning.fsdp1 import DCPFSDPStrategy
 from dcp_plugins.lightning.layout import last_checkpoint, remove_uncommitted
+from dcp_plugins.lightning.plain_loading import patch_plain_loading
 from dcp_plugins.lightning.strategies import (
     DCPDDPStrategy,
     DCPFSDP2Strategy,
@@ -50,5 +53,6 @@ __all__ = [
     "remove_uncommitted",
 ]
 
+patch_plain_loading()
 register_strategies()
 register_fabric_strategies()

@@ -7,11 +7,11 @@ calls it holds no state but that of a save in the background, so one instance ma
 from __future__ import annotations
 
 import dataclasses
-import io
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,27 +19,39 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
-from torch import nn
 from torch.optim import Optimizer
 
 from dcp_plugins.engine.thread_runner import thread_runner
+from dcp_plugins.errors import CheckpointException, SnapshotChangedError
 from dcp_plugins.format.trust import SafeGlobal, check_safe_globals
 from dcp_plugins.lightning import layout
 from dcp_plugins.lightning.layout import ModelKey
-from dcp_plugins.lightning.links import lead_away
-from dcp_plugins.lightning.load import load_directory, load_file
+from dcp_plugins.lightning.links import lead_away, links_to, switch_link
+from dcp_plugins.lightning.load import moved, open_directory, open_file
+from dcp_plugins.lightning.paths import local_path
 from dcp_plugins.lightning.twin import write_twin
 from dcp_plugins.manager import SaveOptions, Saver, delete_checkpoint, is_committed
 from dcp_plugins.manager.agreement import deciding_ranks
 from dcp_plugins.manager.options import Asynchronous
 from dcp_plugins.plan.unloadable import loaded_with
 from dcp_plugins.storage.companion import CompanionWriter
+from dcp_plugins.user_warnings import warn_user
 
 __all__ = ["DCPCheckpointIO"]
 
 log = logging.getLogger(__name__)
 
 _PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _How:
+    """How a save is made: what `DCPCheckpointIO.saving` was told."""
+
+    asynchronous: Asynchronous = "off"
+    optimizers: tuple[Optimizer, ...] = ()
+    changed_by_forward: tuple[torch.Tensor, ...] = ()
+    again: bool = False
 
 
 class DCPCheckpointIO(CheckpointIO):
@@ -100,8 +112,11 @@ class DCPCheckpointIO(CheckpointIO):
         """Set by a strategy whose trainer is one process, whatever process group may exist around it."""
         self.stock_model_key: ModelKey = "state_dict"
         """Set by the strategy: the ``model_key`` of its stock counterpart."""
-        self._saver = Saver(self.options)
+        # Callbacks swap averages in for a validation, or put back the weights of before a step.
+        self._saver = Saver(self.options, watch_first=True)
         self._failures: list[Exception] = []
+        self._how = _How()
+        self._links_of_deleted: set[Path] = set()
 
     @property
     def no_dist(self) -> bool:
@@ -112,14 +127,48 @@ class DCPCheckpointIO(CheckpointIO):
         """Write a checkpoint to the directory ``path``. Called on every rank, with the same path.
 
         A previous checkpoint under ``path`` stays loadable until the new one is committed. On return the checkpoint is
-        committed; or every rank raises.
+        committed, or every rank raises; inside of `saving` with another place than "off", it is being written.
+
+        A subclass may override this method: the strategies call it for every save.
 
         Args:
-            checkpoint: As Lightning's Trainer makes it.
+            checkpoint: As Lightning's Trainer makes it. Any other dict, such as a module's state dict, is saved by the
+                calling process alone: a launcher of Lightning's saves one on rank 0.
             path: The same on every rank.
             storage_options: A mapping with options of the constructor that are to be different in this save.
         """
-        self.save_parts(*self.parts_of(checkpoint), path, options=self.options_for(storage_options, "off"))
+        how = self._how
+        options = self.options_for(storage_options, how.asynchronous)
+        if not checkpoint.keys() & {"state_dict", "pytorch-lightning_version"}:
+            self._save_parts({layout.BARE: dict(checkpoint)}, {}, path, options=options, how=how, no_dist=True)
+        elif how.again:
+            self._save_again(self.parts_of(checkpoint)[1], path)
+        else:
+            self._save_parts(*self.parts_of(checkpoint), path, options=options, how=how, no_dist=self.no_dist)
+
+    @contextmanager
+    def saving(
+        self,
+        asynchronous: Asynchronous = "off",
+        *,
+        optimizers: Iterable[Optimizer] = (),
+        changed_by_forward: Iterable[torch.Tensor] = (),
+        again: bool = False,
+    ) -> Iterator[None]:
+        """Say how `save_checkpoint` is to save, where its arguments have no place for it.
+
+        Args:
+            asynchronous: Where saves are written, unless ``storage_options`` say.
+            optimizers: Those that train: their next step waits until their parameters and state are copied.
+            changed_by_forward: Parameters of theirs that the forward pass changes.
+            again: The tensors are the same as in the last save, and are linked to.
+        """
+        before = self._how
+        self._how = _How(asynchronous, tuple(optimizers), tuple(changed_by_forward), again)
+        try:
+            yield
+        finally:
+            self._how = before
 
     def begin_save(
         self,
@@ -145,14 +194,9 @@ class DCPCheckpointIO(CheckpointIO):
         Raises:
             CheckpointException: The save before this one failed; raised on every rank.
         """
-        kind = "thread" if self.asynchronous in (None, "off") else self.asynchronous
-        self.save_parts(
-            *self.parts_of(checkpoint),
-            path,
-            options=self.options_for(storage_options, kind),
-            optimizers=optimizers,
-            changed_by_forward=changed_by_forward,
-        )
+        kind: Asynchronous = "process" if self.asynchronous == "process" else "thread"
+        with self.saving(kind, optimizers=optimizers, changed_by_forward=changed_by_forward):
+            self.save_checkpoint(checkpoint, path, storage_options)
 
     def options_for(self, storage_options: Any | None, asynchronous: Asynchronous) -> SaveOptions:
         """Return the options of one save.
@@ -172,7 +216,7 @@ class DCPCheckpointIO(CheckpointIO):
     def parts_of(self, checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Divide a checkpoint of the Trainer's into the parts that hold tensors, and the rest."""
         rest = dict(checkpoint)
-        parts: dict[str, Any] = {self.model_key or self.stock_model_key: rest.pop("state_dict")}
+        parts: dict[str, Any] = {self.model_key or self.stock_model_key: rest.pop("state_dict", {})}
         for index, optimizer_state in enumerate(rest.pop("optimizer_states", ())):
             parts[layout.optimizer_key(index)] = optimizer_state
         return parts, rest
@@ -198,13 +242,27 @@ class DCPCheckpointIO(CheckpointIO):
             optimizers: Those that train.
             changed_by_forward: Parameters of theirs that the forward pass changes.
         """
-        options = options or self.options
+        how = _How("off", tuple(optimizers), tuple(changed_by_forward), again=False)
+        self._save_parts(parts, rest, path, options=options or self.options, how=how, no_dist=self.no_dist)
+
+    def _save_parts(
+        self,
+        parts: dict[str, Any],
+        rest: dict[str, Any],
+        path: _PathLike,
+        *,
+        options: SaveOptions,
+        how: _How,
+        no_dist: bool,
+    ) -> None:
+        path = local_path(path)
         self.finish()
-        self._saver.options, self._saver.no_dist = options, self.no_dist
+        self._saver.options, self._saver.no_dist = options, no_dist
+        self._links_of_deleted.discard(path.absolute())
         state = dict(parts)
         content: bytes | Exception = b""
         # Rank 0's callbacks and loops are the ones that stock Lightning saves.
-        if self.no_dist or dist.get_rank() == 0:
+        if no_dist or dist.get_rank() == 0:
             try:
                 with self._loaded_with():
                     content = layout.encode_meta(rest)
@@ -219,7 +277,13 @@ class DCPCheckpointIO(CheckpointIO):
             thread_count=options.thread_count,
         )
         with self._loaded_with():
-            self._saver.save(state, path, optimizers=optimizers, changed_by_forward=changed_by_forward, writer=writer)
+            self._saver.save(
+                state,
+                path,
+                optimizers=how.optimizers,
+                changed_by_forward=how.changed_by_forward,
+                writer=writer,
+            )
 
     def _loaded_with(self) -> AbstractContextManager[None]:
         return loaded_with(weights_only=self.weights_only, safe_globals=self.safe_globals)
@@ -229,7 +293,7 @@ class DCPCheckpointIO(CheckpointIO):
         """The directory that a save was last begun into, in flight or committed; None if it failed."""
         return self._saver.newest
 
-    def save_again(self, rest: dict[str, Any], path: _PathLike) -> None:
+    def _save_again(self, rest: dict[str, Any], path: _PathLike) -> None:
         """Save what was last saved under another path, too, with the rest as it is now. Called on every rank.
 
         The caller has made sure that the tensors are the same. This returns at once; the checkpoint is made, of the
@@ -239,7 +303,7 @@ class DCPCheckpointIO(CheckpointIO):
             rest: Everything but the tensors, of which rank 0's is saved.
             path: Another directory, the same on every rank.
         """
-        source, options = self.newest, self._saver.options
+        source, options, path = self.newest, self._saver.options, local_path(path)
         assert source is not None
         ranks = deciding_ranks(no_dist=self.no_dist)
         is_coordinator = self.no_dist or dist.get_rank() == 0
@@ -260,16 +324,29 @@ class DCPCheckpointIO(CheckpointIO):
             log.warning("%s could not be made of the files of %s", writer.path, source, exc_info=True)
 
     def raise_noted_failure(self) -> None:
-        """Raise what `save_again` has failed with in the background, once. Only rank 0 knows."""
+        """Raise what a save of the same tensors has failed with in the background, once. Only rank 0 knows."""
         if self._failures:
             failure = self._failures[0]
             self._failures = []
             raise failure
 
     def finish(self) -> None:
-        """Wait until the save in the background is committed and what follows is done; raise its failure, once."""
+        """Wait until the save in the background is committed and what follows is done; raise its failure, once.
+
+        A save that failed because parameters were changed during it is warned of, and not raised: there is no such
+        checkpoint, the run goes on, and the next save copies what was changed before it returns.
+        """
         try:
             self._saver.finish()
+        except CheckpointException as exc:
+            path, self._saver.newest = self._saver.newest, None
+            if not all(isinstance(failure, SnapshotChangedError) for failure, _ in exc.failures.values()):
+                raise
+            warn_user(
+                f"{path} was not committed and is no checkpoint: parameters were changed after the save had been called"
+                " and before the optimizer's next step, by a hook or in training_step. From now on, what was changed is"
+                " copied before a save returns. overlap_staging=False does so from the first save on."
+            )
         except Exception:
             self._saver.newest = None  # there is nothing that could be saved again
             raise
@@ -293,39 +370,23 @@ class DCPCheckpointIO(CheckpointIO):
         path: _PathLike,
         map_location: Any | None = None,
         weights_only: bool | None = None,
-        *,
-        module: nn.Module | None = None,
-        optimizers: Sequence[Optimizer] = (),
-        strict: bool = True,
     ) -> dict[str, Any]:
         """Read the checkpoint at ``path``: a directory of ours or of a stock strategy, or an ordinary ``.ckpt`` file.
 
-        With a ``module``, every rank calls this: the module and the optimizers are loaded in place, resharded as they
-        are now, and what is returned is the rest of the checkpoint. Without one, the calling process alone reads
-        everything into plain tensors, in the form of an ordinary Lightning checkpoint.
+        The calling process alone reads. The result has the form of an ordinary Lightning checkpoint, with plain
+        tensors. Of a directory, a tensor is read when it is asked for: until then the directory has to stay.
 
         Args:
-            path: The same on every rank.
-            map_location: Device of the tensors that are returned; the CPU by default.
+            path: A path, not a URL.
+            map_location: Device of the tensors that are returned; the CPU by default. With another one, all tensors are
+                read at once.
             weights_only: Overrides the constructor's.
-            module: The LightningModule or what wraps it.
-            optimizers: Those whose state is loaded. A checkpoint of weights alone leaves them as they are.
-            strict: Demand that the model's keys and the checkpoint's are the same.
         """
-        path = Path(path)
+        path = local_path(path)
         self.wait()
         plain = self.weights_only if weights_only is None else weights_only
-        read: Callable[..., dict[str, Any]] = load_file if path.is_file() else load_directory
-        checkpoint = read(
-            path,
-            module=module,
-            optimizers=list(optimizers),
-            strict=strict,
-            weights_only=plain,
-            safe_globals=self.safe_globals,
-            no_dist=self.no_dist or module is None,
-        )
-        return _to_device(checkpoint, map_location)
+        read = open_file if path.is_file() else open_directory
+        return moved(read(path, weights_only=plain, safe_globals=self.safe_globals), map_location)
 
     def remove_checkpoint(self, path: _PathLike) -> None:
         """Delete the checkpoint at ``path``, the commit first. Called on rank 0 alone.
@@ -334,22 +395,24 @@ class DCPCheckpointIO(CheckpointIO):
         is in flight, this waits for its commit in the background, and deletes nothing if it fails: until then it is
         the last checkpoint there is.
         """
-        self.after_commit(partial(self._remove, Path(path)))
+        path = local_path(path)
+        self._links_of_deleted.update(link.absolute() for link in links_to(path))
+        self.after_commit(partial(self._remove, path))
+
+    def link(self, link: Path, target: Path) -> None:
+        """Make ``link`` a link to the checkpoint ``target`` once this is committed. Called on rank 0 alone."""
+        self._links_of_deleted.discard(link.absolute())
+        self.after_commit(partial(switch_link, link, target))
+
+    def is_link_of_deleted(self, path: _PathLike) -> bool:
+        """Whether a path is a link whose checkpoint was deleted since: it leads to the newest one instead.
+
+        Stock Lightning leaves a link to nothing, whose name the next link of a callback takes.
+        """
+        return Path(path).absolute() in self._links_of_deleted
 
     def _remove(self, path: Path) -> None:
         newest = self._saver.newest
-        if path.is_dir() and not path.is_symlink() and newest is not None and is_committed(newest):
+        if newest is not None and is_committed(newest):
             lead_away(path, newest)
         delete_checkpoint(path)
-
-
-def _to_device(checkpoint: dict[str, Any], map_location: Any | None) -> dict[str, Any]:
-    """Apply a ``map_location`` by the means that define it: another round through ``torch.load``."""
-    if map_location is None or str(map_location) == "cpu":
-        return checkpoint
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    buffer.seek(0)
-    # These bytes were written two lines above.
-    moved: dict[str, Any] = torch.load(buffer, map_location=map_location, weights_only=False)
-    return moved

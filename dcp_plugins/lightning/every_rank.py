@@ -1,8 +1,9 @@
 """The mixin of all strategies of this package: checkpoints that every rank writes and reads.
 
 A stock strategy calls its ``CheckpointIO`` on rank 0 with full tensors, or bypasses it for sharded ones. The mixin here
-calls ours on every rank with the values as they are, and restores after the model has been set up, so that tensors are
-read straight into where they stay. With ``asynchronous=True``, saves during a fit go on in the background.
+calls ours on every rank with the values as they are, and restores in the order in which the stock strategy does.
+Tensors that no hook has touched are read straight into where they stay (`restoring.py`). With ``asynchronous=True``,
+saves during a fit go on in the background.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import lightning
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.fabric.utilities.optimizer import _optimizer_to_device
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import Strategy
@@ -25,13 +28,15 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from dcp_plugins.errors import CheckpointNotFoundError
+from dcp_plugins.errors import CheckpointException, CheckpointNotFoundError
 from dcp_plugins.lightning.checkpoint_io import DCPCheckpointIO
 from dcp_plugins.lightning.interruption import raise_unless_everywhere
 from dcp_plugins.lightning.layout import META_FILES, last_checkpoint, saved_step
-from dcp_plugins.lightning.model_checkpoint import link_after_commit
+from dcp_plugins.lightning.model_checkpoint import adapt_links
 from dcp_plugins.lightning.optimizer_state import optimizer_state_of
+from dcp_plugins.lightning.paths import local_path, refuse_urls
 from dcp_plugins.lightning.requeue import Requeue, is_requeue_checkpoint
+from dcp_plugins.lightning.restoring import Opened, Restoring
 from dcp_plugins.lightning.strategy_base import SavesThroughDCP, instead_of, make_room
 from dcp_plugins.lightning.twin import Fingerprint
 from dcp_plugins.manager import SaveOptions, is_committed, remove_if_uncommitted
@@ -53,6 +58,13 @@ _PathLike = str | os.PathLike[str]
 _IS_LAST = re.compile(r"last(-|$)")
 
 
+class _Nothing(dict[str, Any]):
+    """A checkpoint for a run that begins anew: Lightning restores nothing from what is false."""
+
+    def __bool__(self) -> bool:
+        return False
+
+
 @dataclass(frozen=True, slots=True)
 class _Saved:
     path: Path
@@ -68,6 +80,10 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
     the fit ends, which waits for the last save. Saves outside of a fit are in the foreground.
     """
 
+    _shards = False
+    """Whether the strategy gives each rank shards of the model."""
+    _opened: Opened | None = None
+    """The checkpoint that is being restored."""
     _saved: _Saved | None = None
     """The last save in the background: the next save may be of the same step and values."""
     _has_saved_again = False
@@ -91,11 +107,12 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
-        return True
+        """As stock's counterpart: a module that a strategy shards cannot be loaded before it is sharded."""
+        return self._shards
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        return False  # load_checkpoint has restored it in place
+        return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Collect the model's state under names that do not depend on the strategy: sharded values stay sharded."""
@@ -108,22 +125,29 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
         return optimizer_state_of(self._stateful_module, optimizer)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Do nothing: `load_checkpoint` has loaded the model in place."""
+        """Load the model in place, as far as hooks have left the checkpoint's state dict untouched."""
+        self._restoring().restore_model(checkpoint["state_dict"], strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Do nothing: `load_checkpoint` has loaded the optimizers in place."""
+        """Load the optimizers in place, as far as hooks have left their states untouched."""
+        self._restoring().restore_optimizers(
+            self.optimizers,
+            checkpoint["optimizer_states"],
+            after_load=lambda optimizer: _optimizer_to_device(optimizer, self.root_device),
+        )
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: _PathLike, storage_options: Any | None = None
     ) -> None:
         """Save on every rank to the path that rank 0 names."""
+        path = local_path(filepath)
         if not self._is_interrupted:
-            self._save(checkpoint, Path(filepath), storage_options)
+            self._save(checkpoint, path, storage_options)
             return
         if not self._single_process:
             raise_unless_everywhere(timeout_seconds=self._interruption_timeout_seconds)
         try:
-            self._save(checkpoint, Path(filepath), storage_options)
+            self._save(checkpoint, path, storage_options)
         except Exception:  # it must not hide the exception that has interrupted the run
             log.exception("The run was interrupted, and its checkpoint %s could not be saved", filepath)
 
@@ -131,7 +155,8 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
         plugin = self.checkpoint_io
         is_last_chance = self._is_interrupted or is_requeue_checkpoint(path)
         in_background = self._is_fitting and not is_last_chance
-        options = plugin.options_for(storage_options, self._asynchronous if in_background else "off")
+        asynchronous = self._asynchronous if in_background else "off"
+        options = plugin.options_for(storage_options, asynchronous)
         parts, rest = plugin.parts_of(checkpoint)
         before, self._saved = self._saved, None
         fingerprint: Fingerprint | None = None
@@ -139,7 +164,8 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
             fingerprint = Fingerprint(parts, self._stateful_module, self.optimizers)
             if before is not None and self._is_saved(before, path, rest, options, fingerprint):
                 path, aside = self._decide_on_rank_zero(lambda: self._make_room(path))
-                plugin.save_again(rest, path)
+                with plugin.saving(asynchronous, again=True):
+                    plugin.save_checkpoint(checkpoint, path, storage_options)
                 self._saved, self._has_saved_again = before, True
                 self._delete_after_commit(aside)
                 return
@@ -151,17 +177,11 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
                 raise
             log.exception("A save in the background failed: its checkpoint does not exist")
         path, aside = self._decide_on_rank_zero(lambda: self._make_room(path))
-        if options.asynchronous != "off":
-            assert self.lightning_module is not None
-            link_after_commit(self.lightning_module.trainer.checkpoint_callbacks)
-        plugin.save_parts(
-            parts,
-            rest,
-            path,
-            options=options,
-            optimizers=self.optimizers,
-            changed_by_forward=renormed_weights([self._stateful_module]),
-        )
+        assert self.lightning_module is not None
+        adapt_links(self.lightning_module.trainer.checkpoint_callbacks)
+        changed_by_forward = renormed_weights([self._stateful_module])
+        with plugin.saving(asynchronous, optimizers=self.optimizers, changed_by_forward=changed_by_forward):
+            plugin.save_checkpoint(checkpoint, path, storage_options)
         if fingerprint is not None:
             self._saved = _Saved(path, rest["global_step"], options, fingerprint)
         self._delete_after_commit(aside)
@@ -213,6 +233,11 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
     def on_train_start(self) -> None:
         super().on_train_start()
         assert self.lightning_module is not None
+        # A refusal at the first save would cost the training until then.
+        callbacks = self.lightning_module.trainer.checkpoint_callbacks
+        refuse_urls(getattr(callback, "dirpath", None) for callback in callbacks)
+        if self._opened is not None:
+            self._opened.detach()
         # Lightning has set its handlers by now.
         self._requeue = Requeue(self.lightning_module.trainer, no_dist=self.checkpoint_io.no_dist)
         if self._step_hook is None:
@@ -244,27 +269,38 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
             log.exception("The last save in the background failed, too: its checkpoint does not exist")
         finally:
             self._saved, self._has_saved_again = None, False
+            self._opened = None
             if self._step_hook is not None:
                 self._step_hook.remove()
                 self._step_hook = None
             super().teardown()
 
     def load_checkpoint(self, checkpoint_path: _PathLike, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load model and, while fitting, optimizers in place; return the rest for Lightning to restore."""
-        self.checkpoint_io.wait()
-        module = self.lightning_module
-        assert module is not None
-        is_fitting = module.trainer.state.fn == TrainerFn.FITTING
-        path = self._decide_on_rank_zero(lambda: self._find_checkpoint(Path(checkpoint_path)))
+        """Return the checkpoint, whose tensors are read when they are asked for or restored."""
+        plugin = self.checkpoint_io
+        plugin.wait()
+        path = self._decide_on_rank_zero(lambda: self._find_checkpoint(local_path(checkpoint_path)))
         if path is None:
-            # Nothing to resume from: Lightning restores the state that the trainer has already.
-            return module.trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-        return self.checkpoint_io.load_checkpoint(
-            path,
-            weights_only=weights_only,
+            return _Nothing({"pytorch-lightning_version": lightning.__version__})
+        # Each rank reads for itself, and may fail alone.
+        ranks = deciding_ranks(no_dist=plugin.no_dist)
+        try:
+            checkpoint = ranks.settle("read", lambda: plugin.load_checkpoint(path, weights_only=weights_only))
+        except CheckpointException as exc:
+            own = exc.failures.get(ranks.rank)
+            if own is None:
+                raise
+            raise own[0] from None
+        self._opened = Opened(checkpoint)
+        return checkpoint
+
+    def _restoring(self) -> Restoring:
+        assert self._opened is not None
+        return Restoring(
+            opened=self._opened,
             module=self._stateful_module,
-            optimizers=self.optimizers if is_fitting else (),
-            strict=module.strict_loading,
+            is_sharded=self._shards,
+            no_dist=self.checkpoint_io.no_dist,
         )
 
     def _find_checkpoint(self, path: Path) -> Path | None:

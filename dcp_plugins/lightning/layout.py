@@ -31,7 +31,9 @@ from torch.distributed.tensor import DTensor
 import dcp_plugins as dcp
 from dcp_plugins.contract import BytesStorageMetadata, Metadata
 from dcp_plugins.errors import PlanError, UnsafeCheckpointError, UnsupportedValueError, listing
+from dcp_plugins.format.saved_mappings import saved_mappings_of
 from dcp_plugins.format.trust import SafeGlobal
+from dcp_plugins.lightning.paths import local_path
 from dcp_plugins.manager import is_committed, remove_if_uncommitted
 from dcp_plugins.plan.unloadable import warn_of_unloadable
 from dcp_plugins.plan.values import dump_value, load_value
@@ -39,6 +41,7 @@ from dcp_plugins.storage.companion import replaced_name
 from dcp_plugins.user_warnings import warn_user
 
 __all__ = [
+    "BARE",
     "META_FILE",
     "META_FILES",
     "META_KEY",
@@ -64,6 +67,8 @@ META_FILES = (META_FILE, f"{META_FILE}.new", replaced_name(META_FILE))
 META_KEY = "lightning_meta"
 ModelKey = Literal["state_dict", "model"]
 MODEL_KEYS: tuple[ModelKey, ...] = get_args(ModelKey)
+BARE = "bare_state"
+"""The part of a directory that holds a dict which is no checkpoint of the Trainer's, such as a module's state dict."""
 
 PICKLE = "pickle"
 _HOW_TO_TRUST = "weights_only=False (Trainer and Fabric: plugins=[DCPCheckpointIO(weights_only=False)])"
@@ -78,7 +83,7 @@ class Contents:
     """The contents of a checkpoint directory, from its ``.metadata``."""
 
     model_key: str
-    """The name of the model's part: one of `MODEL_KEYS`."""
+    """The name of the model's part: one of `MODEL_KEYS`, or `BARE`."""
     num_optimizers: int
     parts: dict[str, frozenset[str]]
     """The result of `parts_of`."""
@@ -90,7 +95,7 @@ def optimizer_key(index: int) -> str:
 
 
 def parts_of(metadata: Metadata) -> dict[str, frozenset[str]]:
-    """Return the names of a checkpoint's parts and the keys in each, from its metadata."""
+    """Return the names of a checkpoint's parts and the keys in each, from its metadata; also of parts without keys."""
     parts: dict[str, set[str]] = {}
     planned = metadata.planner_data or {}
     for fqn in metadata.state_dict_metadata:
@@ -98,6 +103,10 @@ def parts_of(metadata: Metadata) -> dict[str, frozenset[str]]:
         if where is None:
             where = fqn.split(".", 1)
         parts.setdefault(str(where[0]), set()).add(str(where[1]) if len(where) > 1 else "")
+    for path in saved_mappings_of(metadata) or ():
+        # An empty mapping has no values, and so nothing in the metadata that stock torch writes.
+        if path:
+            parts.setdefault(str(path[0]), set()).update(map(str, path[1:2]))
     return {name: frozenset(keys) for name, keys in parts.items()}
 
 
@@ -108,7 +117,7 @@ def contents_of(metadata: Metadata, path: Path) -> Contents:
         PlanError: There is no model in it: not a Lightning checkpoint.
     """
     parts = parts_of(metadata)
-    model_key = next((key for key in MODEL_KEYS if key in parts), None)
+    model_key = next((key for key in (*MODEL_KEYS, BARE) if key in parts), None)
     if model_key is None:
         raise PlanError(
             f"Expected a Lightning checkpoint in {path}, with the model under one of {listing(MODEL_KEYS)}, but found"
@@ -201,7 +210,7 @@ def saved_step(path: str | os.PathLike[str]) -> int:
     Raises:
         PlanError: It does not say.
     """
-    path = Path(path)
+    path = local_path(path)
     reader = dcp.FileSystemReader(path)
     name = f"{META_KEY}.{_STEP}"
     if isinstance(reader.read_metadata().state_dict_metadata.get(name), BytesStorageMetadata):
@@ -223,7 +232,7 @@ def last_checkpoint(dirpath: str | os.PathLike[str]) -> Path | None:
     killed save left without a commit does not count, one that cannot be read is skipped with a warning. Among several
     of one step (``last.ckpt`` beside ``step=100.ckpt``) the first by name is taken; links count as what they point to.
     """
-    root = Path(dirpath)
+    root = local_path(dirpath)
     best: tuple[int, Path] | None = None
     for candidate in sorted(root.iterdir()) if root.is_dir() else ():
         if candidate.is_symlink():
@@ -246,6 +255,6 @@ def remove_uncommitted(dirpath: str | os.PathLike[str]) -> list[Path]:
     Only directories without a commit that hold nothing but checkpoint data files are deleted. Call it while nothing is
     being saved there: a save in progress looks the same as one that was killed.
     """
-    root = Path(dirpath)
+    root = local_path(dirpath)
     entries = sorted(root.iterdir()) if root.is_dir() else ()
     return [path for path in entries if remove_if_uncommitted(path, META_FILES)]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dcp_plugins.format.names import METADATA_NAME
 
-__all__ = ["lead_away", "switch_link"]
+__all__ = ["lead_away", "links_to", "switch_link"]
 
 
 def switch_link(link: Path, target: Path) -> None:
@@ -22,8 +22,15 @@ def switch_link(link: Path, target: Path) -> None:
     fresh.replace(link)
 
 
+def links_to(path: Path) -> list[Path]:
+    """Return the links beside a checkpoint that lead to it; none for a path that is a link itself."""
+    if path.is_symlink() or not path.is_dir():
+        return []
+    return [entry for entry in path.parent.iterdir() if entry.is_symlink() and entry.resolve() == path.resolve()]
+
+
 def lead_away(old: Path, new: Path) -> None:
     """Switch the links beside ``old`` that lead to it to ``new``: ``old`` is about to be deleted."""
-    for entry in old.parent.iterdir():
-        if entry.is_symlink() and entry.resolve() == old.resolve() != new.resolve():
-            switch_link(entry, new)
+    if old.resolve() != new.resolve():
+        for link in links_to(old):
+            switch_link(link, new)

@@ -6,6 +6,8 @@ manager's `load_state` reads every saved value, or an error names it.
 
 from __future__ import annotations
 
+import io
+import pickle
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,100 +17,101 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-import dcp_plugins as dcp
-from dcp_plugins.contract import Metadata
-from dcp_plugins.errors import PlanError
+from dcp_plugins.errors import listing
 from dcp_plugins.format.trust import SafeGlobal, admitted_by_torch
 from dcp_plugins.lightning import layout
-from dcp_plugins.lightning.layout import Contents
+from dcp_plugins.lightning.checkpoint_part import CheckpointPart, Reader
+from dcp_plugins.lightning.lazy_state import LazyOptimizerState, LazyState
 from dcp_plugins.manager import load_state, unwrapped_plan_errors
 from dcp_plugins.state_dict import StateDictOptions, set_model_state_dict
 from dcp_plugins.state_dict.numbered import by_name
 from dcp_plugins.state_dict.owned import own_model_state, own_optimizer_state, restore_optimizer_state
 
 __all__ = [
-    "Reader",
     "Targets",
     "as_trainer_checkpoint",
     "fill_from_directory",
     "fill_from_file",
     "fill_raw",
-    "load_directory",
-    "load_file",
     "meta_of",
+    "moved",
+    "open_directory",
+    "open_file",
 ]
 
-_HINT = "Set strict_loading = False in the LightningModule"
 
-
-def load_directory(
-    path: Path,
-    *,
-    module: nn.Module | None,
-    optimizers: Sequence[Optimizer],
-    strict: bool,
-    weights_only: bool,
-    safe_globals: Iterable[SafeGlobal] = (),
-    no_dist: bool,
-) -> dict[str, Any]:
-    """Load a checkpoint directory; see `DCPCheckpointIO.load_checkpoint`."""
+def open_directory(path: Path, *, weights_only: bool, safe_globals: Iterable[SafeGlobal] = ()) -> dict[str, Any]:
+    """Return a checkpoint directory as an ordinary checkpoint, whose tensors are read when they are asked for."""
     reader = Reader(path)
-    contents = layout.contents_of(_metadata_of(reader, no_dist=no_dist), path)
-    if module is None:
-        saved = dcp.load_from_keys(storage_reader=reader)
-        meta = meta_of(saved.get(layout.META_KEY), path, weights_only, safe_globals)
-        return as_trainer_checkpoint(saved, meta, contents)
+    contents = layout.contents_of(reader.read_metadata(), path)
 
-    chosen = _matching(optimizers, contents, path)
-    targets = Targets(
-        {contents.model_key: module},
-        {layout.optimizer_key(index): (module, optimizer) for index, optimizer in enumerate(chosen)},
-        hint=_HINT,
-    )
-    item = fill_from_directory(
-        reader,
-        contents.parts,
-        targets,
-        strict=strict,
-        no_dist=no_dist,
-        weights_only=weights_only,
-        safe_globals=safe_globals,
-    )
-    return meta_of(item, path, weights_only, safe_globals)
+    def part(name: str) -> CheckpointPart:
+        return CheckpointPart(reader, name, weights_only=weights_only, safe_globals=safe_globals)
+
+    item = part(layout.META_KEY)
+    meta = meta_of(item.read([layout.PICKLE]) if item.keys else None, path, weights_only, safe_globals)
+    if contents.model_key == layout.BARE:
+        return {**LazyState(part(layout.BARE))}
+    optimizers = [LazyOptimizerState(part(layout.optimizer_key(n))) for n in range(contents.num_optimizers)]
+    return as_trainer_checkpoint(LazyState(part(contents.model_key)), optimizers, meta)
 
 
-def as_trainer_checkpoint(saved: Mapping[str, Any], meta: Mapping[str, Any], contents: Contents) -> dict[str, Any]:
-    """Return the parts of a directory as an ordinary checkpoint of the Trainer."""
-    checkpoint = {**meta, "state_dict": saved[contents.model_key]}
-    if contents.num_optimizers:
-        checkpoint["optimizer_states"] = [saved[layout.optimizer_key(n)] for n in range(contents.num_optimizers)]
-    return checkpoint
+def open_file(path: Path, *, weights_only: bool, safe_globals: Iterable[SafeGlobal] = ()) -> Any:
+    """Return what ``torch.save`` has written, with tensors that are read from the file when they are used.
 
-
-def load_file(
-    path: Path,
-    *,
-    module: nn.Module | None,
-    optimizers: Sequence[Optimizer],
-    strict: bool,
-    weights_only: bool,
-    safe_globals: Iterable[SafeGlobal] = (),
-    no_dist: bool,
-) -> dict[str, Any]:
-    """Load an ordinary Lightning checkpoint: one file with full tensors. Every rank reads the parts that it needs."""
+    Raises:
+        UnpicklingError: (torch's) ``weights_only`` is on, and the file holds other things than plain data; names them.
+    """
     with admitted_by_torch(safe_globals):
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
-    if module is None:
+        try:
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+        except pickle.UnpicklingError as exc:
+            try:
+                classes = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            except Exception:  # a file of another form, or a damaged one: torch's own error is all there is to say
+                classes = []
+            if not classes:
+                raise
+            raise pickle.UnpicklingError(
+                f"Weights only load failed: {path} needs {listing(classes)}, which are not plain data. If they are"
+                f" yours, admit them with torch.serialization.add_safe_globals or safe_globals={classes} of"
+                " DCPCheckpointIO. If you trust the file as you trust a program, load it with weights_only=False."
+            ) from exc
+
+
+def as_trainer_checkpoint(
+    model: Mapping[str, Any], optimizers: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the parts of a directory as an ordinary checkpoint of the Trainer, in the order of one.
+
+    Args:
+        model: The state dict of the model.
+        optimizers: The state dicts of the optimizers.
+        meta: All else.
+    """
+    checkpoint: dict[str, Any] = {}
+    # A checkpoint of weights alone has neither schedulers nor optimizers; any other has both lists, perhaps empty.
+    before: dict[str, tuple[str, Any]] = {"loops": ("state_dict", model)}
+    if optimizers or "lr_schedulers" in meta:
+        before["lr_schedulers"] = ("optimizer_states", list(optimizers))
+    for key, value in meta.items():
+        if key in before:
+            name, part = before.pop(key)
+            checkpoint[name] = part
+        checkpoint[key] = value
+    return checkpoint | dict(before.values())
+
+
+def moved(checkpoint: dict[str, Any], map_location: Any | None) -> dict[str, Any]:
+    """Apply a ``map_location`` by the means that define it: another round through ``torch.load``."""
+    if map_location is None or str(map_location) == "cpu":
         return checkpoint
-    states = checkpoint.pop("optimizer_states", [])
-    targets = Targets(
-        {"state_dict": module},
-        {layout.optimizer_key(index): (module, optimizer) for index, optimizer in enumerate(optimizers[: len(states)])},
-        hint=_HINT,
-    )
-    saved = {layout.optimizer_key(index): state for index, state in enumerate(states)}
-    fill_from_file({"state_dict": checkpoint.pop("state_dict"), **saved}, targets, strict=strict)
-    return checkpoint
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    buffer.seek(0)
+    # These bytes were written two lines above.
+    result: dict[str, Any] = torch.load(buffer, map_location=map_location, weights_only=False)
+    return result
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,44 +216,9 @@ def fill_raw(
         set_model_state_dict(target, state, options=options)
 
 
-def _metadata_of(reader: Reader, *, no_dist: bool) -> Metadata:
-    try:
-        return reader.read_metadata()
-    except Exception:
-        if no_dist:
-            raise
-        # Other ranks may have read it, and would wait for this one: fail inside the engine's first exchange.
-        dcp.load({}, storage_reader=reader)
-        raise
-
-
-class Reader(dcp.FileSystemReader):
-    """A reader that reads the metadata once: this module and the engine both ask for it."""
-
-    _whole: Metadata | None = None
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        if args or kwargs:  # of one rank, from a save without collectives
-            return super().read_metadata(*args, **kwargs)
-        if self._whole is None:
-            self._whole = super().read_metadata()
-        return self._whole
-
-
 def meta_of(
     item: Mapping[str, Any] | None, path: Path, weights_only: bool, safe_globals: Iterable[SafeGlobal] = ()
 ) -> dict[str, Any]:
     """Deserialise the non-tensor part, from the item in DCP's data or, where there is none, from ``meta.pt``."""
     data = layout.meta_file(path).read_bytes() if item is None else item[layout.PICKLE]
     return layout.decode_meta(data, weights_only=weights_only, path=path, safe_globals=safe_globals)
-
-
-def _matching(optimizers: Sequence[Optimizer], contents: Contents, path: Path) -> Sequence[Optimizer]:
-    if not contents.num_optimizers:
-        return []  # Saved with save_weights_only. Lightning itself refuses to resume a fit from it.
-    if len(optimizers) > contents.num_optimizers:
-        raise PlanError(
-            f"configure_optimizers returned {len(optimizers)} optimizers, but the checkpoint {path} holds the state of"
-            f" {contents.num_optimizers}. Resume with the optimizers of the run that saved it."
-        )
-    return optimizers

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompose
 
+from dcp_plugins.lightning.paths import refuse_urls
 from dcp_plugins.manager.agreement import deciding_ranks
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class Requeue:
         environment = trainer._accelerator_connector.cluster_environment
         if not isinstance(environment, SLURMEnvironment) or not environment.auto_requeue:
             return
+        # Lightning saves there when the signal comes, and a job that is about to end has no time for a refusal.
+        refuse_urls([trainer.default_root_dir])
         assert environment.requeue_signal is not None
         handler = signal.getsignal(environment.requeue_signal)
         # A handler of the user's own is left alone, by Lightning as well.

@@ -73,6 +73,8 @@ class DCPFSDP2Strategy(CheckpointsOnEveryRank, ModelParallelStrategy):
         overlap_staging: As in `DCPCheckpointIO`.
     """
 
+    _shards = True
+
     def __init__(
         self,
         data_parallel_size: Literal["auto"] | int = "auto",

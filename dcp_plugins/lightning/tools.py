@@ -9,15 +9,15 @@ from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.core.saving import _load_state
-from lightning.pytorch.utilities.migration.utils import _pl_migrate_checkpoint
 
 import dcp_plugins as dcp
 from dcp_plugins.errors import CheckpointNotFoundError
 from dcp_plugins.format.names import new_save_id
 from dcp_plugins.format.trust import SafeGlobal, admitted_by_torch
 from dcp_plugins.lightning import layout
-from dcp_plugins.lightning.load import Reader, as_trainer_checkpoint, meta_of
+from dcp_plugins.lightning.checkpoint_part import Reader
+from dcp_plugins.lightning.load import as_trainer_checkpoint, meta_of
+from dcp_plugins.lightning.paths import local_path
 from dcp_plugins.manager import is_committed
 from dcp_plugins.storage.local import sync_directory
 
@@ -56,28 +56,16 @@ def load_from_checkpoint(
         CheckpointNotFoundError: There is no committed checkpoint.
         UnsupportedValueError: Hyper-parameters are not plain data, and ``weights_only`` is on.
     """
-    path = Path(path)
-    if path.is_file():
-        with admitted_by_torch(safe_globals):
-            made: _Made = cls.load_from_checkpoint(
-                path, map_location=map_location or "cpu", strict=strict, weights_only=weights_only, **hyper_parameters
-            )
-        return made
-    reader = _open(path)
-    contents = layout.contents_of(reader.read_metadata(), path)
-    wanted = {contents.model_key} | ({layout.META_KEY} & contents.parts.keys())
-    saved = dcp.load_from_keys(wanted, storage_reader=reader)
-    checkpoint = meta_of(saved.get(layout.META_KEY), path, weights_only, safe_globals)
-    checkpoint["state_dict"] = saved[contents.model_key]
-    checkpoint = _pl_migrate_checkpoint(checkpoint, path)
-    # The steps of Lightning's own function after torch.load. It has no public form that takes a dict, and
-    # a file would be a second copy of the model.
-    checkpoint.setdefault(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}).update(hyper_parameters)
-    loaded: Any = _load_state(cls, checkpoint, strict=strict, **hyper_parameters)
-    if map_location is not None and isinstance(loaded, LightningModule):
-        loaded = loaded.to(map_location)
-    result: _Made = loaded
-    return result
+    options: dict[str, Any] = {"map_location": map_location or "cpu", "weights_only": weights_only}
+    if issubclass(cls, LightningModule):
+        # A data module would take it for a hyper-parameter.
+        options["strict"] = strict
+    path = local_path(path)
+    if not path.is_file():
+        _open(path)
+    with admitted_by_torch(safe_globals):
+        made: _Made = cls.load_from_checkpoint(path, **options, **hyper_parameters)
+    return made
 
 
 def consolidate(
@@ -103,7 +91,7 @@ def consolidate(
     Raises:
         FileExistsError: The file exists, and ``overwrite`` is off.
     """
-    path, file = Path(path), Path(file)
+    path, file = local_path(path), local_path(file)
     if file.exists() and not overwrite:
         raise FileExistsError(f"{file} exists. Choose another name, or pass overwrite=True.")
     reader = _open(path)
@@ -111,8 +99,11 @@ def consolidate(
     item = saved.pop(layout.META_KEY, None)
     has_meta = item is not None or layout.meta_file(path).is_file()
     meta = meta_of(item, path, weights_only, safe_globals) if has_meta else {}
-    is_trainers = "pytorch-lightning_version" in meta
-    whole = as_trainer_checkpoint(saved, meta, layout.contents_of(reader.read_metadata(), path)) if is_trainers else {}
+    whole: dict[str, Any] = {}
+    if "pytorch-lightning_version" in meta:
+        contents = layout.contents_of(reader.read_metadata(), path)
+        optimizers = [saved[layout.optimizer_key(number)] for number in range(contents.num_optimizers)]
+        whole = as_trainer_checkpoint(saved[contents.model_key], optimizers, meta)
     fresh = file.with_name(f"{file.name}.{new_save_id()}")
     try:
         with fresh.open("wb") as stream:

@@ -56,6 +56,7 @@ class Saver:
         options: How to save.
         no_dist: Save from this process alone, whatever process group may exist.
         process_group: The ranks that save; None takes the default group, if there is one when a save is made.
+        watch_first: As for `OverlappedStager`: for frameworks whose hooks may change parameters between two steps.
     """
 
     def __init__(
@@ -64,7 +65,9 @@ class Saver:
         *,
         no_dist: bool = False,
         process_group: dist.ProcessGroup | None = None,
+        watch_first: bool = False,
     ) -> None:
+        self._watch_first = watch_first
         self.options = options
         self.no_dist = no_dist
         """May be changed between saves."""
@@ -203,7 +206,9 @@ class Saver:
                     has_owner=True,
                 )
             if isinstance(begun, AsyncSaveResponse):
-                await_staging_before_step(optimizers, begun.staging_completion)
+                stager = staging.stager
+                before_step = stager.note_changes if isinstance(stager, OverlappedStager) else None
+                await_staging_before_step(optimizers, begun.staging_completion, before_step=before_step)
                 begun = begun.upload_completion
             staging.save = begun
             self._in_flight.began(begun, path)
@@ -241,7 +246,12 @@ class Saver:
     ) -> _Stager:
         in_process = kind is AsyncCheckpointerType.PROCESS
         if self.options.overlap_staging:
-            return OverlappedStager(optimizers, changed_by_forward=changed_by_forward, use_shared_memory=in_process)
+            return OverlappedStager(
+                optimizers,
+                changed_by_forward=changed_by_forward,
+                use_shared_memory=in_process,
+                watch_first=self._watch_first,
+            )
         if in_process:
             return HandoverStager()
         return BlockingAsyncStager(cache_staged_state_dict=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from dcp_plugins.errors import UnsupportedValueError, listing
+from dcp_plugins.errors import SnapshotChangedError, listing
 from dcp_plugins.staging.kept_memory import KeptMemoryStager
 from dcp_plugins.staging.memory import HostMemory
 from dcp_plugins.staging.snapshot import take_snapshot
@@ -37,13 +38,16 @@ class OverlappedStager(KeptMemoryStager):
 
     The caller has to see to it that no optimizer steps before the future that ``stage`` returns is done;
     ``dcp_plugins.engine.await_staging_before_step`` does. A value that is changed earlier, other than through
-    ``tensor.data``, is found out: the future then raises, and so does the save.
+    ``tensor.data``, is found out: the future then raises, and so does the save. From then on, the stager stages the
+    tensors that were changed at once, for code that has changed them between two steps will do it again.
 
     Args:
         optimizers: Their parameters and their state are staged late. Those that are made of other kinds of tensors than
             plain ones, ``DTensor`` and ``ShardedTensor`` are not.
         changed_by_forward: Parameters that the forward pass changes: staged at once.
         use_shared_memory: Stage where another process can map it, for ``AsyncCheckpointerType.PROCESS``.
+        watch_first: Stage everything at once the first time, and only watch what is changed before the next step: what
+            is changed each time is then known before any save can fail of it. `note_changes` has to be called then.
     """
 
     def __init__(
@@ -52,9 +56,15 @@ class OverlappedStager(KeptMemoryStager):
         *,
         changed_by_forward: Iterable[torch.Tensor] = (),
         use_shared_memory: bool = False,
+        watch_first: bool = False,
     ) -> None:
         self._optimizers = tuple(optimizers)
         self._changed_by_forward = tuple(changed_by_forward)
+        self._is_first = watch_first
+        # By address: the tensors of a state dict are aliases that do not live long. An address that is used again by
+        # another tensor costs no more than that this one is staged at once.
+        self._changed_early: set[_Storage] = set()
+        self._watched: list[tuple[torch.Tensor, int]] = []
         super().__init__(
             HostMemory(pinned=torch.cuda.is_available(), shared=use_shared_memory),
             Copies(non_blocking=torch.accelerator.is_available()),
@@ -69,14 +79,28 @@ class OverlappedStager(KeptMemoryStager):
         self._require_open()
         if self._last is not None:
             concurrent.futures.wait([self._last])
-        late = _Late(self._storages_of_optimizers(), self._copies)
+        self._watched = []
+        storages = self._storages_of_optimizers() - self._changed_early
+        late = _Late(frozenset() if self._is_first else storages, self._copies)
         try:
             staged = take_snapshot(state_dict, self._memory, late.copy_the_rest, self._copies.wait)
         finally:
-            # Of what may change as soon as this returns.
+            # Without this wait, training could change values whose copies have only been started.
             self._copies.wait()
-        self._last = self._own_thread().submit(late.finish, staged)
+        if self._is_first:
+            self._is_first = False
+            self._watched = [(one, one._version) for one in late.copied_now if _storage(one) in storages]
+        self._last = self._own_thread().submit(late.finish, staged, self._changed_early)
         return self._last
+
+    def note_changes(self) -> None:
+        """Note which of the watched tensors were changed since ``stage``: to be called before an optimizer steps."""
+        watched, self._watched = self._watched, []
+        self._changed_early.update(_storage(one) for one, version in watched if one._version != version)
+
+    def close(self) -> None:
+        self._watched = []
+        super().close()
 
     def _storages_of_optimizers(self) -> set[_Storage]:
         found: set[_Storage] = set()
@@ -97,10 +121,12 @@ class _Copy(NamedTuple):
 class _Late:
     """The copies of one snapshot that are made after ``stage`` has returned."""
 
-    def __init__(self, storages: set[_Storage], copies: Copies) -> None:
+    def __init__(self, storages: AbstractSet[_Storage], copies: Copies) -> None:
         self._storages = storages
         self._copies = copies
         self._waiting: list[_Copy] = []
+        self.copied_now: list[torch.Tensor] = []
+        """The tensors whose changes can be told, and that were not left for later."""
 
     def copy_the_rest(self, targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
         """Start the copies that cannot wait, and note the others."""
@@ -110,6 +136,8 @@ class _Late:
             if not source.is_inference() and _storage(source) in self._storages:
                 self._waiting.append(_Copy(target, source, source._version))
                 continue
+            if not source.is_inference():
+                self.copied_now.append(source)
             if not source.is_cpu and source.nbytes <= room_bytes:
                 try:
                     self._waiting.append(_Copy(target, source.detach().clone(), None))
@@ -125,8 +153,13 @@ class _Late:
         self._copies.mark()
         self._copies.start(*now)
 
-    def finish(self, staged: dict[str, Any]) -> dict[str, Any]:
-        """Make the copies that were noted; on the stager's thread."""
+    def finish(self, staged: dict[str, Any], changed_early: set[_Storage]) -> dict[str, Any]:
+        """Make the copies that were noted; on the stager's thread.
+
+        Args:
+            staged: The snapshot.
+            changed_early: Gets the tensors that were changed too early.
+        """
         try:
             self._copies.start([copy.target for copy in self._waiting], [copy.source for copy in self._waiting])
         finally:
@@ -134,7 +167,8 @@ class _Late:
         changed = [copy.source for copy in self._waiting if copy.version not in (None, copy.source._version)]
         self._waiting = []
         if changed:
-            raise UnsupportedValueError(
+            changed_early.update(map(_storage, changed))
+            raise SnapshotChangedError(
                 f"{len(changed)} tensors of the optimizers (parameters or their state) were changed between the save"
                 f" and the optimizer's next step, with shapes {listing({tuple(tensor.shape) for tensor in changed})}:"
                 " their snapshot is not that of the step that was saved. Change them in the optimizer's step only, or"

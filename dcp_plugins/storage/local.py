@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from dcp_plugins.format.names import is_stock_data_name, is_stock_temporary_name, is_temporary_name, save_id_of
@@ -13,6 +14,7 @@ __all__ = [
     "litter",
     "litter_among",
     "make_directory",
+    "naming",
     "publish",
     "remove_files",
     "sync_directory",
@@ -40,6 +42,17 @@ def write_all(fd: int, buffers: list[memoryview | bytes], nbytes: int) -> None:
             del buffers[0]
         buffers[0] = first[written:]
         written = os.writev(fd, buffers)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the system name the file: one of a call on a descriptor, such as for a full disk, names none."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.filename is None:
+            exc.filename = str(path)
+        raise
 
 
 def make_directory(path: Path, *, sync: bool) -> None:
@@ -76,9 +89,10 @@ def publish(path: Path, content: bytes, temporary: Path, *, sync: bool) -> None:
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
-            write_all(fd, [content], len(content))
-            if sync:
-                os.fsync(fd)
+            with naming(path):
+                write_all(fd, [content], len(content))
+                if sync:
+                    os.fsync(fd)
         finally:
             os.close(fd)
         if sync:

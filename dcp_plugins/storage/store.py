@@ -17,7 +17,7 @@ from dcp_plugins.contract import StorageInfo
 from dcp_plugins.format.metadata import decode
 from dcp_plugins.format.names import safe_join
 from dcp_plugins.storage.arrays import OpenFile
-from dcp_plugins.storage.local import make_directory, publish, remove_files, sync_directory, write_all
+from dcp_plugins.storage.local import make_directory, naming, publish, remove_files, sync_directory, write_all
 
 __all__ = ["LocalStore", "NewFile", "Store", "files_named_by"]
 
@@ -78,14 +78,17 @@ class Store(Protocol):
 
 
 class _LocalFile:
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, path: Path) -> None:
         self._fd = fd
+        self._path = path
 
     def write_all(self, buffers: list[Any], nbytes: int) -> None:
-        write_all(self._fd, buffers, nbytes)
+        with naming(self._path):
+            write_all(self._fd, buffers, nbytes)
 
     def sync(self) -> None:
-        os.fsync(self._fd)
+        with naming(self._path):
+            os.fsync(self._fd)
 
 
 class LocalStore:
@@ -120,10 +123,11 @@ class LocalStore:
     @contextmanager
     def create(self, name: str) -> Iterator[NewFile]:
         # O_EXCL: names are unique to the save, so a file of this name would be a bug.
+        path = self._path / name
         with self._naming_deletion():
-            fd = os.open(self._path / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
-            yield _LocalFile(fd)
+            yield _LocalFile(fd, path)
         finally:
             os.close(fd)
 

@@ -210,8 +210,37 @@ def test_a_parameter_that_is_changed_too_early_fails_the_save_instead_of_tearing
     with pytest.raises(CheckpointException, match="were changed between the save"):
         response.upload_completion.result()
     assert not (tmp_path / ".metadata").exists()
+    # The stager has learned: it copies this parameter at once, and the others late.
     loop.step()
-    loop.begin_save(tmp_path).upload_completion.result()
+    dcp.save(loop.state(), checkpoint_id=tmp_path / "sync")
+    let_go = loop.hold()
+    response = loop.begin_save(tmp_path / "async")
+    with torch.no_grad():
+        loop.model.first.weight.clamp_(-0.01, 0.01)
+    let_go.set()
+    response.upload_completion.result()
+    assert_same(tmp_path / "async", tmp_path / "sync")
+    loop.stager.close()
+
+
+def test_a_stager_that_watches_its_first_save_loses_none(tmp_path: Path) -> None:
+    loop = Loop()
+    loop.step()
+    loop.stager.close()
+    loop.stager = OverlappedStager([loop.optimizer], watch_first=True)
+    for number in range(2):
+        dcp.save(loop.state(), checkpoint_id=tmp_path / f"sync-{number}")
+        let_go = loop.hold()
+        response = dcp.async_save(loop.state(), checkpoint_id=tmp_path / f"async-{number}", async_stager=loop.stager)
+        assert isinstance(response, AsyncSaveResponse)
+        await_staging_before_step([loop.optimizer], response.staging_completion, before_step=loop.stager.note_changes)
+        with torch.no_grad():
+            loop.model.first.weight.clamp_(-0.01, 0.01)
+        threading.Timer(0.05, let_go.set).start()
+        loop.step()
+        response.upload_completion.result()
+        assert_same(tmp_path / f"async-{number}", tmp_path / f"sync-{number}")
+    loop.stager.close()
 
 
 def test_parameters_that_the_forward_pass_changes_can_be_staged_at_once(tmp_path: Path) -> None:

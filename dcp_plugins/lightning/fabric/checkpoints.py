@@ -12,7 +12,6 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.strategies.strategy import Strategy
 from torch import nn
@@ -20,18 +19,19 @@ from torch.optim import Optimizer
 
 import dcp_plugins as dcp
 from dcp_plugins.errors import CheckpointNotFoundError, listing
-from dcp_plugins.format.trust import admitted_by_torch
 from dcp_plugins.lightning import layout
 from dcp_plugins.lightning.checkpoint_io import DCPCheckpointIO
+from dcp_plugins.lightning.checkpoint_part import Reader
 from dcp_plugins.lightning.fabric.state import Filters, divide, is_stateful, naming_module
 from dcp_plugins.lightning.load import (
-    Reader,
     Targets,
     fill_from_directory,
     fill_from_file,
     fill_raw,
     meta_of,
+    open_file,
 )
+from dcp_plugins.lightning.paths import local_path
 from dcp_plugins.lightning.strategy_base import SavesThroughDCP, instead_of, make_room
 from dcp_plugins.manager import is_committed
 from dcp_plugins.manager.agreement import deciding_ranks
@@ -110,7 +110,7 @@ class SavesOnEveryRank(SavesThroughDCP, Strategy):
         plugin = self.checkpoint_io
         # Its failure is raised before anything is made ready for this save.
         plugin.finish()
-        path, aside = self._decide_on_rank_zero(lambda: make_room(Path(path), sync=plugin.options.sync_files))
+        path, aside = self._decide_on_rank_zero(lambda: make_room(local_path(path), sync=plugin.options.sync_files))
         # A state_dict() of the user's may fail on one rank: the others must not begin without it.
         ranks = deciding_ranks(no_dist=plugin.no_dist)
         entries = divide(state, _alive(self._modules))
@@ -152,7 +152,7 @@ class SavesOnEveryRank(SavesThroughDCP, Strategy):
         """
         plugin = self.checkpoint_io
         plugin.wait()
-        path = self._decide_on_rank_zero(lambda: _existing(Path(path)))
+        path = self._decide_on_rank_zero(lambda: _existing(local_path(path)))
         plain = plugin.weights_only if weights_only is None else weights_only
         if isinstance(state, (nn.Module, Optimizer)):
             self._load_raw(path, state, strict=strict, weights_only=plain)
@@ -203,8 +203,7 @@ class SavesOnEveryRank(SavesThroughDCP, Strategy):
                 safe_globals=self.checkpoint_io.safe_globals,
             )
             return
-        with admitted_by_torch(self.checkpoint_io.safe_globals):
-            saved = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+        saved = open_file(path, weights_only=weights_only, safe_globals=self.checkpoint_io.safe_globals)
         if module is None:
             target.load_state_dict(saved)
             return
@@ -219,8 +218,7 @@ class _FileSource:
     """One file with full tensors, as stock strategies write it for models that are not sharded."""
 
     def __init__(self, path: Path, weights_only: bool, plugin: DCPCheckpointIO) -> None:
-        with admitted_by_torch(plugin.safe_globals):
-            self._saved: _State = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+        self._saved: _State = open_file(path, weights_only=weights_only, safe_globals=plugin.safe_globals)
         self.names: Collection[str] = self._saved.keys()
         self.rest: _State = {}
 

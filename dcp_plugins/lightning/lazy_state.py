@@ -1,0 +1,187 @@
+"""State dicts of a checkpoint that read a value from the checkpoint's files when the value is asked for.
+
+Hooks such as ``on_load_checkpoint`` see them in ``checkpoint["state_dict"]`` and ``checkpoint["optimizer_states"]``. A
+hook may read, replace, rename and delete entries as in an ordinary dict. The restore loads the entries that nobody has
+asked for straight into the module's memory, and takes all others from the dict.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+from dcp_plugins.lightning.checkpoint_part import CheckpointPart
+
+__all__ = ["LazyOptimizerState", "LazyState"]
+
+_STATE, _GROUPS, _PARAMS = "state", "param_groups", "params"
+
+
+class _Unread:
+    """Stands for a value that is still in the checkpoint."""
+
+
+_UNREAD = _Unread()
+
+
+class LazyState(OrderedDict[str, Any]):
+    """A part of a checkpoint as an ``OrderedDict``, whose copies and pickles are ordinary ones with all values.
+
+    Keys are known from the start. Asking for one value reads this value; asking for all of them, or comparing, copying
+    or pickling the dict, reads the values that are still unread, at once. A value that has been read stays.
+
+    Args:
+        part: The part of the checkpoint.
+    """
+
+    def __init__(self, part: CheckpointPart) -> None:
+        super().__init__()
+        self.part = part
+        for key in part.keys:
+            self[key] = _UNREAD
+
+    @property
+    def unread(self) -> list[str]:
+        """The keys whose values nobody has asked for, replaced or deleted."""
+        return [key for key in self if super(LazyState, self).__getitem__(key) is _UNREAD]
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether nobody has asked for a value, and no key was added or deleted."""
+        return len(self) == len(self.part.keys) == len(self.unread)
+
+    def read_all(self) -> None:
+        """Read what is still unread: from then on, nothing depends on the checkpoint's files."""
+        self._read(self.unread)
+
+    def _read(self, keys: list[str]) -> None:
+        if keys:
+            for key, value in self._values(keys).items():
+                self[key] = value
+
+    def _values(self, keys: list[str]) -> Mapping[str, Any]:
+        return self.part.read(keys)
+
+    def __getitem__(self, key: str) -> Any:
+        value = super().__getitem__(key)
+        if value is not _UNREAD:
+            return value
+        self._read([key])
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        if key in self:
+            return self[key]
+        return default
+
+    def setdefault(self, key: str, default: Any = None) -> Any:
+        if key not in self:
+            self[key] = default
+        return self[key]
+
+    def pop(self, key: str, *default: Any) -> Any:
+        if key in self:
+            self._read([key] if super().__getitem__(key) is _UNREAD else [])
+        return super().pop(key, *default)
+
+    def popitem(self, last: bool = True) -> tuple[str, Any]:
+        self.read_all()
+        return super().popitem(last)
+
+    def values(self) -> Any:
+        self.read_all()
+        return super().values()
+
+    def items(self) -> Any:
+        self.read_all()
+        return super().items()
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self._as_ordinary() == other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __or__(self, other: Any) -> Any:
+        return self._as_ordinary() | other
+
+    def __ror__(self, other: Any) -> Any:
+        return other | self._as_ordinary()
+
+    def __repr__(self) -> str:
+        return repr(self._as_ordinary())
+
+    def copy(self) -> Any:
+        return self._as_ordinary()
+
+    __copy__ = copy
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self._as_ordinary(), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._as_ordinary().__reduce_ex__(protocol)
+
+    def _as_ordinary(self) -> OrderedDict[str, Any]:
+        return OrderedDict(self.items())
+
+
+class LazyOptimizerState(LazyState):
+    """The state of an optimizer, as ``Optimizer.state_dict`` returns it, with the parameters numbered.
+
+    The checkpoint has the parameters' names in the place of their numbers. A state dict of another form is given as it
+    was saved.
+
+    Args:
+        part: The part of the checkpoint.
+    """
+
+    def __init__(self, part: CheckpointPart) -> None:
+        super().__init__(part)
+        self._groups: list[dict[str, Any]] | None = None
+
+    @property
+    def names(self) -> list[list[str]] | None:
+        """The names of the parameters, by group; None if the checkpoint does not name them."""
+        groups = self._saved_groups()
+        if not isinstance(groups, list) or not all(isinstance(group, Mapping) and _PARAMS in group for group in groups):
+            return None
+        names = [list(group[_PARAMS]) for group in groups]
+        return names if all(isinstance(name, str) for group in names for name in group) else None
+
+    @property
+    def has_own_state(self) -> bool:
+        """Whether the state is still in the checkpoint, for a load that reads it into the optimizer's memory."""
+        return set(self) == set(self.part.keys) and set(self.unread) >= set(self) - {_GROUPS}
+
+    def edited_groups(self) -> list[dict[str, Any]] | None:
+        """Return the parameter groups under the parameters' names; None if nobody has asked for them."""
+        if _GROUPS not in self or _GROUPS in self.unread:
+            return None
+        names = [name for group in self.names or () for name in group]
+        groups: list[dict[str, Any]] = self[_GROUPS]
+        return [{**group, _PARAMS: [names[number] for number in group[_PARAMS]]} for group in groups]
+
+    def _saved_groups(self) -> Any:
+        if self._groups is None and _GROUPS in self.part.keys:
+            self._groups = self.part.read([_GROUPS])[_GROUPS]
+        return self._groups
+
+    def _values(self, keys: list[str]) -> Mapping[str, Any]:
+        names = self.names
+        found = dict(self.part.read([key for key in keys if key != _GROUPS]))
+        if _GROUPS in keys:
+            found[_GROUPS] = copy.deepcopy(self._saved_groups())
+        if names is None:
+            return found
+        numbers = {name: number for number, name in enumerate(name for group in names for name in group)}
+        if _GROUPS in found:
+            for group in found[_GROUPS]:
+                group[_PARAMS] = [numbers[name] for name in group[_PARAMS]]
+        if _STATE in found:
+            found[_STATE] = {numbers.get(name, name): value for name, value in found[_STATE].items()}
+        return found

@@ -1,0 +1,105 @@
+"""``Model.load_from_checkpoint(directory)`` and ``--ckpt_path directory``: Lightning's own loaders, taught directories.
+
+Lightning opens a path as one file in both places, and has no seam for another form. `patch_plain_loading` replaces the
+two functions by ones that ask for a directory first. Everything else goes to Lightning's functions as it was.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.core import saving
+
+from dcp_plugins.errors import CheckpointNotFoundError, StorageDetectionError
+from dcp_plugins.lightning.load import moved, open_directory
+from dcp_plugins.lightning.paths import local_path
+from dcp_plugins.manager import is_committed
+
+__all__ = ["patch_plain_loading"]
+
+_HPARAMS = "hyper_parameters"
+
+
+def patch_plain_loading() -> None:
+    """Let Lightning load directories where it loads files; done when the package is imported.
+
+    A second call does nothing.
+    """
+    lightnings: Any = saving
+    if not isinstance(lightnings.pl_load, _Loader):
+        lightnings.pl_load = _Loader(lightnings.pl_load)
+    if not hasattr(LightningCLI._parse_ckpt_path, "__wrapped__"):
+        parse: Any = _parsing_directories(LightningCLI._parse_ckpt_path)
+        LightningCLI._parse_ckpt_path = parse  # type: ignore[method-assign]
+
+
+class _Loader:
+    """Loads a directory, or calls Lightning's function."""
+
+    def __init__(self, original: Callable[..., Any]) -> None:
+        self._original = original
+
+    def __call__(
+        self, path_or_url: Any, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        directory = _directory_at(path_or_url)
+        if directory is None:
+            loaded: dict[str, Any] = self._original(path_or_url, map_location=map_location, weights_only=weights_only)
+            return loaded
+        checkpoint = open_committed(directory, weights_only=weights_only is not False)
+        # By default Lightning's function leaves a tensor where it is, and here it is on the CPU.
+        if map_location is not saving._default_map_location and "state_dict" in checkpoint:
+            checkpoint.update(moved({"state_dict": checkpoint["state_dict"]}, map_location))
+        return checkpoint
+
+
+def open_committed(path: Path, *, weights_only: bool) -> dict[str, Any]:
+    """Return a directory's checkpoint, as `open_directory` does.
+
+    Raises:
+        CheckpointNotFoundError: The directory has no committed checkpoint.
+    """
+    if not is_committed(path):
+        raise CheckpointNotFoundError(
+            f"Expected a committed checkpoint at {path}, but it has no .metadata, so the save into it never finished."
+        )
+    return open_directory(path, weights_only=weights_only)
+
+
+def _directory_at(path: Any) -> Path | None:
+    if not isinstance(path, (str, Path)):
+        return None
+    try:
+        local = local_path(path)
+    except StorageDetectionError:
+        return None
+    return local if local.is_dir() else None
+
+
+def _parsing_directories(original: Callable[[LightningCLI], None]) -> Callable[[LightningCLI], None]:
+    @functools.wraps(original)
+    def parse(cli: LightningCLI) -> None:
+        command = cli.config.get("subcommand")
+        given = cli.config[command].get("ckpt_path") if command else None
+        directory = _directory_at(given) if given else None
+        if directory is None or not is_committed(directory):
+            original(cli)
+            return
+        # Lightning reads hyper-parameters out of a file: for as long as it does, there is one with these alone.
+        with tempfile.TemporaryDirectory() as folder:
+            file = os.path.join(folder, "hyper_parameters.ckpt")
+            torch.save({_HPARAMS: open_committed(directory, weights_only=True).get(_HPARAMS, {})}, file)
+            cli.config[command]["ckpt_path"] = file
+            try:
+                original(cli)
+            finally:
+                cli.config[command]["ckpt_path"] = given
+
+    return parse
