@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -13,6 +14,8 @@ from dcp_plugins.format.trust import SafeGlobal
 from dcp_plugins.plan.flatten import paths_of, unflatten_state_dict
 from dcp_plugins.plan.load import DefaultLoadPlanner
 from dcp_plugins.plan.restore import CompletionResult, Outline, restored_template
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["EmptyStateDictLoadPlanner", "RestoringLoadPlanner"]
 
@@ -46,6 +49,17 @@ class RestoringLoadPlanner(DefaultLoadPlanner):
             unread="ignore" if allow_partial_load else "error",
         )
         self._outline = outline
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        if is_coordinator and metadata is not None:
+            left = {str(path[0]) for path in paths_of(metadata).values()} - set(map(str, state_dict))
+            if left:
+                logger.info(
+                    "these root keys of the checkpoint are not in the state, and stay unread: %s", listing(left)
+                )
+        super().set_up_planner(state_dict, metadata, is_coordinator)
 
     def complete(self, state_dict: dict[str, Any], metadata: Metadata | None) -> CompletionResult:
         assert metadata is not None, "set_up_planner was called without the checkpoint's metadata"

@@ -114,6 +114,18 @@ def test_a_part_that_was_not_saved_is_an_error_that_names_it(tmp_path: Path) -> 
         restored(tmp_path, run_state(model=model, scaler=Holder({})))
 
 
+def test_root_keys_that_a_state_leaves_out_are_named_in_one_line_of_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved(tmp_path, {"model": {"w": torch.ones(2)}, "schedulers": [1], "extra": {"a": 2}})
+    state = {"model": {"w": torch.zeros(2)}}
+    with caplog.at_level(logging.INFO, logger="dcp_plugins"):
+        restored(tmp_path, state)
+    assert torch.equal(state["model"]["w"], torch.ones(2))
+    (line,) = [record.getMessage() for record in caplog.records if "root keys" in record.getMessage()]
+    assert "extra, schedulers" in line
+
+
 def test_more_schedulers_than_the_run_has_are_an_error_that_names_them(tmp_path: Path) -> None:
     model = nn.Linear(1, 1)
     saved(tmp_path, run_state(model=model, schedulers=[Holder({"a": 1}), Holder({"a": 2})]))
