@@ -54,5 +54,5 @@ def saved_by_torch(tensor: torch.Tensor) -> io.BytesIO:
         # A clone has a storage of its own. Without it, the rest of a shared storage would be saved too.
         on_host = on_host.clone()
     stream = io.BytesIO()
-    torch.save(on_host, stream)
+    torch.serialization.save(on_host, stream)
     return stream

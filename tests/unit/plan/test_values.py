@@ -63,6 +63,13 @@ def test_each_time_the_bytes_are_torchs_and_the_value_is_of_its_own_type(value: 
         assert (type(loaded), repr(loaded)) == (type(value), repr(value))
 
 
+def test_a_program_that_replaces_torch_save_leaves_no_trace_in_the_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "save", lambda *args, **options: None)
+    assert dump_value(0.4821).getvalue()
+    monkeypatch.undo()
+    assert load_value("x", io.BytesIO(dump_value(0.4821).getvalue()), weights_only=True) == 0.4821
+
+
 def test_values_that_can_change_are_made_anew_each_time() -> None:
     for value in ([1, 2], {"a": 1}, ([1],), (bytearray(b"a"),)):
         content = dump_value(value).getvalue()
