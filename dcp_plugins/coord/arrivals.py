@@ -16,8 +16,9 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
+from dcp_plugins.coord.outcomes import stack_of
 from dcp_plugins.coord.roll_call import store_of
-from dcp_plugins.errors import listing
+from dcp_plugins.errors import CheckpointException, LostContactError, listing
 
 __all__ = ["naming_absent"]
 
@@ -37,6 +38,9 @@ def naming_absent(call: str, advice: str, *, group: dist.ProcessGroup | None = N
         call: What messages call it; the same on every rank.
         advice: The last sentence of the line.
         group: The ranks that have to come; None takes the default group.
+
+    Raises:
+        CheckpointException: The exchange has failed, and there are ranks that have not come: names them.
     """
     chosen = dist.group.WORLD if group is None else group
     store = None if chosen is None or dist.get_world_size(chosen) <= 1 else store_of(chosen)
@@ -48,27 +52,38 @@ def naming_absent(call: str, advice: str, *, group: dist.ProcessGroup | None = N
     rank, number = dist.get_rank(chosen), calls[call]
     over = threading.Event()
 
+    def absent() -> list[int]:
+        # A store that does not answer names nobody.
+        with contextlib.suppress(RuntimeError, OSError):
+            others = set(range(dist.get_world_size(chosen))) - {rank}
+            return sorted(other for other in others if _calls_made(store, call, other) < number)
+        return []
+
     def watch() -> None:
         if over.wait(_PATIENCE_SECONDS):
             return
-        with contextlib.suppress(RuntimeError, OSError):
-            others = set(range(dist.get_world_size(chosen))) - {rank}
-            absent = [other for other in others if _calls_made(store, call, other) < number]
-            if absent and not over.is_set():
-                log.warning(
-                    "rank %d waits in %s for rank(s) %s, which have not called it. %s",
-                    rank,
-                    call,
-                    listing(absent),
-                    advice,
-                )
+        found = absent()
+        if found and not over.is_set():
+            who = listing(found)
+            log.warning("rank %d waits in %s for rank(s) %s, which have not called it. %s", rank, call, who, advice)
 
-    # If the store does not answer, or no thread can be started, the exchange itself fails or goes on without a line.
+    # Without an answer of the store, or without a thread, the exchange takes place all the same.
     with contextlib.suppress(RuntimeError, OSError):
         store.set(f"{_PREFIX}/{call}/{rank}", str(number))
         threading.Thread(target=watch, name="dcp-arrivals", daemon=True).start()
     try:
         yield
+    except Exception as exc:
+        names_others = isinstance(exc, CheckpointException) and set(exc.failures) != {rank}
+        found = [] if names_others else absent()
+        if not found:
+            raise
+        cause = (str(exc).strip() or type(exc).__name__).splitlines()[-1]
+        error = LostContactError(
+            f"rank {rank} waited in {call} for rank(s) {listing(found)}, which did not call it within the process"
+            f" group's timeout. {advice}. The transport says: {cause}"
+        )
+        raise CheckpointException(call, {other: (error, stack_of(exc)) for other in found}) from exc
     finally:
         over.set()
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import logging
-import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -29,7 +28,7 @@ class InFlight:
 
     def __init__(self) -> None:
         self._saves: list[Future[Metadata]] = []
-        self._paths: weakref.WeakKeyDictionary[Future[Metadata], Path] = weakref.WeakKeyDictionary()
+        self._paths: dict[Future[Metadata], Path] = {}
         self._steps: list[Future[None]] = []
         self._executor: ThreadPoolExecutor | None = None
 
@@ -81,6 +80,7 @@ class InFlight:
             executor.shutdown()
         self._steps = []
         saves, self._saves = self._saves, []
+        self._paths.clear()
         _raise_failure_of(saves)
 
     def finish_but_last(self) -> None:
@@ -88,6 +88,7 @@ class InFlight:
         earlier = self._saves[:-1]
         await_saves(earlier)
         self._saves = self._saves[-1:]
+        self._paths = {save: self._paths[save] for save in self._saves}
         _raise_failure_of(earlier)
 
 

@@ -87,3 +87,26 @@ def test_a_process_that_waits_in_save_state_says_within_seconds_for_whom(tmp_pat
     assert "rank 0 waits in save_state for rank(s) 1, which have not called it. Call it on every process" in first[0]
     assert second == []
     assert is_committed(tmp_path / "saved")
+
+
+def never_come(folder: Path) -> str:
+    accelerator = run("plain").accelerator
+    over = folder / "over"
+    if accelerator.process_index == 1:
+        while not over.exists():
+            time.sleep(0.05)
+        return ""
+    try:
+        accelerator.save_state(folder / "saved")
+    except CheckpointException as exc:
+        (failure, _), *_ = exc.failures.values()
+        return f"{sorted(exc.failures)}: {failure}"
+    finally:
+        over.touch()
+    return "saved"
+
+
+def test_after_the_groups_timeout_the_processes_that_did_not_come_are_named(tmp_path: Path) -> None:
+    message, _ = run_ranks(2, never_come, tmp_path, collective_timeout_seconds=4)
+    assert message.startswith("[1]: rank 0 waited in save_state for rank(s) 1, which did not call it")
+    assert "is_main_process" in message
