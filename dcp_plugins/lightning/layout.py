@@ -8,8 +8,9 @@ A directory that `DCPCheckpointIO` writes is a sharded checkpoint as Lightning's
 
 with one addition: what is in ``meta.pt`` is also an item of the DCP data, under ``lightning_meta``. Two files cannot
 be replaced in one step, so a pair of them can be torn by a kill; the item is committed by the same rename as the
-tensors it belongs to. Beside it the item has the versions of the model's modules. We load the item and ignore ``meta.pt`` wherever the item exists; ``meta.pt`` is for stock
-Lightning, which sees no checkpoint (rather than a mixed one) in the instants when the pair would not match.
+tensors it belongs to. We load the item and ignore ``meta.pt`` wherever the item exists; ``meta.pt`` is for stock
+Lightning, which sees no checkpoint (rather than a mixed one) in the instants when the pair would not match. The item
+also has what ``state_dict()`` carries in an attribute, the versions of the modules.
 
 ``FSDPStrategy`` calls the model "model" where ``ModelParallelStrategy`` calls it "state_dict"; both are read. Under
 Fabric, modules and optimizers have the names that the user has given them, here as in stock.
