@@ -28,6 +28,7 @@ from dcp_plugins.lightning import layout
 from dcp_plugins.lightning.layout import ModelKey
 from dcp_plugins.lightning.links import lead_away, links_to, switch_link
 from dcp_plugins.lightning.load import moved, open_directory, open_file
+from dcp_plugins.lightning.module_versions import encoded_versions
 from dcp_plugins.lightning.paths import local_path
 from dcp_plugins.lightning.twin import write_twin
 from dcp_plugins.manager import SaveOptions, Saver, delete_checkpoint, is_committed
@@ -266,7 +267,8 @@ class DCPCheckpointIO(CheckpointIO):
             try:
                 with self._loaded_with():
                     content = layout.encode_meta(rest)
-                state[layout.META_KEY] = layout.meta_item(rest, content)
+                item = layout.meta_item(rest, content)
+                state[layout.META_KEY] = {**item, layout.VERSIONS: encoded_versions(parts)}
             except Exception as exc:  # the writer raises it where the other ranks will hear of it
                 content = exc
         writer = CompanionWriter(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +45,21 @@ class CheckpointPart:
         name: The root key.
         weights_only: Decode values that are no tensors as plain data.
         safe_globals: Classes that such values may also have.
+        versions: Of a model, the saved versions of its modules, see `module_versions.py`.
     """
 
     def __init__(
-        self, reader: Reader, name: str, *, weights_only: bool = True, safe_globals: Iterable[SafeGlobal] = ()
+        self,
+        reader: Reader,
+        name: str,
+        *,
+        weights_only: bool = True,
+        safe_globals: Iterable[SafeGlobal] = (),
+        versions: str | None = None,
     ) -> None:
         self.reader = reader
         self.name = name
+        self.versions = versions
         self.weights_only = weights_only
         self.safe_globals = tuple(safe_globals)
         # By key, the values below it. A read makes metadata of these alone: a walk over the whole metadata for each of
@@ -68,7 +77,7 @@ class CheckpointPart:
         self._stored: dict[str, list[tuple[MetadataIndex, Any]]] | None = None
 
     @property
-    def keys(self) -> Collection[str]:
+    def keys(self) -> AbstractSet[str]:
         """The keys below the root key, in the order in which they were saved."""
         return self._fqns.keys()
 

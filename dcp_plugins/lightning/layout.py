@@ -9,7 +9,8 @@ A directory that `DCPCheckpointIO` writes is a sharded checkpoint as Lightning's
 with one addition: what is in ``meta.pt`` is also an item of the DCP data, under ``lightning_meta``. Two files cannot
 be replaced in one step, so a pair of them can be torn by a kill; the item is committed by the same rename as the
 tensors it belongs to. We load the item and ignore ``meta.pt`` wherever the item exists; ``meta.pt`` is for stock
-Lightning, which sees no checkpoint (rather than a mixed one) in the instants when the pair would not match.
+Lightning, which sees no checkpoint (rather than a mixed one) in the instants when the pair would not match. The item
+also has what ``state_dict()`` carries in an attribute, the versions of the modules.
 
 ``FSDPStrategy`` calls the model "model" where ``ModelParallelStrategy`` calls it "state_dict"; both are read. Under
 Fabric, modules and optimizers have the names that the user has given them, here as in stock.
@@ -47,6 +48,7 @@ __all__ = [
     "META_KEY",
     "MODEL_KEYS",
     "PICKLE",
+    "VERSIONS",
     "Contents",
     "ModelKey",
     "contents_of",
@@ -71,6 +73,8 @@ BARE = "bare_state"
 """The part of a directory that holds a dict which is no checkpoint of the Trainer's, such as a module's state dict."""
 
 PICKLE = "pickle"
+VERSIONS = "versions"
+"""The item's value that holds the versions of modules, see `module_versions.py`."""
 _HOW_TO_TRUST = "weights_only=False (Trainer and Fabric: plugins=[DCPCheckpointIO(weights_only=False)])"
 _STEP = "global_step"
 # The Trainer's name for the number of steps, and what a user of Fabric may call it.

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dcp_plugins.lightning.checkpoint_part import CheckpointPart
+from dcp_plugins.lightning.module_versions import versions_of_keys
 
 __all__ = ["LazyOptimizerState", "LazyState"]
 
@@ -39,6 +40,10 @@ class LazyState(OrderedDict[str, Any]):
     def __init__(self, part: CheckpointPart) -> None:
         super().__init__()
         self.part = part
+        versions = versions_of_keys(part.keys, part.versions, part.name)
+        if versions is not None:
+            # ``Module.load_state_dict`` looks for it.
+            self._metadata = versions
         for key in part.keys:
             self[key] = _UNREAD
 
@@ -127,7 +132,10 @@ class LazyState(OrderedDict[str, Any]):
         return self._as_ordinary().__reduce_ex__(protocol)
 
     def _as_ordinary(self) -> OrderedDict[str, Any]:
-        return OrderedDict(self.items())
+        made: OrderedDict[str, Any] = OrderedDict(self.items())
+        if hasattr(self, "_metadata"):
+            made._metadata = self._metadata  # type: ignore[attr-defined]
+        return made
 
 
 class LazyOptimizerState(LazyState):

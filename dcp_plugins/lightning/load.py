@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from dcp_plugins.format.trust import SafeGlobal, admitted_by_torch
 from dcp_plugins.lightning import layout
 from dcp_plugins.lightning.checkpoint_part import CheckpointPart, Reader
 from dcp_plugins.lightning.lazy_state import LazyOptimizerState, LazyState
+from dcp_plugins.lightning.module_versions import set_versions
 from dcp_plugins.manager import load_state, unwrapped_plan_errors
 from dcp_plugins.state_dict import StateDictOptions, set_model_state_dict
 from dcp_plugins.state_dict.numbered import by_name
@@ -45,15 +46,17 @@ def open_directory(path: Path, *, weights_only: bool, safe_globals: Iterable[Saf
     reader = Reader(path)
     contents = layout.contents_of(reader.read_metadata(), path)
 
-    def part(name: str) -> CheckpointPart:
-        return CheckpointPart(reader, name, weights_only=weights_only, safe_globals=safe_globals)
+    def part(name: str, versions: str | None = None) -> CheckpointPart:
+        return CheckpointPart(reader, name, weights_only=weights_only, safe_globals=safe_globals, versions=versions)
 
-    item = part(layout.META_KEY)
-    meta = meta_of(item.read([layout.PICKLE]) if item.keys else None, path, weights_only, safe_globals)
+    meta_part = part(layout.META_KEY)
+    item = meta_part.read([layout.PICKLE, *({layout.VERSIONS} & meta_part.keys)]) if meta_part.keys else None
+    meta = meta_of(item, path, weights_only, safe_globals)
     if contents.model_key == layout.BARE:
         return {**LazyState(part(layout.BARE))}
     optimizers = [LazyOptimizerState(part(layout.optimizer_key(n))) for n in range(contents.num_optimizers)]
-    return as_trainer_checkpoint(LazyState(part(contents.model_key)), optimizers, meta)
+    model = part(contents.model_key, (item or {}).get(layout.VERSIONS))
+    return as_trainer_checkpoint(LazyState(model), optimizers, meta)
 
 
 def open_file(path: Path, *, weights_only: bool, safe_globals: Iterable[SafeGlobal] = ()) -> Any:
@@ -127,27 +130,24 @@ class Targets:
 
 def fill_from_directory(
     reader: Reader,
-    parts: Mapping[str, Collection[str]],
     targets: Targets,
     *,
     strict: bool,
     no_dist: bool,
     weights_only: bool = True,
     safe_globals: Iterable[SafeGlobal] = (),
-) -> dict[str, Any] | None:
+    versions: str | None = None,
+) -> None:
     """Load modules and optimizers in place, each rank its shards.
 
     Args:
         reader: Reads the checkpoint's directory.
-        parts: The parts of the checkpoint, as `layout.parts_of` returns them.
         targets: The modules and optimizers to load; the checkpoint has a part for each.
         strict: Raise if a module's keys and the checkpoint's differ.
         no_dist: Load in this process alone.
         weights_only: Decode values that are no tensors as plain data.
         safe_globals: Classes that such values may also have.
-
-    Returns:
-        The item with the non-tensor part, if the checkpoint has one.
+        versions: The saved versions of modules, as in the item with the non-tensor part.
     """
     options = StateDictOptions(strict=strict)
     hint = f"This is {reader.path}. {targets.hint} to load what they share."
@@ -156,16 +156,14 @@ def fill_from_directory(
     }
     for name, (module, optimizer) in targets.optimizers.items():
         state[name] = own_optimizer_state(module, optimizer)
-    if layout.META_KEY in parts:
-        state[layout.META_KEY] = {layout.PICKLE: b""}
     with unwrapped_plan_errors():
         load_state(state, storage_reader=reader, no_dist=no_dist, weights_only=weights_only, safe_globals=safe_globals)
     # The load has filled the tensors. This call sets the other values, and runs the modules' load hooks.
     for name, module in targets.modules.items():
+        set_versions(state[name], versions, name)
         set_model_state_dict(module, state[name], options=options)
     for name, (module, optimizer) in targets.optimizers.items():
         restore_optimizer_state(module, optimizer, state[name])
-    return state.get(layout.META_KEY)
 
 
 def fill_from_file(saved: Mapping[str, Any], targets: Targets, *, strict: bool) -> None:

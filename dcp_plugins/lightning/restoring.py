@@ -8,6 +8,7 @@ ones do: by ``load_state_dict``.
 from __future__ import annotations
 
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -101,12 +102,12 @@ class Restoring:
     def _fill(self, part: CheckpointPart, *, strict: bool) -> None:
         fill_from_directory(
             part.reader,
-            {part.name: part.keys},
             Targets({part.name: self.module}, {}, hint=_HINT),
             strict=strict,
             no_dist=self.no_dist,
             weights_only=part.weights_only,
             safe_globals=part.safe_globals,
+            versions=part.versions,
         )
 
     def _restore_edited(
@@ -116,7 +117,9 @@ class Restoring:
         in_place = {key: own[key] for key in unread if key in own}
         filled = own_model_state(self.module, options=StateDictOptions(strict=False), values=in_place, hint=f"{_HINT}.")
         self._load({part.name: filled}, part)
-        given = {key: filled[key] if key in filled else state[key] for key in state}
+        given = OrderedDict((key, filled[key] if key in filled else state[key]) for key in state)
+        if hasattr(state, "_metadata"):
+            given._metadata = state._metadata  # type: ignore[attr-defined]
         if self.is_sharded:
             # Values of hooks are whole tensors: each rank first puts its shards of them into the module.
             whole = {key: given[key] for key in own if key in given and key not in filled}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from dcp_plugins.format.trust import SafeGlobal, admitted_by_torch
 from dcp_plugins.lightning import layout
 from dcp_plugins.lightning.checkpoint_part import Reader
 from dcp_plugins.lightning.load import as_trainer_checkpoint, meta_of
+from dcp_plugins.lightning.module_versions import versions_of_keys
 from dcp_plugins.lightning.paths import local_path
 from dcp_plugins.manager import is_committed
 from dcp_plugins.storage.local import sync_directory
@@ -99,6 +101,12 @@ def consolidate(
     item = saved.pop(layout.META_KEY, None)
     has_meta = item is not None or layout.meta_file(path).is_file()
     meta = meta_of(item, path, weights_only, safe_globals) if has_meta else {}
+    for name, part in saved.items():
+        versions = (
+            versions_of_keys(part, (item or {}).get(layout.VERSIONS), name) if isinstance(part, OrderedDict) else None
+        )
+        if versions is not None:
+            part._metadata = versions
     whole: dict[str, Any] = {}
     if "pytorch-lightning_version" in meta:
         contents = layout.contents_of(reader.read_metadata(), path)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
@@ -297,12 +298,14 @@ class _ModelCompletion:
             # The modules' versions: ``Module.load_state_dict`` reads this attribute.
             made._metadata = versions  # type: ignore[attr-defined]
         misfits: list[str] = []
+        own_ways = self_loading(self._names, keeps_sizes)
         for key, value in saved.items():
             if key in tied:
                 # One memory under several names: as in ``load_state_dict``, the last one's value counts.
                 notes.left_unread.update(found.fqn for found in saved_values(value))
             elif key in template:
-                made[key] = like_saved(value, template[key], self._target_for(key, misfits))
+                target_of = self._target_for(key, misfits, decides_itself=_is_below(key, own_ways))
+                made[key] = like_saved(value, template[key], target_of)
             elif self._strict or _is_below(key, free):
                 made[key] = like_saved(value, None, _plain_target)
             else:
@@ -312,13 +315,22 @@ class _ModelCompletion:
             raise PlanError(f"The model and the checkpoint do not fit: {'. '.join(problems)}. {self._hint}")
         return made
 
-    def _target_for(self, key: str, misfits: list[str]) -> Callable[[SavedValue, Any], torch.Tensor]:
+    def _target_for(
+        self, key: str, misfits: list[str], *, decides_itself: bool
+    ) -> Callable[[SavedValue, Any], torch.Tensor]:
+        """Return what finds the tensor to fill: the model's own, unless the module decides by itself what it takes.
+
+        A module that leaves a key out of its state dict, or converts a value, must find its own values as they were.
+        """
+
         def target_of(saved: SavedValue, own: Any) -> torch.Tensor:
             if not isinstance(own, torch.Tensor) or is_lazy(own):
                 return torch.empty(saved.size or (), dtype=saved.dtype)
             if size_of(own) == saved.size:
-                return own
-            may_differ = is_extra_state(key) or _is_below(key, self_loading(self._names, keeps_sizes))
+                if not decides_itself or isinstance(own, ShardedTensor) or is_extra_state(key):
+                    return own
+                return torch.empty_like(own.detach(), dtype=saved.dtype)
+            may_differ = is_extra_state(key) or decides_itself
             is_scalar = own.dim() == 0 and saved.size is not None and len(saved.size) == 1
             if may_differ or is_scalar:
                 return _plain_target(saved, own)

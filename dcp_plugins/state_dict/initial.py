@@ -20,7 +20,7 @@ from weakref import ReferenceType, ref
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.optim import ASGD, Adadelta, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop, Rprop
+from torch.optim import ASGD, SGD, Adadelta, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop, Rprop
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dcp_plugins.errors import PlanError
@@ -78,6 +78,8 @@ def initial_state(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
     parameters = [
         (group, [parameter for parameter in group["params"] if parameter.requires_grad])
         for group in optimizer.param_groups
+        # A step of a replica would copy every parameter, at each save of the run, to find nothing.
+        if not (type(optimizer) is SGD and group.get("momentum") == 0)
     ]
     result: dict[int, dict[str, Any]] = {}
     owner = ref(optimizer)

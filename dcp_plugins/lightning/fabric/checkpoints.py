@@ -236,34 +236,35 @@ class _DirectorySource:
         self._reader = Reader(path)
         self._no_dist = plugin.no_dist
         self._weights_only, self._safe_globals = weights_only, plugin.safe_globals
+        self._versions: str | None = None
 
         def read() -> tuple[Mapping[str, Collection[str]], _State]:
             parts = layout.parts_of(self._reader.read_metadata())
             item = None
             if layout.META_KEY in parts:
                 item = dcp.load_from_keys(layout.META_KEY, storage_reader=self._reader)[layout.META_KEY]
+                self._versions = item.get(layout.VERSIONS)
             elif not layout.meta_file(path).is_file():
                 return parts, {}  # written by dcp.save, without Lightning
             return parts, meta_of(item, path, weights_only, plugin.safe_globals)
 
         # Each rank reads for itself, and may fail alone.
-        self._parts, self.rest = deciding_ranks(no_dist=self._no_dist).settle("read", read)
-        self.names: Collection[str] = [name for name in self._parts if name != layout.META_KEY]
+        parts, self.rest = deciding_ranks(no_dist=self._no_dist).settle("read", read)
+        self.names: Collection[str] = [name for name in parts if name != layout.META_KEY]
 
     def tensors(self, names: Collection[str]) -> _State:
         return dcp.load_from_keys(set(names), storage_reader=self._reader) if names else {}
 
     def fill(self, targets: Targets, *, strict: bool) -> None:
         if targets.modules or targets.optimizers:
-            parts = {name: keys for name, keys in self._parts.items() if name != layout.META_KEY}
             fill_from_directory(
                 self._reader,
-                parts,
                 targets,
                 strict=strict,
                 no_dist=self._no_dist,
                 weights_only=self._weights_only,
                 safe_globals=self._safe_globals,
+                versions=self._versions,
             )
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from dcp_plugins.lightning import DCPCheckpointIO
 from dcp_plugins.testing.ranks import run_ranks
-from tests.adapters.lightning.trainers import Regression, Ticks, digest, fit, quiet, trainer, whole_state
+from tests.adapters.lightning.trainers import WIDTH, Regression, Ticks, digest, fit, quiet, trainer, whole_state
 
 KEY = "net.head.weight"
 
@@ -147,6 +147,79 @@ def test_a_renamed_model_goes_on_with_its_optimizer(tmp_path: Path) -> None:
         losses.append(fit(flag, devices=1, steps=4, resume=tmp_path / flag, module=Renamed()).losses)
     assert losses[0] == losses[1]
     assert sorted(losses[0]) == [2, 3]
+
+
+class Doubling(nn.Linear):
+    """Takes twice what was saved."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict[f"{prefix}bias"] = state_dict[f"{prefix}bias"] * 2
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class OwnWay(Regression):
+    """Keeps its own head, whatever the checkpoint has, and its blocks load in their own way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.blocks[0].linear = Doubling(WIDTH, WIDTH)
+        with torch.no_grad():
+            self.net.head.weight.fill_(3.0)
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        kept = {name: value for name, value in state_dict.items() if not name.startswith("net.head")}
+        return super().load_state_dict(kept, strict=False)
+
+
+def test_a_module_that_loads_in_its_own_way_has_the_last_word(tmp_path: Path) -> None:
+    found = {}
+    for flag in ("dcp", "auto"):
+        fit(flag, devices=1, steps=1, save_to=tmp_path / flag)
+        module = OwnWay()
+        trainer(flag, devices=1, steps=1).validate(module, Ticks(1), ckpt_path=tmp_path / flag, verbose=False)
+        found[flag] = digest(module.state_dict())
+        assert torch.equal(module.net.head.weight, torch.full((1, WIDTH), 3.0))
+    assert found["dcp"] == found["auto"]
+
+
+class Converting(nn.Linear):
+    """Has had another form in its first version: half of the bias."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, about: dict[str, Any], *args: Any) -> None:
+        if about.get("version", 1) < 2:
+            state_dict[f"{prefix}bias"] = state_dict[f"{prefix}bias"] * 2
+        super()._load_from_state_dict(state_dict, prefix, about, *args)
+
+
+class Versioned(Regression):
+    """Has a module of the second version where `Regression` has one of the first."""
+
+    def __init__(self, lr: float = 0.01) -> None:
+        super().__init__(lr)
+        self.net.blocks[0].linear = Converting(WIDTH, WIDTH)
+
+
+class VersionedAndHooked(Versioned):
+    """Reads one weight, so that the rest is restored beside it."""
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"].get(KEY)
+
+
+def test_modules_of_another_version_convert_what_was_saved(tmp_path: Path) -> None:
+    found: dict[str, list[Any]] = {"dcp": [], "auto": []}
+    for flag, states in found.items():
+        for saved in (Regression(), Versioned()):
+            path = tmp_path / f"{flag}-{type(saved).__name__}"
+            fit(flag, devices=1, steps=1, save_to=path, module=saved)
+            for kind in (Versioned, VersionedAndHooked):
+                module = kind()
+                trainer(flag, devices=1, steps=1).validate(module, Ticks(1), ckpt_path=path, verbose=False)
+                states.append(digest(module.state_dict()))
+            states.append(digest(Versioned.load_from_checkpoint(path).state_dict()))
+    assert found["dcp"] == found["auto"]
 
 
 # -- Order -----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint.state_dict as stock
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dcp_plugins.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from tests.unit.state_dict.samples import Net, assert_equal, groups_of, snapshot, train, with_frozen_first_layer
@@ -202,3 +204,26 @@ def test_an_optimizer_round_another_steps_neither(wrap: Any) -> None:
         assert outer.steps == 0
         set_optimizer_state_dict(model, outer, state)
         assert inner.state[model.last.weight]["exp_avg"] is state["state"]["last.weight"]["exp_avg"]
+
+
+class Made(TorchDispatchMode):
+    """Notes the sizes of what operators put out, other than aliases of some tensors."""
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self._known = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        self.sizes: list[torch.Size] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.untyped_storage().data_ptr() not in self._known:
+            self.sizes.append(made.shape)
+        return made
+
+
+def test_parameters_are_not_copied_for_an_optimizer_that_never_has_state() -> None:
+    model = torch.nn.Linear(100, 100)
+    with Made(model.parameters()) as made:
+        state = get_optimizer_state_dict(model, torch.optim.SGD(model.parameters(), 0.1))
+    assert state["state"] == {}
+    assert model.weight.shape not in made.sizes
