@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dcp_plugins.lightning.checkpoint_part import CheckpointPart
@@ -34,11 +34,19 @@ class LazyState(OrderedDict[str, Any]):
     or pickling the dict, reads the values that are still unread, at once. A value that has been read stays.
 
     Args:
-        part: The part of the checkpoint.
+        source: The part of the checkpoint; or what an ``OrderedDict`` is made of, for code that makes another mapping
+            of this one's class.
     """
 
-    def __init__(self, part: CheckpointPart) -> None:
-        super().__init__()
+    part: CheckpointPart | None = None
+    """The part of the checkpoint; None for a mapping that was made of values."""
+
+    def __init__(self, source: CheckpointPart | Mapping[str, Any] | Iterable[tuple[str, Any]] = ()) -> None:
+        super().__init__(() if isinstance(source, CheckpointPart) else source)
+        if isinstance(source, CheckpointPart):
+            self._open(source)
+
+    def _open(self, part: CheckpointPart) -> None:
         self.part = part
         versions = versions_of_keys(part.keys, part.versions, part.name)
         if versions is not None:
@@ -55,7 +63,7 @@ class LazyState(OrderedDict[str, Any]):
     @property
     def is_untouched(self) -> bool:
         """Whether nobody has asked for a value, and no key was added or deleted."""
-        return len(self) == len(self.part.keys) == len(self.unread)
+        return self.part is not None and len(self) == len(self.part.keys) == len(self.unread)
 
     def read_all(self) -> None:
         """Read what is still unread: from then on, nothing depends on the checkpoint's files."""
@@ -67,6 +75,7 @@ class LazyState(OrderedDict[str, Any]):
                 self[key] = value
 
     def _values(self, keys: list[str]) -> Mapping[str, Any]:
+        assert self.part is not None
         return self.part.read(keys)
 
     def __getitem__(self, key: str) -> Any:
@@ -145,12 +154,16 @@ class LazyOptimizerState(LazyState):
     was saved.
 
     Args:
-        part: The part of the checkpoint.
+        source: As for `LazyState`.
     """
 
-    def __init__(self, part: CheckpointPart) -> None:
-        super().__init__(part)
-        self._groups: list[dict[str, Any]] | None = None
+    _groups: list[dict[str, Any]] | None = None
+
+    def _open(self, part: CheckpointPart) -> None:
+        super()._open(part)
+        if _GROUPS in self and _STATE not in self:
+            # Other writers than ours leave no trace of a state that is empty.
+            self[_STATE] = {}
 
     @property
     def names(self) -> list[list[str]] | None:
@@ -164,7 +177,13 @@ class LazyOptimizerState(LazyState):
     @property
     def has_own_state(self) -> bool:
         """Whether the state is still in the checkpoint, for a load that reads it into the optimizer's memory."""
-        return set(self) == set(self.part.keys) and set(self.unread) >= set(self) - {_GROUPS}
+        if self.part is None or set(self) != set(self.part.keys) or not set(self.unread) >= set(self) - {_GROUPS}:
+            return False
+        if _GROUPS not in self or _GROUPS in self.unread:
+            return True
+        numbers = iter(range(sum(map(len, self.names or ()))))
+        saved = [[next(numbers) for _ in group] for group in self.names or ()]
+        return [group.get(_PARAMS) for group in self[_GROUPS]] == saved
 
     def edited_groups(self) -> list[dict[str, Any]] | None:
         """Return the parameter groups under the parameters' names; None if nobody has asked for them."""
@@ -175,13 +194,13 @@ class LazyOptimizerState(LazyState):
         return [{**group, _PARAMS: [names[number] for number in group[_PARAMS]]} for group in groups]
 
     def _saved_groups(self) -> Any:
-        if self._groups is None and _GROUPS in self.part.keys:
+        if self._groups is None and self.part is not None and _GROUPS in self.part.keys:
             self._groups = self.part.read([_GROUPS])[_GROUPS]
         return self._groups
 
     def _values(self, keys: list[str]) -> Mapping[str, Any]:
         names = self.names
-        found = dict(self.part.read([key for key in keys if key != _GROUPS]))
+        found = dict(super()._values([key for key in keys if key != _GROUPS]))
         if _GROUPS in keys:
             found[_GROUPS] = copy.deepcopy(self._saved_groups())
         if names is None:

@@ -44,9 +44,9 @@ class Opened:
     def __init__(self, checkpoint: Mapping[str, Any]) -> None:
         model = checkpoint.get("state_dict")
         states = [one for one in checkpoint.get("optimizer_states", ()) if isinstance(one, LazyOptimizerState)]
-        self.model = model.part if isinstance(model, LazyState) else None
+        self.model: CheckpointPart | None = model.part if isinstance(model, LazyState) else None
         """The model's part; None for a file, or where a plugin has replaced the state dict."""
-        self.optimizers = [state.part for state in states]
+        self.optimizers = [state.part for state in states if state.part is not None]
         """The optimizers' parts."""
         # Weak: what no hook keeps is freed once it is restored.
         self._states = [weakref.ref(one) for one in (model, *states) if isinstance(one, LazyState)]
@@ -127,8 +127,11 @@ class Restoring:
             options = StateDictOptions(full_state_dict=True, strict=False)
             set_model_state_dict(self.module, whole, options=options)
             given.update({key: own[key] for key in whole})
-        # This call judges the keys, and runs the modules' load hooks. It does not copy a tensor onto itself.
-        set_model_state_dict(self.module, given, options=StateDictOptions(strict=strict))
+        try:
+            # This call judges the keys, and runs the modules' load hooks. It does not copy a tensor onto itself.
+            set_model_state_dict(self.module, given, options=StateDictOptions(strict=strict))
+        except PlanError as exc:
+            raise PlanError(f"{exc}\n    {_HINT} to load what they share.") from None
 
     def _demand_alike(self, edited: Mapping[str, Any]) -> None:
         """Raise on every rank if hooks have edited other entries on some rank: shards of one tensor come from all."""
@@ -190,7 +193,8 @@ class Restoring:
                 after_load(optimizer)
 
     def _compare_counts(self, num_own: int, num_saved: int) -> None:
-        if num_own == num_saved:
+        # A hook that wants the optimizers to begin anew leaves an empty list.
+        if num_own == num_saved or not num_saved:
             return
         text = (
             f"configure_optimizers returned {num_own} optimizer(s), and the checkpoint has the state of {num_saved}:"
@@ -205,10 +209,11 @@ class Restoring:
         """Return which optimizers can be filled from the files: untouched by hooks, with the parameters of the save."""
         found: dict[str, int] = {}
         for number, (optimizer, state) in enumerate(pairs):
-            if not isinstance(state, LazyOptimizerState) or state.part not in self.opened.optimizers:
+            part = state.part if isinstance(state, LazyOptimizerState) else None
+            if part is None or part not in self.opened.optimizers:
                 continue
-            if state.part.name not in found and state.has_own_state and self._has_saved_names(optimizer, state):
-                found[state.part.name] = number
+            if part.name not in found and state.has_own_state and self._has_saved_names(optimizer, state):
+                found[part.name] = number
         return list(found.values())
 
     def _has_saved_names(self, optimizer: Optimizer, state: LazyOptimizerState) -> bool:

@@ -106,7 +106,26 @@ def no_state(module: Any, checkpoint: dict[str, Any]) -> None:
     checkpoint["optimizer_states"] = [{**checkpoint["optimizer_states"][0], "state": {}}]
 
 
-EDITS = [scale_one, delete_one, build_layer, fresh_learning_rate, fresh_moments, no_state]
+def no_optimizer(module: Any, checkpoint: dict[str, Any]) -> None:
+    checkpoint["optimizer_states"] = []
+
+
+def another_group(module: Any, checkpoint: dict[str, Any]) -> None:
+    state = checkpoint["optimizer_states"][0]
+    group = state["param_groups"][0]
+    state["param_groups"] = [{**group, "lr": 0.3, "params": list(group["params"])}]
+
+
+EDITS = [
+    scale_one,
+    delete_one,
+    build_layer,
+    fresh_learning_rate,
+    fresh_moments,
+    no_state,
+    no_optimizer,
+    another_group,
+]
 
 
 def edited(strategy: str, devices: int, path: Path, steps: int) -> list[Any]:
@@ -314,15 +333,22 @@ def test_fewer_groups_than_the_checkpoint_has_are_refused_by_name(tmp_path: Path
         assert "net.blocks.0.linear.weight" in refusal
 
 
-def averaged_run(strategy: str, path: Path) -> Any:
-    fit(strategy, devices=1, steps=2, save_to=path, callbacks=[EMAWeightAveraging(decay=0.5)])
-    return fit(strategy, devices=1, steps=4, resume=path, callbacks=[EMAWeightAveraging(decay=0.5)])
+def averaged_run(strategy: Any, devices: int, path: Path) -> Any:
+    quiet()
+    fit(strategy, devices=devices, steps=2, save_to=path, callbacks=[EMAWeightAveraging(decay=0.5)])
+    module = fit(strategy, devices=devices, steps=4, resume=path, callbacks=[EMAWeightAveraging(decay=0.5)])
+    return module.losses, digest(module.state_dict())
+
+
+def averaged_runs_on_ranks(folder: Path) -> Any:
+    return averaged_run("dcp_ddp", 2, folder / "ours"), averaged_run("ddp", 2, folder / "stock")
 
 
 def test_averaged_weights_resume(tmp_path: Path) -> None:
-    ours, stock = (averaged_run(flag, tmp_path / flag) for flag in ("dcp", "auto"))
-    assert ours.losses == stock.losses
-    assert digest(ours.state_dict()) == digest(stock.state_dict())
+    ours, stock = (averaged_run(flag, 1, tmp_path / flag) for flag in ("dcp", "auto"))
+    assert ours == stock
+    for ours, stock in run_ranks(2, averaged_runs_on_ranks, tmp_path):
+        assert ours == stock
 
 
 # -- Lazy ------------------------------------------------------------------------------------------------------------
@@ -383,6 +409,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {
     "pickled": lambda state: pickle.loads(pickle.dumps(state)),
     "items": lambda state: dict(state.items()),
     "values": lambda state: dict(zip(state.keys(), state.values(), strict=True)),
+    "of its class": lambda state: type(state)(OrderedDict(state.items())).copy(),
     "popped": lambda state: {key: state.pop(key) for key in list(state)},
 }
 
