@@ -58,9 +58,13 @@ def swap_lightning(module: ModuleType, mode: str) -> None:
         flag = flags.get(type(self.strategy))
         if flag is None or not isinstance(options.get("strategy", "auto"), str) or self.checkpoint_io is not None:
             return
-        import dcp_plugins.lightning  # noqa: F401
+        from dcp_plugins.lightning import DCPDDPStrategy
 
-        make(self, *args, **{**options, "strategy": flag if mode == "sync" else f"{flag}_async"})
+        start_method = getattr(self.strategy, "_start_method", "popen")
+        swapped: Any = flag if mode == "sync" else f"{flag}_async"
+        if start_method != "popen":
+            swapped = DCPDDPStrategy(asynchronous=mode == "async", start_method=start_method)
+        make(self, *args, **{**options, "strategy": swapped})
 
     kind.__init__ = made
     _open_directories()
