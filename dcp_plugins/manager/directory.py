@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from dcp_plugins.contract import StorageInfo
-from dcp_plugins.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, listing
+from dcp_plugins.errors import (
+    CheckpointError,
+    CheckpointException,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    UnsafeCheckpointError,
+    listing,
+)
 from dcp_plugins.format.metadata import decode_with_extras
 from dcp_plugins.format.names import METADATA_NAME, metadata_rank, safe_join
 from dcp_plugins.manager.failed_saves import missing_commit
@@ -29,6 +36,7 @@ __all__ = [
     "delete_checkpoint",
     "good_steps",
     "is_committed",
+    "is_damage",
     "newest_good",
     "remove_if_uncommitted",
     "uncommitted_steps",
@@ -123,6 +131,14 @@ def verify_checkpoint(path: _PathLike) -> None:
             problems.append(f"{name} has {found} bytes, the metadata names bytes up to {ends[name]}")
     if problems:
         raise CorruptCheckpointError(f"{path}: data files do not fit the metadata: {listing(problems)}")
+
+
+def is_damage(exc: CheckpointException) -> bool:
+    """Whether some rank has found data damaged, or gone, and no rank anything else."""
+    kinds = (CorruptCheckpointError, CheckpointNotFoundError)
+    failures = [failure for failure, _ in exc.failures.values()]
+    # A value that is refused as unsafe is not damaged, and every other checkpoint of the run has it too.
+    return all(isinstance(one, kinds) and not isinstance(one, UnsafeCheckpointError) for one in failures)
 
 
 def committed_steps(root: _PathLike, names: StepNames = StepNames()) -> list[int]:

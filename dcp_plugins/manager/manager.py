@@ -21,13 +21,12 @@ from dcp_plugins.errors import (
     CheckpointException,
     CheckpointNotFoundError,
     CorruptCheckpointError,
-    UnsafeCheckpointError,
     listing,
 )
 from dcp_plugins.format.trust import SafeGlobal, check_safe_globals
 from dcp_plugins.manager.agreement import deciding_ranks, on_rank_zero
 from dcp_plugins.manager.cleaner import Cleaner
-from dcp_plugins.manager.directory import StepNames, committed_steps, good_steps, verify_checkpoint
+from dcp_plugins.manager.directory import StepNames, committed_steps, good_steps, is_damage, verify_checkpoint
 from dcp_plugins.manager.guard import reading_checkpoint
 from dcp_plugins.manager.options import SaveOptions
 from dcp_plugins.manager.policies import SavePolicy, Whenever
@@ -232,7 +231,7 @@ class CheckpointManager:
         is_queued = is_busy and self._in_flight_policy == "queue"
         try:
             # The failure of the save before comes first, and nothing is noted of this one.
-            self._saver.finish(but_last=is_queued)
+            self._finish(but_last=is_queued)
         except CheckpointException:
             if not is_last:
                 raise
@@ -297,7 +296,7 @@ class CheckpointManager:
                 try:
                     self._load(state, chosen)
                 except CheckpointException as exc:
-                    if step is not None or not _is_damage(exc):
+                    if step is not None or not is_damage(exc):
                         raise
                     # All ranks have this exception, so all of them go on to the next.
                     skipped = f"Skipped {self.path(chosen)}, whose data is damaged: {exc}"
@@ -308,7 +307,7 @@ class CheckpointManager:
     def wait(self) -> None:
         """Wait until the save in flight is committed, and what it replaces is deleted; raise its failure, once."""
         try:
-            self._saver.finish()
+            self._finish()
         finally:
             self._cleaner.wait()
 
@@ -337,6 +336,14 @@ class CheckpointManager:
             if value is None:
                 raise
             log.exception("the last save in the background failed, too: its checkpoint does not exist")
+
+    def _finish(self, *, but_last: bool = False) -> None:
+        try:
+            self._saver.finish(but_last=but_last)
+        except CheckpointException:
+            # The step may be saved again.
+            self._last_step = self._decided = None
+            raise
 
     def _ranks(self) -> Ranks:
         return deciding_ranks(self._process_group, no_dist=self._no_dist)
@@ -406,11 +413,3 @@ class CheckpointManager:
             f"expected a committed checkpoint of step {step} in {self.root}, found"
             f" steps {listing(self.all_steps()) or 'none'}"
         )
-
-
-def _is_damage(exc: CheckpointException) -> bool:
-    """Whether some rank has found data damaged, or gone, and no rank anything else."""
-    kinds = (CorruptCheckpointError, CheckpointNotFoundError)
-    failures = [failure for failure, _ in exc.failures.values()]
-    # A value that is refused as unsafe is not damaged, and every other checkpoint of the run has it too.
-    return all(isinstance(one, kinds) and not isinstance(one, UnsafeCheckpointError) for one in failures)
