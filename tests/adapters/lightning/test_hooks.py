@@ -365,7 +365,11 @@ class Wide(Hooked):
     def __init__(self, hook: Any = None) -> None:
         super().__init__(hook)
         self.net.wide = nn.Linear(1024, 1024)
-        self.net.flat = nn.Linear(1024, 1024)
+        self.net.unused = nn.Linear(1024, 1024)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        # A gradient, so that the optimizer keeps moments.
+        return super().training_step(batch, batch_idx) + 0 * self.net.wide.weight.sum()
 
 
 def test_what_no_hook_touches_is_read_once(tmp_path: Path) -> None:
@@ -380,6 +384,9 @@ def test_what_no_hook_touches_is_read_once(tmp_path: Path) -> None:
         read.append(bytes_read() - before)
     for count in read:
         assert 2 * one <= count < 2.5 * one, "each weight once, and no optimizer"
+    before = bytes_read()
+    fit("dcp", devices=1, steps=2, resume=path, module=Wide())
+    assert 4 * one <= bytes_read() - before < 4.5 * one, "each weight and each moment once"
 
 
 def test_what_a_hook_keeps_outlives_the_checkpoint(tmp_path: Path) -> None:
