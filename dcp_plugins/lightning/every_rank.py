@@ -22,7 +22,7 @@ from lightning.fabric.utilities.optimizer import _optimizer_to_device
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.trainer.states import TrainerFn, TrainerState, TrainerStatus
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -177,8 +177,8 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
                 raise
             log.exception("A save in the background failed: its checkpoint does not exist")
         path, aside = self._decide_on_rank_zero(lambda: self._make_room(path))
-        assert self.lightning_module is not None
-        adapt_links(self.lightning_module.trainer.checkpoint_callbacks)
+        if self._trainer is not None:
+            adapt_links(self._trainer.checkpoint_callbacks)
         changed_by_forward = renormed_weights([self._stateful_module])
         with plugin.saving(asynchronous, optimizers=self.optimizers, changed_by_forward=changed_by_forward):
             plugin.save_checkpoint(checkpoint, path, storage_options)
@@ -217,18 +217,24 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
     @property
     def _is_fitting(self) -> bool:
         """Whether training will go on after this, as far as one can tell."""
-        module = self.lightning_module
-        assert module is not None
-        state = module.trainer.state
-        return state.fn == TrainerFn.FITTING and state.status == TrainerStatus.RUNNING
+        state = self._run_state
+        return state is not None and state.fn == TrainerFn.FITTING and state.status == TrainerStatus.RUNNING
 
     @property
     def _is_interrupted(self) -> bool:
         """Whether Lightning is handling the exception that has ended a run, and its callbacks are told of it."""
-        module = self.lightning_module
-        assert module is not None
-        state = module.trainer.state
-        return state.status == TrainerStatus.INTERRUPTED and state.stage is not None
+        state = self._run_state
+        return state is not None and state.status == TrainerStatus.INTERRUPTED and state.stage is not None
+
+    @property
+    def _run_state(self) -> TrainerState | None:
+        return None if self._trainer is None else self._trainer.state
+
+    @property
+    def _trainer(self) -> Trainer | None:
+        """The module's trainer; None for a module that was connected by hand and never ran."""
+        assert self.lightning_module is not None
+        return self.lightning_module._trainer
 
     def on_train_start(self) -> None:
         super().on_train_start()
@@ -332,7 +338,8 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
         else:
             what = f"there is no checkpoint at {path}"
         hint = f" The newest committed checkpoint beside it is {beside}." if beside is not None else ""
-        raise CheckpointNotFoundError(f"Expected a committed checkpoint, but {what}.{hint}")
+        # Stock's first words, for programs that look for them.
+        raise CheckpointNotFoundError(f"Checkpoint file not found: expected a committed checkpoint, but {what}.{hint}")
 
 
 def _newest_of_run(beside: Path | None, trainer: Trainer) -> Path | None:

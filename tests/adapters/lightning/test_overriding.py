@@ -14,8 +14,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
 
-from dcp_plugins.lightning import DCPCheckpointIO, consolidate
-from tests.adapters.lightning.trainers import Regression, fit, trainer
+from dcp_plugins.lightning import DCPCheckpointIO, consolidate, is_committed
+from tests.adapters.lightning.trainers import Regression, Ticks, fit, trainer
 
 
 class Signing(DCPCheckpointIO):
@@ -102,3 +102,12 @@ def test_a_run_that_is_resumed_again_and_again_has_one_link_last(tmp_path: Path,
         fit(flag, devices=1, steps=steps, callbacks=[last], resume="last" if steps > 2 else None)
         assert sorted(os.listdir(tmp_path)) == ["last.ckpt", f"step={steps}.ckpt"]
         assert os.readlink(tmp_path / "last.ckpt") == f"step={steps}.ckpt"
+
+
+def test_a_trainer_saves_a_module_that_was_connected_and_never_ran(tmp_path: Path) -> None:
+    runner = trainer("dcp", devices=1, steps=1)
+    runner.strategy.connect(Regression())
+    runner.save_checkpoint(tmp_path / "a.ckpt")
+    assert is_committed(tmp_path / "a.ckpt")
+    with pytest.raises(FileNotFoundError, match="Checkpoint file not found.*a.ckpt"):
+        trainer("dcp", devices=1, steps=1).fit(Regression(), Ticks(4), ckpt_path=tmp_path / "b.ckpt")
