@@ -62,12 +62,15 @@ def train(options: SaveOptions, folder: Path) -> list[torch.Tensor]:
 @pytest.mark.parametrize("kind", ["off", "thread", "process"])
 def test_each_checkpoint_is_that_of_its_step_however_it_is_saved(tmp_path: Path, kind: Any, overlap: bool) -> None:
     options = SaveOptions(asynchronous=kind, overlap_staging=overlap, sync_files=False, thread_count=1)
+    # Earlier tests may have left some.
+    before = set(threading.enumerate())
     weights = train(options, tmp_path)
     for step, weight in enumerate(weights):
         loaded = dcp.load_from_keys(checkpoint_id=tmp_path / f"step_{step}")
         assert torch.equal(loaded["model"]["weight"], weight)
         assert loaded["step"] == step
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("dcp-staging", "dcp-after"))]
+    begun = set(threading.enumerate()) - before
+    assert not [thread for thread in begun if thread.name.startswith(("dcp-staging", "dcp-after"))]
 
 
 def test_what_follows_a_commit_waits_for_it_and_is_dropped_if_it_fails(tmp_path: Path) -> None:
