@@ -210,7 +210,7 @@ def test_a_parameter_that_is_changed_too_early_fails_the_save_instead_of_tearing
     with pytest.raises(CheckpointException, match="were changed between the save"):
         response.upload_completion.result()
     assert not (tmp_path / ".metadata").exists()
-    # The stager has learned: it copies this parameter at once, and the others late.
+    # The stager now copies this parameter before `stage` returns, and the other parameters later.
     loop.step()
     dcp.save(loop.state(), checkpoint_id=tmp_path / "sync")
     let_go = loop.hold()

@@ -1,4 +1,4 @@
-"""A disk that takes no more: the error of a save names the file in one line."""
+"""A full disk: the error of a save names the file in one line."""
 
 from __future__ import annotations
 

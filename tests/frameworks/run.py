@@ -98,7 +98,7 @@ def reasons() -> list[Reason]:
 def differences(
     framework: str, stock: Outcomes, ours: Mapping[str, Outcomes], known: Iterable[Reason]
 ) -> list[Difference]:
-    """Return the tests that end otherwise with this package than with stock, or did not run with one of them."""
+    """Return the tests whose outcome with this package differs from stock's, or that ran on only one side."""
     known = [reason for reason in known if reason.framework == framework]
     found = []
     for mode, of_mode in ours.items():

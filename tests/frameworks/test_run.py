@@ -1,4 +1,4 @@
-"""The command that compares a framework's own tests with stock's outcomes finds differences and wants reasons."""
+"""The command that runs a framework's own tests finds differences from stock and demands a reason for each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ STOCK = {"t.py::one": "passed", "t.py::two": "passed", "t.py::three": "skipped"}
 OURS = {"off": dict(STOCK), "thread": {"t.py::one": "failed", "t.py::two": "passed"}}
 
 
-def test_only_what_ends_otherwise_is_a_difference_and_a_reason_is_found_by_framework_test_and_mode() -> None:
+def test_only_another_outcome_is_a_difference_and_a_reason_is_found_by_framework_test_and_mode() -> None:
     known = [
         Reason("lightning", "t.py::*", "another framework's"),
         Reason("accelerate", "t.py::one", "another mode's", ("process",)),

@@ -1,4 +1,4 @@
-"""A save that fails in the background: who is told of it, and what is said of the checkpoint that does not exist."""
+"""A save that fails in the background: which object raises the failure, and what a load of its directory says."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_a_restore_waits_for_a_save_that_another_object_has_in_flight(tmp_path: 
 
     def hold(event: Event) -> None:
         if (event.name, event.kind) == ("commit", "start"):
-            # In vain: a restore that did not wait would be over by then.
+            # This times out: the restore waits for this save. A restore that did not wait would set the event.
             loaded.wait(0.5)
 
     unsubscribe = subscribe(hold)

@@ -62,7 +62,7 @@ def train(options: SaveOptions, folder: Path) -> list[torch.Tensor]:
 @pytest.mark.parametrize("kind", ["off", "thread", "process"])
 def test_each_checkpoint_is_that_of_its_step_however_it_is_saved(tmp_path: Path, kind: Any, overlap: bool) -> None:
     options = SaveOptions(asynchronous=kind, overlap_staging=overlap, sync_files=False, thread_count=1)
-    # Earlier tests may have left some.
+    # Earlier tests may have left threads.
     before = set(threading.enumerate())
     weights = train(options, tmp_path)
     for step, weight in enumerate(weights):

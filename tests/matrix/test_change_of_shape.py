@@ -165,7 +165,7 @@ def nested_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_nested_optimizer_state_travels_where_every_rank_has_all_parameters(
     target: Shape, nested_checkpoints: Path
 ) -> None:
-    # Half of the others, and itself.
+    # Every second shape, the target itself among them.
     sources = NESTED[NESTED.index(target) % 2 :: 2]
     assert resume_from_all(nested_checkpoints, target, sources, nested=True) == {}
 
@@ -233,7 +233,7 @@ def fsdp1_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("target", FSDP1, ids=lambda shape: f"{shape[0].replace(' ', '-')}-on-{shape[1]}")
 def test_a_run_goes_on_under_every_form_of_fsdp1(target: Shape, fsdp1_checkpoints: Path) -> None:
-    # From its own form, and from every other one before and after it in the list.
+    # Every second form, the target's own among them.
     sources = FSDP1[FSDP1.index(target) % 2 :: 2]
     assert resume_from_all(fsdp1_checkpoints, target, sources, one_group=True) == {}
 

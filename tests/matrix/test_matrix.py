@@ -17,9 +17,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sources_of(target: Shape) -> list[Shape]:
-    """A third of all shapes; together the targets of a kind resume from every shape, and from each kind three times.
+    """Return one shape of each kind, a third of all shapes. The three targets of a kind together cover every shape.
 
-    `make parallelism-table` runs all cells.
+    `make parallelism-table` runs all pairs of shapes.
     """
     kind, world_size = KINDS.index(target[0]), WORLD_SIZES.index(target[1])
     return [(KINDS[at], WORLD_SIZES[(kind + at + world_size) % len(WORLD_SIZES)]) for at in range(len(KINDS))]

@@ -1,4 +1,4 @@
-"""Saves and loads that cannot work: who is told, and what the message says that helps."""
+"""Saves and loads that fail: which object raises the error, and how its message helps the user."""
 
 from __future__ import annotations
 

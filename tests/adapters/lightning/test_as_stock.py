@@ -1,4 +1,4 @@
-"""Runs whose code has changed since the save, and callbacks that look at the restore: as with stock, to the bit."""
+"""Runs whose code has changed since the save, and callbacks that see a restore, go on as with stock, bit for bit."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_run_whose_optimizer_has_changed_goes_on_as_with_stock(tmp_path: Path)
 
 
 class Found(Regression):
-    """Has its learning rate where the finder looks for it."""
+    """Has its learning rate in the attribute that the finder changes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ def test_stochastic_weight_averaging_resumes_as_with_stock(tmp_path: Path) -> No
 
 
 class Choice:
-    """No plain data."""
+    """A class whose objects are not plain data."""
 
 
 class WithChoice(Regression):
@@ -159,7 +159,7 @@ class WithChoice(Regression):
 
 
 @pytest.mark.filterwarnings("ignore:these values are saved")
-def test_what_is_no_plain_data_is_named_and_fit_may_trust_it(tmp_path: Path) -> None:
+def test_a_value_that_is_not_plain_data_is_named_and_loads_with_weights_only_off(tmp_path: Path) -> None:
     for flag, error in (("dcp", UnsupportedValueError), ("auto", pickle.UnpicklingError)):
         path = tmp_path / flag
         fit(flag, devices=1, steps=1, save_to=path, module=WithChoice())

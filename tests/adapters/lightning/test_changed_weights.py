@@ -21,7 +21,7 @@ WIDTH = 4096
 
 
 class Changing(pl.LightningModule):
-    """Changes its weights after each step and the save, from some step on: a clamp, an average that is swapped in."""
+    """Changes its weights after each step and its save, from step ``first`` on, as a clamp or an average would."""
 
     def __init__(self, first: int) -> None:
         super().__init__()
@@ -54,8 +54,8 @@ class Note(Callback):
         self.weights[trainer.global_step] = pl_module.layer.weight.detach().clone()
 
 
-def right_ones(folder: Path, first: int) -> list[int]:
-    """Train and save each step; return the steps whose checkpoints are there, all of which have to be right."""
+def steps_saved_right(folder: Path, first: int) -> list[int]:
+    """Train and save each step; return the steps with a checkpoint, and check that each checkpoint is right."""
     note = Note()
     checkpoints = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1, save_weights_only=True)
     plugin = DCPCheckpointIO(sync_files=False)
@@ -73,12 +73,12 @@ def right_ones(folder: Path, first: int) -> list[int]:
 
 
 def test_weights_that_are_changed_after_each_save_are_saved_as_they_were(tmp_path: Path) -> None:
-    assert right_ones(tmp_path, first=1) == [1, 2, 3, 4]
+    assert steps_saved_right(tmp_path, first=1) == [1, 2, 3, 4]
 
 
-def test_a_change_that_comes_later_costs_one_checkpoint_and_not_the_run(tmp_path: Path) -> None:
+def test_a_first_change_after_a_later_save_costs_one_checkpoint_and_not_the_run(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"step=2.ckpt was not committed .* parameters were changed"):
-        assert right_ones(tmp_path, first=2) == [1, 3, 4]
+        assert steps_saved_right(tmp_path, first=2) == [1, 3, 4]
 
 
 def test_weights_that_a_loop_over_fabric_changes_are_saved_as_they_were(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Hooks see what stock gives them, when stock gives it, and what they edit is what is restored."""
+"""Hooks see what stock shows them, at the same time as with stock, and their edits are restored."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def rename(module: Any, checkpoint: dict[str, Any]) -> None:
 
 
 class Renamed(Hooked):
-    """The head is called otherwise than when the run was saved."""
+    """Its head has another name than in the run that was saved."""
 
     def __init__(self) -> None:
         super().__init__(rename)
@@ -129,7 +129,7 @@ EDITS = [
 
 
 def edited(strategy: str, devices: int, path: Path, steps: int) -> list[Any]:
-    """Go on from a checkpoint with each of the edits, and describe where the run gets."""
+    """Resume from a checkpoint with each of the edits, and describe the end of each run."""
     found: list[Any] = []
     for edit in EDITS:
         module = fit(strategy, devices=devices, steps=steps, resume=path, module=Hooked(edit))
@@ -169,7 +169,7 @@ def test_a_renamed_model_goes_on_with_its_optimizer(tmp_path: Path) -> None:
 
 
 class Doubling(nn.Linear):
-    """Takes twice what was saved."""
+    """Loads twice the bias that was saved."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state_dict[f"{prefix}bias"] = state_dict[f"{prefix}bias"] * 2
@@ -177,7 +177,7 @@ class Doubling(nn.Linear):
 
 
 class OwnWay(Regression):
-    """Keeps its own head, whatever the checkpoint has, and its blocks load in their own way."""
+    """Keeps its own head, whatever the checkpoint has, and has a block that doubles its bias."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ def test_a_module_that_loads_in_its_own_way_has_the_last_word(tmp_path: Path) ->
 
 
 class Converting(nn.Linear):
-    """Has had another form in its first version: half of the bias."""
+    """Its first version saved half of the bias."""
 
     _version = 2
 
@@ -221,7 +221,7 @@ class Versioned(Regression):
 
 
 class VersionedAndHooked(Versioned):
-    """Reads one weight, so that the rest is restored beside it."""
+    """Reads one weight in a hook, so that the others are restored apart from it."""
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"].get(KEY)
@@ -245,7 +245,7 @@ def test_modules_of_another_version_convert_what_was_saved(tmp_path: Path) -> No
 
 
 class AtFitStart(Regression):
-    """Keeps its weights of when the fit starts."""
+    """Notes its weights when the fit starts."""
 
     def on_fit_start(self) -> None:
         self.at_fit_start = digest(self.state_dict())
@@ -260,7 +260,7 @@ def test_weights_and_loops_are_there_when_the_fit_starts(tmp_path: Path, strateg
 
 
 class Unfreezing(Regression):
-    """What `BackboneFinetuning` wants: a backbone, and an optimizer over what trains."""
+    """Has what `BackboneFinetuning` needs: a backbone, and an optimizer of the parameters that train."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -355,12 +355,12 @@ def test_averaged_weights_resume(tmp_path: Path) -> None:
 
 
 def bytes_read() -> int:
-    """Bytes that this process has asked files for."""
+    """Return the number of bytes that this process has read from files."""
     return int(Path("/proc/self/io").read_text().split()[1])
 
 
 class Wide(Hooked):
-    """Large enough that its bytes cannot be taken for anything else."""
+    """Has layers so large that one read of a layer shows in the number of bytes."""
 
     def __init__(self, hook: Any = None) -> None:
         super().__init__(hook)
@@ -372,7 +372,7 @@ class Wide(Hooked):
         return super().training_step(batch, batch_idx) + 0 * self.net.wide.weight.sum()
 
 
-def test_what_no_hook_touches_is_read_once(tmp_path: Path) -> None:
+def test_entries_that_no_hook_touches_are_read_once(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     fit("dcp", devices=1, steps=1, save_to=path, module=Wide())
     one = 1024 * 1024 * 4
@@ -389,7 +389,7 @@ def test_what_no_hook_touches_is_read_once(tmp_path: Path) -> None:
     assert 4 * one <= bytes_read() - before < 4.5 * one, "each weight and each moment once"
 
 
-def test_what_a_hook_keeps_outlives_the_checkpoint(tmp_path: Path) -> None:
+def test_a_state_dict_that_a_hook_keeps_outlives_the_checkpoint(tmp_path: Path) -> None:
     kept: list[Any] = []
 
     class Deletes(Callback):

@@ -1,4 +1,4 @@
-"""A subclass of `DCPCheckpointIO` has its say in every save and load; odd modules and names are as with stock."""
+"""A subclass of `DCPCheckpointIO` takes part in every save and load; modules without an optimizer are as with stock."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Signing(DCPCheckpointIO):
 
 
 class Reading(Regression):
-    """Keeps what it is given."""
+    """Notes the entries that the plugin has added."""
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.found = {name: checkpoint.get(name) for name in ("signed", "seen")}
@@ -82,7 +82,7 @@ def test_a_checkpoint_from_before_the_fit_has_the_entries_of_stocks(tmp_path: Pa
 
 
 class Counter(nn.Module):
-    """A metric: no tensors that are saved."""
+    """A metric without tensors that are saved."""
 
 
 def test_entries_of_fabric_without_tensors_are_saved_and_loaded(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_entries_of_fabric_without_tensors_are_saved_and_loaded(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("flag", ["dcp", "dcp_async"])
-def test_a_run_that_is_resumed_again_and_again_has_one_link_last(tmp_path: Path, flag: str) -> None:
+def test_a_run_that_is_resumed_twice_has_one_link_named_last(tmp_path: Path, flag: str) -> None:
     for steps in (2, 4, 6):
         last = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_last="link")
         fit(flag, devices=1, steps=steps, callbacks=[last], resume="last" if steps > 2 else None)

@@ -38,7 +38,7 @@ def test_lightnings_own_functions_load_directories(tmp_path: Path) -> None:
     assert (data.hparams["size"], data.given) == (3, 2)
 
 
-def test_files_and_what_is_no_checkpoint_are_as_before(tmp_path: Path) -> None:
+def test_files_load_as_before_and_a_directory_without_a_commit_is_refused(tmp_path: Path) -> None:
     weights = save(tmp_path / "file.ckpt", "auto")
     assert digest(Configured.load_from_checkpoint(tmp_path / "file.ckpt").state_dict()) == weights
     data = load_from_checkpoint(Data, tmp_path / "file.ckpt")

@@ -105,14 +105,14 @@ def descendants(pid: int) -> Iterator[int]:
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_run_killed_in_mid_save_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
-    # On as many processes it would be the same bit for bit, which tests of forked ranks show.
+    # On the same number of processes the two runs would be equal bit for bit: tests on forked ranks show that.
     run_on_one(tmp_path / "whole")
     losses, weights = outcome(tmp_path / "whole")
     killed = kill_in_mid_save(tmp_path / "killed")
 
     output = run_on_one(tmp_path / "killed")
     assert f"{killed}, which is no good checkpoint" in output
-    # The history begins with what two processes logged.
+    # The log history begins with the losses that two processes logged.
     other_losses, other_weights = outcome(tmp_path / "killed")
     assert other_losses == pytest.approx(losses, rel=1e-4)
     assert relative_difference(other_weights, weights) < 1e-4

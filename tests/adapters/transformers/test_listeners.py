@@ -50,7 +50,7 @@ def test_a_copy_made_in_on_save_is_whole_and_can_be_resumed(
     assert outcome(fit(tmp_path / "resumed", DCPCallback(), resume=copies / "checkpoint-2")) == expected
 
 
-def test_without_such_a_callback_nothing_waits_and_an_option_overrules(
+def test_no_save_waits_without_such_a_callback_or_if_an_option_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     fit(tmp_path / "a", Stepping(), DCPCallback(asynchronous="thread"), max_steps=2)

@@ -1,4 +1,4 @@
-"""Models that load their part of a state dict themselves: what was saved reaches them, as with the stock Trainer."""
+"""Models that load their part of a state dict themselves get the saved values, as with the stock Trainer."""
 
 from __future__ import annotations
 

@@ -287,7 +287,7 @@ class Interrupt(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 5:
-            # A shell that starts the tests in the background has them ignore it.
+            # A shell that starts the tests in the background makes them ignore SIGINT.
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.raise_signal(signal.SIGINT)
 

@@ -1,4 +1,4 @@
-"""Subclasses of Trainer that override its writers: their files are in the checkpoint, the weights only once."""
+"""Subclasses of Trainer that override its writers: a checkpoint has their files, and the weights only once."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class Editing(Quiet):
         super()._save_rng_state(output_dir)
 
 
-def test_what_cannot_be_called_is_named_once_with_what_helps(tmp_path: Path) -> None:
+def test_a_writer_that_fails_or_is_not_called_is_named_once(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="Editing") as told:
         fit(tmp_path, DCPCallback(), kind=Editing, max_steps=4)
     messages = sorted(str(one.message) for one in told)

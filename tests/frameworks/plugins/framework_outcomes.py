@@ -25,6 +25,6 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
 
 
 def pytest_sessionfinish() -> None:
-    """Write what was noted; of the processes of pytest-xdist only the first does."""
+    """Write the outcomes. The workers of pytest-xdist do not: their main process has all outcomes."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
         Path(os.environ["OUTCOMES"]).write_text(json.dumps(_found))

@@ -54,7 +54,7 @@ def swap_lightning(module: ModuleType, mode: str) -> None:
     @functools.wraps(make)
     def made(self: Any, *args: Any, **options: Any) -> None:
         make(self, *args, **options)
-        # A strategy object of the test's own stays, and so does a `CheckpointIO`.
+        # A test that gives a strategy object or a `CheckpointIO` keeps it.
         flag = flags.get(type(self.strategy))
         if flag is None or not isinstance(options.get("strategy", "auto"), str) or self.checkpoint_io is not None:
             return
@@ -71,7 +71,7 @@ def swap_lightning(module: ModuleType, mode: str) -> None:
 
 
 def _open_directories() -> None:
-    """Let a checkpoint that is a directory pass for a file, and ``torch.load`` open it, as tests do with stock's."""
+    """Let ``os.path.isfile`` and ``torch.load`` accept our directories: tests use them on stock's checkpoints."""
     load, isfile = torch.load, os.path.isfile
 
     @functools.wraps(isfile)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-# By framework: the module whose import ends with the swap.
+# For each framework, the module after whose import the swap is made.
 _MODULES = {
     "accelerate": "accelerate.accelerator",
     "lightning": "lightning.pytorch.trainer.trainer",

@@ -207,7 +207,7 @@ def test_an_optimizer_round_another_steps_neither(wrap: Any) -> None:
 
 
 class Made(TorchDispatchMode):
-    """Notes the sizes of what operators put out, other than aliases of some tensors."""
+    """Notes the sizes of tensors that operators return, except aliases of the given tensors."""
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
         super().__init__()
