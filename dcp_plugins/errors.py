@@ -76,7 +76,7 @@ class CheckpointException(TorchCheckpointException, CheckpointError):
         for rank in ranks[:_LISTED]:
             exc, stack = self.failures[rank]
             if isinstance(exc, OSError) and exc.filename is not None and exc.errno in _DISK_ERRORS:
-                # The system says what is wrong with which file. Frames of this package would say nothing more.
+                # The system's message names the file and the problem. A traceback of this package would add nothing.
                 lines.append(f"[rank {rank}] {type(exc).__name__}: {exc}")
                 continue
             lines.append(f"[rank {rank}] Traceback (most recent call last):")
@@ -96,7 +96,7 @@ class UnsupportedValueError(CheckpointError, ValueError, TypeError):
 
 
 class SnapshotChangedError(UnsupportedValueError):
-    """Values were changed while their snapshot was being taken: the save has failed, for it would be of no one step."""
+    """Values were changed while their snapshot was being taken. The save failed: it would have mixed two steps."""
 
 
 class CorruptCheckpointError(CheckpointError, RuntimeError):

@@ -56,7 +56,8 @@ class Checkpointer:
     """Saves and loads everything that one accelerator was given; its methods are called on every process together."""
 
     def __init__(self, accelerator: Accelerator, plugin: DCPPlugin) -> None:
-        # Weak, because the accelerator refers to this object: in a cycle, `del accelerator` would not free the model.
+        # Weak, because the accelerator refers to this object: in a reference cycle, `del accelerator` would not free
+        # the model until the collector runs.
         self._reference = weakref.ref(accelerator)
         self._is_alone = accelerator.num_processes == 1
         self.plugin = plugin
@@ -118,7 +119,7 @@ class Checkpointer:
             )
         if accelerator.is_main_process:
             policy = self.plugin.keep_policy(accelerator.project_configuration.total_limit)
-            # The program may have changed its directory by then.
+            # The program may change its working directory before the commit.
             self._saver.after_commit(partial(follow_commit, path.absolute(), policy, removes_old=self._is_naming))
         self._last_begun = time.monotonic()
         accelerator.project_configuration.iteration += 1
@@ -306,7 +307,7 @@ class Checkpointer:
                 for name, data in own.items():
                     (folder / name).write_bytes(data)
 
-        with unwrapped_plan_errors("Prepare the models and optimizers that were prepared when it was saved."):
+        with unwrapped_plan_errors("Prepare what was prepared when the checkpoint was saved."):
             self._together("apply", apply)
 
     def _load_stock(self, path: Path, models: Sequence[nn.Module], *, strict: bool) -> None:
@@ -341,7 +342,7 @@ class Checkpointer:
         found = [own]
         if not self._is_alone:
             with naming_absent("save_state", _ADVICE):
-                # Not over the default group: processes that are not here may be using that group for training.
+                # The exchange has its own group: absent processes may be using the default group for training.
                 found = deciding_ranks().all_gather("options", lambda: own)
         if len({one.asynchronous for one in found}) > 1:
             said = listing(f"{one.asynchronous!r} on process {rank}" for rank, one in enumerate(found))

@@ -196,7 +196,8 @@ def check_files(accelerator: Accelerator, names: Iterable[str], path: Path) -> N
     problems = []
     if wanted - names:
         problems.append(
-            f"Expected {listing(wanted - names)} in {path}, found none. Prepare what was prepared when it was saved."
+            f"Expected {listing(wanted - names)} in {path}, found none. Prepare what was prepared when the checkpoint"
+            " was saved."
         )
     if found != objects:
         problems.append(

@@ -1,9 +1,9 @@
-"""Where this package takes the place of ``save_state`` and ``load_state`` in a stock ``Accelerator``, and leaves it.
+"""Replace ``save_state`` and ``load_state`` of a stock ``Accelerator`` by those of this package, and undo it.
 
 Accelerate's hooks come too late: under FSDP models and optimizers are written before the save hooks run, and optimizers
 are never handed to a hook. So the one instance gets a subclass of its class, which overrides ``save_state`` and
-``load_state``, and two methods that must finish the save in flight, ``end_training`` and ``free_memory``. What these
-need of Accelerate beyond its public interface is listed here, and looked for before anything is changed.
+``load_state``, and two methods that must finish the save in flight, ``end_training`` and ``free_memory``. This module
+lists what these methods need of Accelerate's private interface, and checks it before it changes anything.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def enable(accelerator: Accelerator, plugin: DCPPlugin | None = None) -> Acceler
     setattr(accelerator, _CHECKPOINTER, Checkpointer(accelerator, plugin))
     accelerator.__class__ = _enabled_class(kind)  # type: ignore[arg-type]
     if earlier is not None:
-        # It raises if the save in flight failed. The accelerator is not left to stock then.
+        # `close` raises if the save in flight failed. The accelerator already has its new checkpointer then.
         earlier.close()
     return accelerator
 
@@ -99,20 +99,20 @@ def _delegated(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Enabled(Accelerator):  # type: ignore[misc]
-    """The methods that an accelerator gets. As attributes of the instance they would keep it alive, in a cycle."""
+    """The methods of an enabled accelerator. As attributes of the instance they would make a reference cycle."""
 
     save_state = _delegated(Checkpointer.save_state)
     load_state = _delegated(Checkpointer.load_state)
 
     def end_training(self) -> None:
-        """Finish the save in flight, then do as stock; a save that failed is raised, on every process."""
+        """Finish the save in flight, then call stock's method; raise a save's failure on every process."""
         try:
             _close(self)
         finally:
             super().end_training()
 
     def free_memory(self, *objects: Any) -> Any:
-        """Finish the save in flight, which holds the optimizers, free its memory, and do as stock."""
+        """Finish the save in flight, which refers to the optimizers, free its memory, and call stock's method."""
         try:
             _close(self)
         finally:
@@ -122,12 +122,12 @@ class _Enabled(Accelerator):  # type: ignore[misc]
 
 @functools.cache
 def _enabled_class(kind: type[Accelerator]) -> type[Accelerator]:
-    """Return the class of enabled accelerators that were of a class; programs see it under the same name."""
+    """Return the subclass of ``kind`` that enabled accelerators get. Its name is that of ``kind``."""
     return type(kind.__name__, (_Enabled, kind), {"__module__": kind.__module__, "__qualname__": kind.__qualname__})
 
 
 def _stock_class(accelerator: Accelerator) -> type[Accelerator]:
-    """Return the class that an enabled accelerator had before."""
+    """Return the class that an enabled accelerator had before `enable`."""
     kind: type[Accelerator] = type(accelerator).__bases__[1]
     return kind
 

@@ -246,7 +246,7 @@ def _number_of(name: str) -> int | None:
 def newest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     """Find the checkpoint with the highest number in its name, ours if committed or stock's; None if there is none.
 
-    Warns of those with a higher number that are damaged; of what was never finished it says nothing.
+    Warns of damaged checkpoints with a higher number. Says nothing of saves that never finished.
     """
     newest, skipped = newest_of(numbered(Path(folder)))
     damaged = [f"{path.name} ({reason})" for path, reason in skipped.items() if kind_of(path) is not None]

@@ -1,4 +1,4 @@
-"""What follows a commit, which of the checkpoints that are named automatically go, and which is the best."""
+"""The work after a commit: files for stock Accelerate, deletion of old checkpoints, and the choice of the best one."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ __all__ = ["best_checkpoint", "follow_commit", "remove_old"]
 log = logging.getLogger(__name__)
 
 _selections: defaultdict[Path, Selection] = defaultdict(Selection)
-"""By folder: whoever asks for the best names a folder, not an accelerator."""
+"""Keyed by folder: a call of `best_checkpoint` names a folder, not an accelerator."""
 
 
 def follow_commit(path: Path, policy: KeepPolicy | None, *, removes_old: bool) -> None:
-    """Do what may only be done once the checkpoint at ``path`` is committed. Runs on the main process."""
+    """Write the files for stock and delete old checkpoints. Runs on the main process after the commit of ``path``."""
     try:
         write_stock_files(path)
         if removes_old:
             remove_old(path, policy)
-    # The checkpoint exists: it must not look as if it did not.
+    # The checkpoint is committed: an exception from here would look like a failed save.
     except Exception:
         log.warning(
-            "What follows the commit of %s failed: files for stock Accelerate, or the deletion of old checkpoints",
+            "%s is committed, but its files for stock Accelerate or the deletion of old checkpoints failed",
             path,
             exc_info=True,
         )

@@ -1,7 +1,8 @@
-"""Telling whom a rank waits for: a line in the log, while the other ranks have not come to the same call.
+"""Log which ranks have not made a call yet, while this rank waits for them in the same call.
 
-A call that only some ranks make waits in its first exchange, until the process group's timeout. Each rank leaves a mark
-in the group's store before that exchange. A thread reads the marks if the exchange takes longer than a few seconds.
+If only some ranks make a call, they wait in its first exchange until the process group's timeout. Before that exchange
+each rank writes the number of its calls into the group's store. A thread reads the numbers of the other ranks if the
+exchange takes longer than a few seconds.
 """
 
 from __future__ import annotations
@@ -25,22 +26,23 @@ __all__ = ["naming_absent"]
 log = logging.getLogger(__name__)
 
 _PREFIX = "dcp_plugins/arrivals"
-_PATIENCE_SECONDS = 3.0
+_LOG_AFTER_SECONDS = 3.0
 
 _calls: weakref.WeakKeyDictionary[dist.ProcessGroup, Counter[str]] = weakref.WeakKeyDictionary()
+"""How often this process has made each call, by process group."""
 
 
 @contextmanager
 def naming_absent(call: str, advice: str, *, group: dist.ProcessGroup | None = None) -> Iterator[None]:
-    """Run the first exchange of a call; if ranks do not come to it within seconds, log a line that names them.
+    """Run the first exchange of a call; if ranks do not join it within seconds, log a line that names them.
 
     Args:
-        call: What messages call it; the same on every rank.
+        call: The name of the call in messages; the same on every rank.
         advice: The last sentence of the line.
-        group: The ranks that have to come; None takes the default group.
+        group: The ranks that have to make the call; None takes the default group.
 
     Raises:
-        CheckpointException: The exchange has failed, and there are ranks that have not come: names them.
+        CheckpointException: The exchange failed and some ranks had not made the call. The error names these ranks.
     """
     chosen = dist.group.WORLD if group is None else group
     store = None if chosen is None or dist.get_world_size(chosen) <= 1 else store_of(chosen)
@@ -50,24 +52,24 @@ def naming_absent(call: str, advice: str, *, group: dist.ProcessGroup | None = N
     calls = _calls.setdefault(chosen, Counter())
     calls[call] += 1
     rank, number = dist.get_rank(chosen), calls[call]
-    over = threading.Event()
+    has_ended = threading.Event()
 
     def absent() -> list[int]:
-        # A store that does not answer names nobody.
+        # If the store does not answer, no rank is named.
         with contextlib.suppress(RuntimeError, OSError):
             others = set(range(dist.get_world_size(chosen))) - {rank}
             return sorted(other for other in others if _calls_made(store, call, other) < number)
         return []
 
     def watch() -> None:
-        if over.wait(_PATIENCE_SECONDS):
+        if has_ended.wait(_LOG_AFTER_SECONDS):
             return
         found = absent()
-        if found and not over.is_set():
+        if found and not has_ended.is_set():
             who = listing(found)
             log.warning("rank %d waits in %s for rank(s) %s, which have not called it. %s", rank, call, who, advice)
 
-    # Without an answer of the store, or without a thread, the exchange takes place all the same.
+    # The exchange takes place even if the store does not answer or no thread can be started.
     with contextlib.suppress(RuntimeError, OSError):
         store.set(f"{_PREFIX}/{call}/{rank}", str(number))
         threading.Thread(target=watch, name="dcp-arrivals", daemon=True).start()
@@ -85,7 +87,7 @@ def naming_absent(call: str, advice: str, *, group: dist.ProcessGroup | None = N
         )
         raise CheckpointException(call, {other: (error, stack_of(exc)) for other in found}) from exc
     finally:
-        over.set()
+        has_ended.set()
 
 
 def _calls_made(store: dist.Store, call: str, rank: int) -> int:

@@ -168,7 +168,7 @@ _by_group: weakref.WeakKeyDictionary[dist.ProcessGroup, Exchanges] = weakref.Wea
 
 
 def store_of(group: dist.ProcessGroup) -> dist.Store | None:
-    """Return the store that the ranks of a group met by; None if torch does not tell."""
+    """Return the store through which the ranks of a group found each other; None if torch does not tell."""
     try:
         # Torch has no public function for the store of a group.
         found: dist.Store = distributed_c10d._world.pg_map[group][1]

@@ -129,11 +129,11 @@ def begin_save(
     is_queued: bool = False,
     has_owner: bool = False,
 ) -> Future[Metadata] | AsyncSaveResponse:
-    """Do what ``async_save`` does, with two choices more, for which torch's signature has no room.
+    """Do what ``async_save`` does, with two more options that torch's signature does not have.
 
     Args:
         has_owner: The caller waits for this save and reports its failure. This call raises no failure of an earlier
-            save, and no later call raises the failure of this one: two owners in one process do not hear of each
+            save, and no later call raises the failure of this one: two owners in one process are not told of each
             other's failures. The same on every rank.
         is_queued: Do not wait for the save in flight: stage now, and write once that save has ended, whatever becomes
             of it. Its failure is not raised here. The same on every rank. The stager's memory must not be that of a

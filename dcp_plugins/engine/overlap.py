@@ -34,8 +34,8 @@ def await_staging_before_step(
     What staging failed with is not raised here, but by the save's future.
 
     Args:
-        optimizers: Those whose parameters or state are in the snapshot.
-        staging_completion: Done when the snapshot is taken, or has failed.
+        optimizers: The optimizers whose parameters or state are in the snapshot.
+        staging_completion: This future is done when the snapshot is taken or has failed.
         before_step: Called when the snapshot is taken, before the next step of each optimizer.
     """
     for optimizer in optimizers:

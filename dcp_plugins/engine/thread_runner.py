@@ -136,9 +136,9 @@ class ThreadRunner:
         return any(not save.done() for save in self._saves)
 
     def finish_previous(self) -> BaseException | None:
-        """Wait for all saves in flight; return the first failure that nobody has seen, which a call does not repeat.
+        """Wait for all saves in flight; return the first failure that nobody has seen, each failure only once.
 
-        A failure that has an owner is not returned: it stays for its owner.
+        The failure of a save that has an owner is not returned, because the owner reports it.
         """
         self.wait()
         return self._take_unseen_failure([save for save in self._saves if not save.has_owner])
@@ -178,12 +178,13 @@ class ThreadRunner:
         *,
         has_owner: bool = False,
     ) -> SaveFuture:
-        """Run ``job`` on a thread once those before it have ended, and ``then`` with its future, there.
+        """Run ``job`` on a thread once the saves before it have ended; then call ``then`` on the same thread.
 
         Args:
             job: Makes the save.
             then: Called with the future when the save has ended.
-            has_owner: Whether the caller reports the save's failure. If it has not, the end of the process does.
+            has_owner: Whether the caller reports the save's failure. A failure that it has not reported is printed at
+                the end of the process.
         """
         if not self._has_exit_hook:
             _register_exit_hook(self._at_exit)

@@ -17,7 +17,8 @@ __all__ = ["Limits"]
 
 _BUDGET_BYTES_PER_BYTE = 32
 _FREE_BUDGET_BYTES = 1 << 24
-# Parts of keys that are tuples. A part takes a byte at least; those that keys share are counted again.
+# How many elements keys that are tuples may have. An element takes at least one byte. If several keys share one,
+# it is counted for each key.
 _KEY_PARTS_PER_BYTE = 4
 _FREE_KEY_PARTS = 1 << 20
 _MAX_KEY_DEPTH = 100

@@ -10,7 +10,8 @@ The strategies are Lightning's own with one change: every rank takes part in wri
 directories in Lightning's layout for sharded checkpoints (`layout.py` says what is in one). A run saved under one flag
 resumes under any other and on any number of ranks.
 
-The import also lets ``load_from_checkpoint`` and the CLI's ``--ckpt_path`` take directories (`plain_loading.py`).
+Importing this package also lets ``load_from_checkpoint`` and the CLI's ``--ckpt_path`` take directories
+(`plain_loading.py`).
 """
 
 from __future__ import annotations

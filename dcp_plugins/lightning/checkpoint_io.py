@@ -46,8 +46,8 @@ _PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True, slots=True)
-class _How:
-    """How a save is made: what `DCPCheckpointIO.saving` was told."""
+class _SaveMode:
+    """How a save is made, as set by `DCPCheckpointIO.saving`."""
 
     asynchronous: Asynchronous = "off"
     optimizers: tuple[Optimizer, ...] = ()
@@ -113,10 +113,10 @@ class DCPCheckpointIO(CheckpointIO):
         """Set by a strategy whose trainer is one process, whatever process group may exist around it."""
         self.stock_model_key: ModelKey = "state_dict"
         """Set by the strategy: the ``model_key`` of its stock counterpart."""
-        # Callbacks swap averages in for a validation, or put back the weights of before a step.
+        # Callbacks may change weights between two steps, for example swap in averages for a validation.
         self._saver = Saver(self.options, watch_first=True)
         self._failures: list[Exception] = []
-        self._how = _How()
+        self._mode = _SaveMode()
         self._links_of_deleted: set[Path] = set()
 
     @property
@@ -128,24 +128,24 @@ class DCPCheckpointIO(CheckpointIO):
         """Write a checkpoint to the directory ``path``. Called on every rank, with the same path.
 
         A previous checkpoint under ``path`` stays loadable until the new one is committed. On return the checkpoint is
-        committed, or every rank raises; inside of `saving` with another place than "off", it is being written.
+        committed, or every rank raises; in a block of `saving("thread")` or "process", it is still being written.
 
-        A subclass may override this method: the strategies call it for every save.
+        A subclass may override this method: the Trainer's strategies call it for every save.
 
         Args:
-            checkpoint: As Lightning's Trainer makes it. Any other dict, such as a module's state dict, is saved by the
-                calling process alone: a launcher of Lightning's saves one on rank 0.
+            checkpoint: The checkpoint that Lightning's Trainer makes. Any other dict, such as a module's state dict, is
+                saved by the calling process alone: Lightning's launchers save such a dict on rank 0.
             path: The same on every rank.
             storage_options: A mapping with options of the constructor that are to be different in this save.
         """
-        how = self._how
-        options = self.options_for(storage_options, how.asynchronous)
+        mode = self._mode
+        options = self.options_for(storage_options, mode.asynchronous)
         if not checkpoint.keys() & {"state_dict", "pytorch-lightning_version"}:
-            self._save_parts({layout.BARE: dict(checkpoint)}, {}, path, options=options, how=how, no_dist=True)
-        elif how.again:
+            self._save_parts({layout.BARE: dict(checkpoint)}, {}, path, options=options, mode=mode, no_dist=True)
+        elif mode.again:
             self._save_again(self.parts_of(checkpoint)[1], path)
         else:
-            self._save_parts(*self.parts_of(checkpoint), path, options=options, how=how, no_dist=self.no_dist)
+            self._save_parts(*self.parts_of(checkpoint), path, options=options, mode=mode, no_dist=self.no_dist)
 
     @contextmanager
     def saving(
@@ -156,20 +156,20 @@ class DCPCheckpointIO(CheckpointIO):
         changed_by_forward: Iterable[torch.Tensor] = (),
         again: bool = False,
     ) -> Iterator[None]:
-        """Say how `save_checkpoint` is to save, where its arguments have no place for it.
+        """Set options of `save_checkpoint` for a block: Lightning defines its signature, which lacks them.
 
         Args:
-            asynchronous: Where saves are written, unless ``storage_options`` say.
-            optimizers: Those that train: their next step waits until their parameters and state are copied.
-            changed_by_forward: Parameters of theirs that the forward pass changes.
-            again: The tensors are the same as in the last save, and are linked to.
+            asynchronous: How saves are written, unless ``storage_options`` say otherwise.
+            optimizers: The optimizers in training: their next step waits until their parameters and state are copied.
+            changed_by_forward: Parameters of these optimizers that the forward pass changes.
+            again: The tensors are the same as in the last save: make hard links to its files.
         """
-        before = self._how
-        self._how = _How(asynchronous, tuple(optimizers), tuple(changed_by_forward), again)
+        before = self._mode
+        self._mode = _SaveMode(asynchronous, tuple(optimizers), tuple(changed_by_forward), again)
         try:
             yield
         finally:
-            self._how = before
+            self._mode = before
 
     def begin_save(
         self,
@@ -243,8 +243,8 @@ class DCPCheckpointIO(CheckpointIO):
             optimizers: Those that train.
             changed_by_forward: Parameters of theirs that the forward pass changes.
         """
-        how = _How("off", tuple(optimizers), tuple(changed_by_forward), again=False)
-        self._save_parts(parts, rest, path, options=options or self.options, how=how, no_dist=self.no_dist)
+        mode = _SaveMode("off", tuple(optimizers), tuple(changed_by_forward), again=False)
+        self._save_parts(parts, rest, path, options=options or self.options, mode=mode, no_dist=self.no_dist)
 
     def _save_parts(
         self,
@@ -253,7 +253,7 @@ class DCPCheckpointIO(CheckpointIO):
         path: _PathLike,
         *,
         options: SaveOptions,
-        how: _How,
+        mode: _SaveMode,
         no_dist: bool,
     ) -> None:
         path = local_path(path)
@@ -282,8 +282,8 @@ class DCPCheckpointIO(CheckpointIO):
             self._saver.save(
                 state,
                 path,
-                optimizers=how.optimizers,
-                changed_by_forward=how.changed_by_forward,
+                optimizers=mode.optimizers,
+                changed_by_forward=mode.changed_by_forward,
                 writer=writer,
             )
 
@@ -296,7 +296,7 @@ class DCPCheckpointIO(CheckpointIO):
         return self._saver.newest
 
     def _save_again(self, rest: dict[str, Any], path: _PathLike) -> None:
-        """Save what was last saved under another path, too, with the rest as it is now. Called on every rank.
+        """Save the tensors of the last save under another path, with the rest as it is now. Called on every rank.
 
         The caller has made sure that the tensors are the same. This returns at once; the checkpoint is made, of the
         same data files, once the first one is committed, and not at all if that fails.
@@ -326,17 +326,17 @@ class DCPCheckpointIO(CheckpointIO):
             log.warning("%s could not be made of the files of %s", writer.path, source, exc_info=True)
 
     def raise_noted_failure(self) -> None:
-        """Raise what a save of the same tensors has failed with in the background, once. Only rank 0 knows."""
+        """Raise the failure of a second save of the same tensors in the background, once. Only rank 0 knows of it."""
         if self._failures:
             failure = self._failures[0]
             self._failures = []
             raise failure
 
     def finish(self) -> None:
-        """Wait until the save in the background is committed and what follows is done; raise its failure, once.
+        """Wait for the save in the background and for the work after its commit; raise its failure, once.
 
-        A save that failed because parameters were changed during it is warned of, and not raised: there is no such
-        checkpoint, the run goes on, and the next save copies what was changed before it returns.
+        If the save failed because parameters were changed during it, this issues a warning and does not raise: the
+        checkpoint does not exist, the run goes on, and the next save copies these parameters before it returns.
         """
         try:
             self._saver.finish()
@@ -346,8 +346,8 @@ class DCPCheckpointIO(CheckpointIO):
                 raise
             warn_user(
                 f"{path} was not committed and is no checkpoint: parameters were changed after the save had been called"
-                " and before the optimizer's next step, by a hook or in training_step. From now on, what was changed is"
-                " copied before a save returns. overlap_staging=False does so from the first save on."
+                " and before the optimizer's next step, by a hook or in training_step. From now on, a save copies these"
+                " parameters before it returns. overlap_staging=False copies everything before a save returns."
             )
         except Exception:
             self._saver.newest = None  # there is nothing that could be saved again
@@ -375,13 +375,13 @@ class DCPCheckpointIO(CheckpointIO):
     ) -> dict[str, Any]:
         """Read the checkpoint at ``path``: a directory of ours or of a stock strategy, or an ordinary ``.ckpt`` file.
 
-        The calling process alone reads. The result has the form of an ordinary Lightning checkpoint, with plain
-        tensors. Of a directory, a tensor is read when it is asked for: until then the directory has to stay.
+        Only the calling process reads. The result has the form of an ordinary Lightning checkpoint, with plain tensors.
+        A tensor of a directory is read when it is first asked for: the directory must exist until then.
 
         Args:
             path: A path, not a URL.
-            map_location: Device of the tensors that are returned; the CPU by default. With another one, all tensors are
-                read at once.
+            map_location: Device of the tensors that are returned; the CPU by default. With another device, all tensors
+                are read at once.
             weights_only: Overrides the constructor's.
         """
         path = local_path(path)
@@ -402,14 +402,14 @@ class DCPCheckpointIO(CheckpointIO):
         self.after_commit(partial(self._remove, path))
 
     def link(self, link: Path, target: Path) -> None:
-        """Make ``link`` a link to the checkpoint ``target`` once this is committed. Called on rank 0 alone."""
+        """Make ``link`` a link to the checkpoint ``target`` once that is committed. Called on rank 0 alone."""
         self._links_of_deleted.discard(link.absolute())
         self.after_commit(partial(switch_link, link, target))
 
     def is_link_of_deleted(self, path: _PathLike) -> bool:
-        """Whether a path is a link whose checkpoint was deleted since: it leads to the newest one instead.
+        """Tell whether a path is a link whose checkpoint was deleted, and that leads to the newest checkpoint instead.
 
-        Stock Lightning leaves a link to nothing, whose name the next link of a callback takes.
+        Stock Lightning leaves such a link without a target, and the next link of a callback takes its name.
         """
         return Path(path).absolute() in self._links_of_deleted
 

@@ -19,19 +19,19 @@ __all__ = ["CheckpointPart", "Reader"]
 
 
 class Reader(dcp.FileSystemReader):
-    """A reader that reads the metadata once: this package and the engine both ask for it."""
+    """A reader that reads the metadata once, though this package and the engine both ask for the metadata."""
 
     _whole: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        if args or kwargs:  # of one rank, from a save without collectives
+        if args or kwargs:  # the metadata of one rank, from a save without collectives
             return super().read_metadata(*args, **kwargs)
         if self._whole is None:
             self._whole = super().read_metadata()
         return self._whole
 
     def limited_to(self, metadata: Metadata) -> Reader:
-        """Return a reader of the same directory that knows of some of its values only."""
+        """Return a reader of the same directory whose metadata names only some of the values."""
         made = Reader(self.path)
         made._whole = metadata
         return made
@@ -45,7 +45,7 @@ class CheckpointPart:
         name: The root key.
         weights_only: Decode values that are no tensors as plain data.
         safe_globals: Classes that such values may also have.
-        versions: Of a model, the saved versions of its modules, see `module_versions.py`.
+        versions: The saved versions of a model's modules, see `module_versions.py`; None for an optimizer.
     """
 
     def __init__(
@@ -62,8 +62,8 @@ class CheckpointPart:
         self.versions = versions
         self.weights_only = weights_only
         self.safe_globals = tuple(safe_globals)
-        # By key, the values below it. A read makes metadata of these alone: a walk over the whole metadata for each of
-        # thousands of keys would take minutes.
+        # The names of the values below each key. A read makes metadata of these values alone: a walk over the whole
+        # metadata for each of thousands of keys would take minutes.
         self._fqns: dict[str, list[str]] = {}
         metadata = reader.read_metadata()
         self._paths: dict[str, KeyPath] = {}
@@ -98,7 +98,7 @@ class CheckpointPart:
         try:
             found = dcp.load_from_keys(storage_reader=self.reader.limited_to(self._metadata_of(keys)), planner=planner)
         except CheckpointException as exc:
-            # This process alone has read: its own error says more than the list of all ranks' errors.
+            # Only this process has read: its own error is clearer than a list of all ranks' errors.
             raise next(iter(exc.failures.values()))[0] from None
         values: Mapping[str, Any] = found[self.name]
         return {str(key): value for key, value in values.items()}

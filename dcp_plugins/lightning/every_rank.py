@@ -58,8 +58,8 @@ _PathLike = str | os.PathLike[str]
 _IS_LAST = re.compile(r"last(-|$)")
 
 
-class _Nothing(dict[str, Any]):
-    """A checkpoint for a run that begins anew: Lightning restores nothing from what is false."""
+class _NoCheckpoint(dict[str, Any]):
+    """A checkpoint for a run that begins anew: Lightning restores nothing from a checkpoint that is false."""
 
     def __bool__(self) -> bool:
         return False
@@ -80,7 +80,7 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
     the fit ends, which waits for the last save. Saves outside of a fit are in the foreground.
     """
 
-    _shards = False
+    _shards_model = False
     """Whether the strategy gives each rank shards of the model."""
     _opened: Opened | None = None
     """The checkpoint that is being restored."""
@@ -107,8 +107,8 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
-        """As stock's counterpart: a module that a strategy shards cannot be loaded before it is sharded."""
-        return self._shards
+        """Tell when to restore, as stock's strategy does: a module cannot load shards before it is sharded."""
+        return self._shards_model
 
     @property
     def lightning_restore_optimizer(self) -> bool:
@@ -125,11 +125,11 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
         return optimizer_state_of(self._stateful_module, optimizer)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load the model in place, as far as hooks have left the checkpoint's state dict untouched."""
+        """Load the model; entries of the state dict that no hook has touched are read in place."""
         self._restoring().restore_model(checkpoint["state_dict"], strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Load the optimizers in place, as far as hooks have left their states untouched."""
+        """Load the optimizers; states that no hook has touched are read in place."""
         self._restoring().restore_optimizers(
             self.optimizers,
             checkpoint["optimizer_states"],
@@ -148,7 +148,7 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
             raise_unless_everywhere(timeout_seconds=self._interruption_timeout_seconds)
         try:
             self._save(checkpoint, path, storage_options)
-        except Exception:  # it must not hide the exception that has interrupted the run
+        except Exception:  # a failed save must not hide the exception that has interrupted the run
             log.exception("The run was interrupted, and its checkpoint %s could not be saved", filepath)
 
     def _save(self, checkpoint: dict[str, Any], path: Path, storage_options: Any | None) -> None:
@@ -239,7 +239,7 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
     def on_train_start(self) -> None:
         super().on_train_start()
         assert self.lightning_module is not None
-        # A refusal at the first save would cost the training until then.
+        # Without this check, a URL would be refused only at the first save, and the training until then would be lost.
         callbacks = self.lightning_module.trainer.checkpoint_callbacks
         refuse_urls(getattr(callback, "dirpath", None) for callback in callbacks)
         if self._opened is not None:
@@ -287,8 +287,8 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
         plugin.wait()
         path = self._decide_on_rank_zero(lambda: self._find_checkpoint(local_path(checkpoint_path)))
         if path is None:
-            return _Nothing({"pytorch-lightning_version": lightning.__version__})
-        # Each rank reads for itself, and may fail alone.
+            return _NoCheckpoint({"pytorch-lightning_version": lightning.__version__})
+        # Each rank reads by itself, so one rank may fail alone.
         ranks = deciding_ranks(no_dist=plugin.no_dist)
         try:
             checkpoint = ranks.settle("read", lambda: plugin.load_checkpoint(path, weights_only=weights_only))
@@ -305,16 +305,16 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
         return Restoring(
             opened=self._opened,
             module=self._stateful_module,
-            is_sharded=self._shards,
+            is_sharded=self._shards_model,
             no_dist=self.checkpoint_io.no_dist,
         )
 
     def _find_checkpoint(self, path: Path) -> Path | None:
-        """Return where the checkpoint is that ``path`` means. Runs on rank 0.
+        """Return the checkpoint to load for ``path``, or None if training can start anew. Runs on rank 0.
 
-        Lightning takes whatever has one of the names that it looks for, also what a kill has left of the first save
-        under that name. In its place comes the newest checkpoint beside it or where the run's callbacks save, or None
-        if there is none and training can start anew.
+        Lightning takes any directory with one of the names that it looks for, even one that a killed first save has
+        left. Instead of such a directory, this returns the newest checkpoint beside it or where the run's callbacks
+        save.
         """
         if path.is_file() or is_committed(path):
             return path
@@ -330,7 +330,7 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
             instead = f"Going on from {newest}, the newest there is." if newest is not None else "Starting anew."
             warn_user(f"{path} is not a checkpoint: the save into it was killed before it was committed. {instead}")
             if is_fitting:
-                # So that the name is free for the next checkpoint that is to have it.
+                # The name has to be free for the run's next checkpoint of this name.
                 remove_if_uncommitted(path, META_FILES)
             return newest
         if path.is_dir():
@@ -338,7 +338,7 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
         else:
             what = f"there is no checkpoint at {path}"
         hint = f" The newest committed checkpoint beside it is {beside}." if beside is not None else ""
-        # Stock's first words, for programs that look for them.
+        # The message begins like stock's, for programs that look for these words.
         raise CheckpointNotFoundError(f"Checkpoint file not found: expected a committed checkpoint, but {what}.{hint}")
 
 

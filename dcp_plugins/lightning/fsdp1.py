@@ -52,7 +52,7 @@ class DCPFSDPStrategy(CheckpointsOnEveryRank, WrapsWithFSDP1, FSDPStrategy):
             unless it is set to False: ranks start from rank 0's values. ``asynchronous=True`` saves in the background.
     """
 
-    _shards = True
+    _shards_model = True
     _stock_model_key = "model"
     _is_called = False
 

@@ -10,7 +10,7 @@ with one addition: what is in ``meta.pt`` is also an item of the DCP data, under
 be replaced in one step, so a pair of them can be torn by a kill; the item is committed by the same rename as the
 tensors it belongs to. We load the item and ignore ``meta.pt`` wherever the item exists; ``meta.pt`` is for stock
 Lightning, which sees no checkpoint (rather than a mixed one) in the instants when the pair would not match. The item
-also has what ``state_dict()`` carries in an attribute, the versions of the modules.
+also has the versions of the modules, which ``state_dict()`` carries in an attribute.
 
 ``FSDPStrategy`` calls the model "model" where ``ModelParallelStrategy`` calls it "state_dict"; both are read. Under
 Fabric, modules and optimizers have the names that the user has given them, here as in stock.
@@ -70,11 +70,11 @@ META_KEY = "lightning_meta"
 ModelKey = Literal["state_dict", "model"]
 MODEL_KEYS: tuple[ModelKey, ...] = get_args(ModelKey)
 BARE = "bare_state"
-"""The part of a directory that holds a dict which is no checkpoint of the Trainer's, such as a module's state dict."""
+"""The name of the part that holds a plain dict, such as a module's state dict, instead of a Trainer's checkpoint."""
 
 PICKLE = "pickle"
 VERSIONS = "versions"
-"""The item's value that holds the versions of modules, see `module_versions.py`."""
+"""The key of the versions of modules in the item under `META_KEY`, see `module_versions.py`."""
 _HOW_TO_TRUST = "weights_only=False (Trainer and Fabric: plugins=[DCPCheckpointIO(weights_only=False)])"
 _STEP = "global_step"
 # The Trainer's name for the number of steps, and what a user of Fabric may call it.
@@ -99,7 +99,7 @@ def optimizer_key(index: int) -> str:
 
 
 def parts_of(metadata: Metadata) -> dict[str, frozenset[str]]:
-    """Return the names of a checkpoint's parts and the keys in each, from its metadata; also of parts without keys."""
+    """Return the names of a checkpoint's parts and the keys in each, from its metadata; include parts without keys."""
     parts: dict[str, set[str]] = {}
     planned = metadata.planner_data or {}
     for fqn in metadata.state_dict_metadata:
@@ -108,7 +108,7 @@ def parts_of(metadata: Metadata) -> dict[str, frozenset[str]]:
             where = fqn.split(".", 1)
         parts.setdefault(str(where[0]), set()).add(str(where[1]) if len(where) > 1 else "")
     for path in saved_mappings_of(metadata) or ():
-        # An empty mapping has no values, and so nothing in the metadata that stock torch writes.
+        # The metadata of stock torch lists values. An empty mapping has none: only our record names the mapping.
         if path:
             parts.setdefault(str(path[0]), set()).update(map(str, path[1:2]))
     return {name: frozenset(keys) for name, keys in parts.items()}

@@ -28,14 +28,15 @@ _UNREAD = _Unread()
 
 
 class LazyState(OrderedDict[str, Any]):
-    """A part of a checkpoint as an ``OrderedDict``, whose copies and pickles are ordinary ones with all values.
+    """A part of a checkpoint as an ``OrderedDict`` that reads a value when the value is asked for.
 
-    Keys are known from the start. Asking for one value reads this value; asking for all of them, or comparing, copying
-    or pickling the dict, reads the values that are still unread, at once. A value that has been read stays.
+    Keys are known from the start. Asking for one value reads this value. Asking for all values, or comparing, copying
+    or pickling the dict, reads all unread values with one read. A value that has been read stays in memory. Copies and
+    pickles of the dict are ordinary dicts with all values.
 
     Args:
-        source: The part of the checkpoint; or what an ``OrderedDict`` is made of, for code that makes another mapping
-            of this one's class.
+        source: The part of the checkpoint. Code that makes a new dict of this dict's class gives a mapping or pairs, as
+            for an ``OrderedDict``.
     """
 
     part: CheckpointPart | None = None
@@ -50,7 +51,7 @@ class LazyState(OrderedDict[str, Any]):
         self.part = part
         versions = versions_of_keys(part.keys, part.versions, part.name)
         if versions is not None:
-            # ``Module.load_state_dict`` looks for it.
+            # ``Module.load_state_dict`` reads the versions from this attribute.
             self._metadata = versions
         for key in part.keys:
             self[key] = _UNREAD
@@ -66,7 +67,7 @@ class LazyState(OrderedDict[str, Any]):
         return self.part is not None and len(self) == len(self.part.keys) == len(self.unread)
 
     def read_all(self) -> None:
-        """Read what is still unread: from then on, nothing depends on the checkpoint's files."""
+        """Read all values that are still unread. The dict does not need the checkpoint's files afterwards."""
         self._read(self.unread)
 
     def _read(self, keys: list[str]) -> None:
@@ -162,7 +163,7 @@ class LazyOptimizerState(LazyState):
     def _open(self, part: CheckpointPart) -> None:
         super()._open(part)
         if _GROUPS in self and _STATE not in self:
-            # Other writers than ours leave no trace of a state that is empty.
+            # Checkpoints of stock torch do not record an empty state.
             self[_STATE] = {}
 
     @property

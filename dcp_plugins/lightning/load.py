@@ -63,7 +63,8 @@ def open_file(path: Path, *, weights_only: bool, safe_globals: Iterable[SafeGlob
     """Return what ``torch.save`` has written, with tensors that are read from the file when they are used.
 
     Raises:
-        UnpicklingError: (torch's) ``weights_only`` is on, and the file holds other things than plain data; names them.
+        UnpicklingError: ``weights_only`` is on, and the file holds values that are not plain data. The error names the
+            classes of these values.
     """
     with admitted_by_torch(safe_globals):
         try:
@@ -71,7 +72,7 @@ def open_file(path: Path, *, weights_only: bool, safe_globals: Iterable[SafeGlob
         except pickle.UnpicklingError as exc:
             try:
                 classes = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-            except Exception:  # a file of another form, or a damaged one: torch's own error is all there is to say
+            except Exception:  # the file is damaged or has another form: torch's own error is raised below
                 classes = []
             if not classes:
                 raise
@@ -85,15 +86,15 @@ def open_file(path: Path, *, weights_only: bool, safe_globals: Iterable[SafeGlob
 def as_trainer_checkpoint(
     model: Mapping[str, Any], optimizers: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the parts of a directory as an ordinary checkpoint of the Trainer, in the order of one.
+    """Return the parts of a directory as an ordinary checkpoint of the Trainer, with its entries in the same order.
 
     Args:
         model: The state dict of the model.
         optimizers: The state dicts of the optimizers.
-        meta: All else.
+        meta: All other entries.
     """
     checkpoint: dict[str, Any] = {}
-    # A checkpoint of weights alone has neither schedulers nor optimizers; any other has both lists, perhaps empty.
+    # A checkpoint of weights alone has no lists `lr_schedulers` and `optimizer_states`. Any other one has both lists.
     before: dict[str, tuple[str, Any]] = {"loops": ("state_dict", model)}
     if optimizers or "lr_schedulers" in meta:
         before["lr_schedulers"] = ("optimizer_states", list(optimizers))
@@ -106,7 +107,7 @@ def as_trainer_checkpoint(
 
 
 def moved(checkpoint: dict[str, Any], map_location: Any | None) -> dict[str, Any]:
-    """Apply a ``map_location`` by the means that define it: another round through ``torch.load``."""
+    """Return a checkpoint with its tensors moved, by saving and loading it: ``torch.load`` defines ``map_location``."""
     if map_location is None or str(map_location) == "cpu":
         return checkpoint
     buffer = io.BytesIO()
@@ -147,7 +148,7 @@ def fill_from_directory(
         no_dist: Load in this process alone.
         weights_only: Decode values that are no tensors as plain data.
         safe_globals: Classes that such values may also have.
-        versions: The saved versions of modules, as in the item with the non-tensor part.
+        versions: The saved versions of modules, as `encoded_versions` returns them.
     """
     options = StateDictOptions(strict=strict)
     hint = f"This is {reader.path}. {targets.hint} to load what they share."

@@ -1,8 +1,9 @@
 """How ``ModelCheckpoint`` makes and names the links of ``save_last="link"`` under the strategies of this package.
 
-It makes a link as soon as a save has been called, but a save in the background is not committed then. It gives the link
-another name if the name is taken, but a link that has led to a deleted checkpoint leads to the newest one here, where
-stock leaves a link to nothing. There is no public seam for either, so methods of the callbacks are replaced.
+``ModelCheckpoint`` makes a link as soon as a save has been called, but a save in the background is not committed then.
+It gives a link another name if the name is taken. When a checkpoint is deleted, the strategies switch its link to the
+newest checkpoint, where stock leaves a link without a target: the name of such a link must not count as taken.
+Lightning has no public interface for either, so methods of the callbacks are replaced.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ __all__ = ["adapt_links"]
 
 
 def adapt_links(callbacks: Iterable[Checkpoint]) -> None:
-    """Let callbacks make their links once what these are to lead to is committed, under the names that stock gives.
+    """Let callbacks make a link once its checkpoint is committed, under the name that stock gives.
 
     A subclass that makes or names links in its own way is left alone.
     """
@@ -47,5 +48,5 @@ def _file_exists(callback: Any, filepath: str, trainer: Trainer) -> bool:
     plugin: Any = trainer.strategy.checkpoint_io
     is_link_of_deleted = isinstance(plugin, DCPCheckpointIO) and plugin.is_link_of_deleted(filepath)
     exists: bool = trainer.is_global_zero and callback._fs.exists(filepath) and not is_link_of_deleted
-    # Only rank 0 knows: any rank's yes is the answer of all.
+    # Only rank 0 looks at the files: all ranks answer yes if one rank does.
     return trainer.strategy.reduce_boolean_decision(exists, all=False)

@@ -1,8 +1,8 @@
 """The versions of a model's modules, which say in which form a module has saved its part of the state dict.
 
 ``Module.state_dict()`` carries them in an attribute, ``_metadata``, and a module whose form has changed converts what
-an earlier version of it has saved. A DCP checkpoint has no place for an attribute: the versions are a value beside the
-non-tensor part, as JSON, without those that are 1.
+an earlier version of it has saved. A DCP checkpoint has no place for an attribute, so the versions are saved as JSON
+beside the non-tensor part. Versions that are 1 are left out.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def encoded_versions(parts: Mapping[str, Any]) -> str:
     """Return the versions of all models among the parts of a checkpoint, as JSON.
 
     Args:
-        parts: State dicts by the names of the parts; of a model, with versions.
+        parts: State dicts by the names of the parts. The state dict of a model carries versions.
     """
     found: dict[str, dict[str, int]] = {}
     for name, part in parts.items():
@@ -36,11 +36,11 @@ def encoded_versions(parts: Mapping[str, Any]) -> str:
 
 
 def set_versions(state: Any, encoded: str | None, name: str) -> None:
-    """Give a state dict the versions that were saved, in the place of the model's own.
+    """Replace the versions in a state dict, which are the model's own, by those that were saved.
 
     Args:
         state: A state dict that carries the model's own versions.
-        encoded: The result of `encoded_versions`; None for a checkpoint that has none, to leave the model's own.
+        encoded: The result of `encoded_versions`. If it is None, the model's own versions stay.
         name: The name of the part.
     """
     own = getattr(state, "_metadata", None)

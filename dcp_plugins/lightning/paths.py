@@ -1,4 +1,4 @@
-"""The paths that Lightning hands over: a user's string may be a URL, and a URL is no name of a local directory."""
+"""Checks of paths from Lightning's users: a string may be a URL, and a URL does not name a local directory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FILE = "file://"
 
 
 def local_path(path: _PathLike) -> Path:
-    """Return the path of a local directory or file; ``file://`` is the one scheme that names one.
+    """Return the path of a local directory or file, which may be given as a ``file://`` URL.
 
     Raises:
         StorageDetectionError: ``path`` is a URL of another scheme. Without this check, ``Path`` would make a local name
@@ -38,7 +38,7 @@ def refuse_urls(folders: Iterable[_PathLike | None]) -> None:
     """Raise if one of the folders that a run will save into is a URL.
 
     Raises:
-        StorageDetectionError: As `local_path`.
+        StorageDetectionError: As in `local_path`.
     """
     for folder in folders:
         if folder is not None:

@@ -1,7 +1,8 @@
-"""``Model.load_from_checkpoint(directory)`` and ``--ckpt_path directory``: Lightning's own loaders, taught directories.
+"""Let Lightning's own loaders take a directory: ``Model.load_from_checkpoint(path)`` and ``--ckpt_path path``.
 
-Lightning opens a path as one file in both places, and has no seam for another form. `patch_plain_loading` replaces the
-two functions by ones that ask for a directory first. Everything else goes to Lightning's functions as it was.
+Lightning opens a path as one file in both places, and has no interface for another form. `patch_plain_loading` replaces
+the two functions by ones that first check whether the path is a directory. They pass all other paths on to Lightning's
+functions.
 """
 
 from __future__ import annotations
@@ -28,20 +29,20 @@ _HPARAMS = "hyper_parameters"
 
 
 def patch_plain_loading() -> None:
-    """Let Lightning load directories where it loads files; done when the package is imported.
+    """Let Lightning load directories where it loads files.
 
-    A second call does nothing.
+    The package calls this when it is imported. A second call does nothing.
     """
-    lightnings: Any = saving
-    if not isinstance(lightnings.pl_load, _Loader):
-        lightnings.pl_load = _Loader(lightnings.pl_load)
+    module: Any = saving
+    if not isinstance(module.pl_load, _Loader):
+        module.pl_load = _Loader(module.pl_load)
     if not hasattr(LightningCLI._parse_ckpt_path, "__wrapped__"):
         parse: Any = _parsing_directories(LightningCLI._parse_ckpt_path)
         LightningCLI._parse_ckpt_path = parse  # type: ignore[method-assign]
 
 
 class _Loader:
-    """Loads a directory, or calls Lightning's function."""
+    """Loads a directory, or calls Lightning's function for any other path."""
 
     def __init__(self, original: Callable[..., Any]) -> None:
         self._original = original
@@ -54,7 +55,7 @@ class _Loader:
             loaded: dict[str, Any] = self._original(path_or_url, map_location=map_location, weights_only=weights_only)
             return loaded
         checkpoint = open_committed(directory, weights_only=weights_only is not False)
-        # By default Lightning's function leaves a tensor where it is, and here it is on the CPU.
+        # Lightning's default keeps a tensor on the device that it was read to, which is the CPU.
         if map_location is not saving._default_map_location and "state_dict" in checkpoint:
             checkpoint.update(moved({"state_dict": checkpoint["state_dict"]}, map_location))
         return checkpoint
@@ -92,7 +93,7 @@ def _parsing_directories(original: Callable[[LightningCLI], None]) -> Callable[[
         if directory is None or not is_committed(directory):
             original(cli)
             return
-        # Lightning reads hyper-parameters out of a file: for as long as it does, there is one with these alone.
+        # Lightning reads hyper-parameters from a file: write a temporary file that holds nothing else.
         with tempfile.TemporaryDirectory() as folder:
             file = os.path.join(folder, "hyper_parameters.ckpt")
             torch.save({_HPARAMS: open_committed(directory, weights_only=True).get(_HPARAMS, {})}, file)

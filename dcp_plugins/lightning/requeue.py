@@ -44,7 +44,7 @@ class Requeue:
         environment = trainer._accelerator_connector.cluster_environment
         if not isinstance(environment, SLURMEnvironment) or not environment.auto_requeue:
             return
-        # Lightning saves there when the signal comes, and a job that is about to end has no time for a refusal.
+        # Lightning saves into this folder at the signal. A refusal at that time would leave the job no checkpoint.
         refuse_urls([trainer.default_root_dir])
         assert environment.requeue_signal is not None
         handler = signal.getsignal(environment.requeue_signal)

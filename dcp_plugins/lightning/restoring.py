@@ -1,8 +1,8 @@
 """Restoring a module and its optimizers from a checkpoint that hooks may have edited.
 
-What no hook has touched is read from the files into the module's memory, each rank its shards. What a hook has touched
-is taken from the checkpoint's dicts. Where nothing is left in the files, strategies that do not shard restore as stock
-ones do: by ``load_state_dict``.
+Each rank reads the entries that no hook has touched, or its shards of them, from the files into the module's memory.
+Entries that a hook has touched are taken from the checkpoint's dicts. If no entry is left to read, strategies that do
+not shard call ``load_state_dict``, as stock's strategies do.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Opened:
     """The parts of a checkpoint that are still in its files.
 
     Args:
-        checkpoint: As ``CheckpointIO.load_checkpoint`` has returned it, before any hook has seen it.
+        checkpoint: The result of ``CheckpointIO.load_checkpoint``, before any hook has seen it.
     """
 
     def __init__(self, checkpoint: Mapping[str, Any]) -> None:
@@ -48,11 +48,11 @@ class Opened:
         """The model's part; None for a file, or where a plugin has replaced the state dict."""
         self.optimizers = [state.part for state in states if state.part is not None]
         """The optimizers' parts."""
-        # Weak: what no hook keeps is freed once it is restored.
+        # The references are weak: a dict that no hook keeps is freed after the restore.
         self._states = [weakref.ref(one) for one in (model, *states) if isinstance(one, LazyState)]
 
     def detach(self) -> None:
-        """Read what a hook has kept for later: the run may delete the checkpoint from now on."""
+        """Read all values of the dicts that a hook has kept: from now on the run may delete the checkpoint."""
         for reference in self._states:
             state = reference()
             if state is not None:
@@ -68,7 +68,7 @@ class Restoring:
     module: nn.Module
     """The LightningModule or what wraps it."""
     is_sharded: bool
-    """Whether a rank has shards of the module: state dicts of whole tensors then need another way in."""
+    """Whether a rank has shards of the module: ``Module.load_state_dict`` cannot load whole tensors then."""
     no_dist: bool
     """Whether this process restores alone."""
 
@@ -121,20 +121,20 @@ class Restoring:
         if hasattr(state, "_metadata"):
             given._metadata = state._metadata  # type: ignore[attr-defined]
         if self.is_sharded:
-            # Values of hooks are whole tensors: each rank first puts its shards of them into the module.
+            # Values from hooks are whole tensors: each rank first copies its shards of them into the module.
             whole = {key: given[key] for key in own if key in given and key not in filled}
             self._demand_alike(whole)
             options = StateDictOptions(full_state_dict=True, strict=False)
             set_model_state_dict(self.module, whole, options=options)
             given.update({key: own[key] for key in whole})
         try:
-            # This call judges the keys, and runs the modules' load hooks. It does not copy a tensor onto itself.
+            # This call compares the keys and runs the modules' load hooks. It does not copy a tensor onto itself.
             set_model_state_dict(self.module, given, options=StateDictOptions(strict=strict))
         except PlanError as exc:
             raise PlanError(f"{exc}\n    {_HINT} to load what they share.") from None
 
     def _demand_alike(self, edited: Mapping[str, Any]) -> None:
-        """Raise on every rank if hooks have edited other entries on some rank: shards of one tensor come from all."""
+        """Raise on every rank if the hooks edited different entries on some ranks: all ranks have to load the same."""
         keys = self._ranks.all_gather("edits", lambda: sorted(edited))
         odd = {key for found in keys for key in set(found) ^ set(keys[0])}
         if odd:
@@ -157,10 +157,10 @@ class Restoring:
     def restore_optimizers(
         self, optimizers: Sequence[Optimizer], states: Sequence[Any], *, after_load: Callable[[Optimizer], None]
     ) -> None:
-        """Restore optimizers.
+        """Restore the optimizers.
 
         Args:
-            optimizers: Those of the run.
+            optimizers: The optimizers of the run.
             states: The checkpoint's ``optimizer_states``, as the hooks have left them.
             after_load: Called for each optimizer that was given its state by ``load_state_dict``.
         """
@@ -188,7 +188,7 @@ class Restoring:
                 restore_optimizer_state(self.module, optimizer, whole, options=options)
             else:
                 self._demand_same_groups(optimizer, state)
-                # Optimizer.load_state_dict keeps the dicts that it is given.
+                # A copy, because `Optimizer.load_state_dict` keeps the dict that it is given.
                 optimizer.load_state_dict(dict(state))
                 after_load(optimizer)
 
@@ -217,7 +217,7 @@ class Restoring:
         return list(found.values())
 
     def _has_saved_names(self, optimizer: Optimizer, state: LazyOptimizerState) -> bool:
-        """Tell whether an optimizer has the parameters that were saved; a renamed model has the same ones by place."""
+        """Tell whether the names of an optimizer's parameters are those that were saved; not so in a renamed model."""
         own = self._own_names(optimizer)
         if own is None:
             return state.is_untouched
@@ -230,10 +230,12 @@ class Restoring:
         return None if groups is None else [list(group[_PARAMS]) for group in groups]
 
     def _demand_same_groups(self, optimizer: Optimizer, state: Any) -> None:
-        """Raise if the parameter groups differ in number or size; an optimizer that loads in its own way is not asked.
+        """Check that the parameter groups are as many and as large as those that were saved.
+
+        An optimizer with a ``load_state_dict`` of its own is not checked.
 
         Raises:
-            PlanError: Names the parameters of the groups.
+            PlanError: The groups differ. The error names their parameters.
         """
         if type(optimizer).load_state_dict is not Optimizer.load_state_dict or _GROUPS not in state:
             return

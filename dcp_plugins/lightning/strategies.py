@@ -73,7 +73,7 @@ class DCPFSDP2Strategy(CheckpointsOnEveryRank, ModelParallelStrategy):
         overlap_staging: As in `DCPCheckpointIO`.
     """
 
-    _shards = True
+    _shards_model = True
 
     def __init__(
         self,

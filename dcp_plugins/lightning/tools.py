@@ -60,7 +60,7 @@ def load_from_checkpoint(
     """
     options: dict[str, Any] = {"map_location": map_location or "cpu", "weights_only": weights_only}
     if issubclass(cls, LightningModule):
-        # A data module would take it for a hyper-parameter.
+        # A data module would take `strict` for a hyper-parameter.
         options["strict"] = strict
     path = local_path(path)
     if not path.is_file():

@@ -134,7 +134,7 @@ def verify_checkpoint(path: _PathLike) -> None:
 
 
 def is_damage(exc: CheckpointException) -> bool:
-    """Whether some rank has found data damaged, or gone, and no rank anything else."""
+    """Tell whether all failures of the ranks are of damaged or missing data."""
     kinds = (CorruptCheckpointError, CheckpointNotFoundError)
     failures = [failure for failure, _ in exc.failures.values()]
     # A value that is refused as unsafe is not damaged, and every other checkpoint of the run has it too.

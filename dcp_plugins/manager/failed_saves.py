@@ -1,4 +1,4 @@
-"""The saves of this process that failed, by directory: what an error says of a checkpoint that does not exist."""
+"""Why saves of this process failed, by directory: an error of a later load of the directory names the cause."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dcp_plugins.format.names import METADATA_NAME
 __all__ = ["failure_of", "forget_failure", "missing_commit", "note_failure"]
 
 _failures: dict[str, str] = {}
-"""By the real path of the directory, the failure in one line. The exception itself would keep what was staged."""
+"""The failure in one line, by the real path of the directory. The exception would keep the snapshot in memory."""
 
 
 def note_failure(path: str | os.PathLike[str], failure: BaseException) -> None:
@@ -20,7 +20,7 @@ def note_failure(path: str | os.PathLike[str], failure: BaseException) -> None:
 
 
 def forget_failure(path: str | os.PathLike[str]) -> None:
-    """Forget it: another save into the directory begins."""
+    """Forget why the last save into a directory failed: another save into it begins."""
     _failures.pop(os.path.realpath(path), None)
 
 

@@ -35,7 +35,7 @@ class InFlight:
     def began(self, save: Future[Metadata], path: Path) -> None:
         """Note a save into a directory."""
         self._saves.append(save)
-        # The program may have changed its directory by the time that the save fails.
+        # The program may have changed its working directory when the save fails.
         path = path.absolute()
         self._paths[save] = path
         save.add_done_callback(partial(_note_if_failed, path))
@@ -93,7 +93,7 @@ class InFlight:
 
 
 def _note_if_failed(path: Path, save: Future[Metadata]) -> None:
-    # As in `_run_after`.
+    # The base class's method: asking the future itself would count as having been told of the failure.
     failure = Future.exception(save)
     if failure is not None:
         note_failure(path, failure)
@@ -118,7 +118,7 @@ def _raise_failure_of(saves: list[Future[Metadata]]) -> None:
 def _run_after(save: Future[Metadata] | None, step: Callable[[], None]) -> None:
     if save is not None:
         concurrent.futures.wait([save])
-        # The base class's method: asking the future itself would count as having been told of the failure.
+        # The base class's method, as in `_note_if_failed`.
         if Future.exception(save) is not None:
             log.info("The save failed: what was to follow it (deleting what it replaces, a link to it) is not done")
             return

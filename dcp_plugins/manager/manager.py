@@ -341,7 +341,7 @@ class CheckpointManager:
         try:
             self._saver.finish(but_last=but_last)
         except CheckpointException:
-            # The step may be saved again.
+            # The save failed, so the program may save the same step again.
             self._last_step = self._decided = None
             raise
 

@@ -56,7 +56,7 @@ class Saver:
         options: How to save.
         no_dist: Save from this process alone, whatever process group may exist.
         process_group: The ranks that save; None takes the default group, if there is one when a save is made.
-        watch_first: As for `OverlappedStager`: for frameworks whose hooks may change parameters between two steps.
+        watch_first: As for `OverlappedStager`. Used for frameworks whose hooks may change parameters between two steps.
     """
 
     def __init__(
@@ -272,12 +272,12 @@ class _Writer(FileSystemWriter):
 
 @contextmanager
 def unwrapped_plan_errors(hint: str = "") -> Iterator[None]:
-    """Raise a ``PlanError`` as it is, on every rank, where a load has failed for nothing else.
+    """Raise the ``PlanError`` itself, on every rank, if a load has failed for no other reason.
 
     Users of a framework know the error of a model that does not fit; the tracebacks of all ranks would hide it.
 
     Args:
-        hint: The last sentence of the error: what the framework's users can do, who cannot pass ``StateDictOptions``.
+        hint: The last sentence of the error: what users of the framework can do. They cannot pass ``StateDictOptions``.
     """
     try:
         yield

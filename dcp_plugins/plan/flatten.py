@@ -224,7 +224,7 @@ def unflatten_state_dict(flat: Mapping[str, Any], mapping: Mapping[str, KeyPath]
             at = path[:depth]
             recorded = paths.saved_mappings.get(at)
             below = path[depth] if depth < len(path) else next_key
-            container = containers[at] = _entered(container, paths.last_key(at), below, recorded)
+            container = containers[at] = _container_under(container, paths.last_key(at), below, recorded)
         return container
 
     for fqn in paths if paths is mapping else flat:
@@ -246,7 +246,7 @@ def set_element(root: dict[str, Any], path: tuple[Any, ...], value: Any) -> None
     """
     container: Any = root
     for key, next_key in itertools.pairwise(path):
-        container = _entered(container, key, next_key, None)
+        container = _container_under(container, key, next_key, None)
     _put(container, path[-1], value)
 
 
@@ -263,8 +263,8 @@ def get_element(root: Mapping[str, Any], path: tuple[Any, ...], default: Any = N
     return value
 
 
-def _entered(container: Any, key: Any, next_key: Any, recorded: SavedMapping | None) -> Any:
-    """Return the container under a key, with a new one put there if the recorded one, or any, is missing."""
+def _container_under(container: Any, key: Any, next_key: Any, recorded: SavedMapping | None) -> Any:
+    """Return the container under a key. Put a new one there if ``recorded`` tells its kind or the key has none."""
     entry = _get(container, key) if recorded is None else recorded.empty()
     if entry is None:
         entry = [] if type(next_key) is int else {}

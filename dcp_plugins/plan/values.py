@@ -51,7 +51,7 @@ def _container_of(pickled: bytes) -> bytes:
 
 def _save(value: Any) -> io.BytesIO:
     stream = io.BytesIO()
-    # Not `torch.save`: tests of users replace that name, and what it wrote would stay in the cache.
+    # Users' tests replace `torch.save`. The bytes that such a replacement writes would stay in the cache.
     torch.serialization.save(value, stream)
     return stream
 

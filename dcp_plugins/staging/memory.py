@@ -49,12 +49,12 @@ class _Block:
         self.kept_bytes = 0
         """Bytes in the kept slots of this block."""
 
-        # Another process maps shared memory by its storage, the whole block. In private memory each slot gets a storage
-        # of its own: `torch.save` writes whole storages, and refuses tensors of two dtypes in one.
+        # Slots of shared memory are views: another process maps a block by its one storage. Each slot of private memory
+        # has its own storage: `torch.save` writes whole storages, and refuses tensors of two dtypes in one storage.
         self._bytes = memory if memory.is_shared() else memory.numpy()  # type: ignore[no-untyped-call]
 
     def take(self, nbytes: int) -> torch.Tensor | None:
-        """Return the next bytes of it, if there are as many left."""
+        """Return the next ``nbytes`` bytes of the block; None if fewer are left."""
         start = self.used_bytes
         if start + nbytes > self.memory.nbytes:
             return None
@@ -62,7 +62,7 @@ class _Block:
         return self.part(start, start + nbytes)
 
     def part(self, start: int, stop: int) -> torch.Tensor:
-        """Return these bytes of it; they keep the whole block's memory alive."""
+        """Return the bytes from ``start`` to ``stop`` (exclusive). They keep the whole block in memory."""
         part = self._bytes[start:stop]
         return part if isinstance(part, torch.Tensor) else torch.from_numpy(part)
 

@@ -38,16 +38,17 @@ class OverlappedStager(KeptMemoryStager):
 
     The caller has to see to it that no optimizer steps before the future that ``stage`` returns is done;
     ``dcp_plugins.engine.await_staging_before_step`` does. A value that is changed earlier, other than through
-    ``tensor.data``, is found out: the future then raises, and so does the save. From then on, the stager stages the
-    tensors that were changed at once, for code that has changed them between two steps will do it again.
+    ``tensor.data``, is found out: the future then raises, and so does the save. Later calls of ``stage`` copy these
+    tensors before they return: code that has changed a tensor between two steps will probably do it again.
 
     Args:
         optimizers: Their parameters and their state are staged late. Those that are made of other kinds of tensors than
             plain ones, ``DTensor`` and ``ShardedTensor`` are not.
         changed_by_forward: Parameters that the forward pass changes: staged at once.
         use_shared_memory: Stage where another process can map it, for ``AsyncCheckpointerType.PROCESS``.
-        watch_first: Stage everything at once the first time, and only watch what is changed before the next step: what
-            is changed each time is then known before any save can fail of it. `note_changes` has to be called then.
+        watch_first: The first call of ``stage`` copies everything before it returns, and watches which tensors change
+            before the next step. So a change that comes at every step fails no save. The caller has to call
+            `note_changes` before that step.
     """
 
     def __init__(
@@ -61,8 +62,8 @@ class OverlappedStager(KeptMemoryStager):
         self._optimizers = tuple(optimizers)
         self._changed_by_forward = tuple(changed_by_forward)
         self._is_first = watch_first
-        # By address: the tensors of a state dict are aliases that do not live long. An address that is used again by
-        # another tensor costs no more than that this one is staged at once.
+        # Storages by address, because the tensors of a state dict are short-lived aliases. If another tensor gets the
+        # address of a freed one, it is copied early: this costs time, but does no harm.
         self._changed_early: set[_Storage] = set()
         self._watched: list[tuple[torch.Tensor, int]] = []
         super().__init__(
@@ -126,7 +127,7 @@ class _Late:
         self._copies = copies
         self._waiting: list[_Copy] = []
         self.copied_now: list[torch.Tensor] = []
-        """The tensors whose changes can be told, and that were not left for later."""
+        """The tensors that were copied before ``stage`` returned and whose changes torch counts."""
 
     def copy_the_rest(self, targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
         """Start the copies that cannot wait, and note the others."""
@@ -158,7 +159,7 @@ class _Late:
 
         Args:
             staged: The snapshot.
-            changed_early: Gets the tensors that were changed too early.
+            changed_early: The storages of tensors that were changed before their copy are added to this set.
         """
         try:
             self._copies.start([copy.target for copy in self._waiting], [copy.source for copy in self._waiting])

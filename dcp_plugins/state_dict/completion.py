@@ -298,13 +298,13 @@ class _ModelCompletion:
             # The modules' versions: ``Module.load_state_dict`` reads this attribute.
             made._metadata = versions  # type: ignore[attr-defined]
         misfits: list[str] = []
-        own_ways = self_loading(self._names, keeps_sizes)
+        self_deciding = self_loading(self._names, keeps_sizes)
         for key, value in saved.items():
             if key in tied:
                 # One memory under several names: as in ``load_state_dict``, the last one's value counts.
                 notes.left_unread.update(found.fqn for found in saved_values(value))
             elif key in template:
-                target_of = self._target_for(key, misfits, decides_itself=_is_below(key, own_ways))
+                target_of = self._target_for(key, misfits, decides_itself=_is_below(key, self_deciding))
                 made[key] = like_saved(value, template[key], target_of)
             elif self._strict or _is_below(key, free):
                 made[key] = like_saved(value, None, _plain_target)
@@ -318,9 +318,9 @@ class _ModelCompletion:
     def _target_for(
         self, key: str, misfits: list[str], *, decides_itself: bool
     ) -> Callable[[SavedValue, Any], torch.Tensor]:
-        """Return what finds the tensor to fill: the model's own, unless the module decides by itself what it takes.
+        """Return a function that finds the tensor to fill: the model's own, unless the module decides what it takes.
 
-        A module that leaves a key out of its state dict, or converts a value, must find its own values as they were.
+        Such a module may skip a key or convert a value when it loads, so a read must not change its own tensors.
         """
 
         def target_of(saved: SavedValue, own: Any) -> torch.Tensor:

@@ -78,7 +78,7 @@ def initial_state(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
     parameters = [
         (group, [parameter for parameter in group["params"] if parameter.requires_grad])
         for group in optimizer.param_groups
-        # A step of a replica would copy every parameter, at each save of the run, to find nothing.
+        # SGD without momentum has no state. Without this test, each save would copy all parameters for a trial step.
         if not (type(optimizer) is SGD and group.get("momentum") == 0)
     ]
     result: dict[int, dict[str, Any]] = {}

@@ -25,7 +25,7 @@ def spellings(names: Names) -> dict[str, None]:
 
 
 KEEPING_ADVICE = "To load what is there and keep the rest, pass StateDictOptions(strict=False)."
-"""A line of an error. Whoever takes no such options from the user puts other advice in its place."""
+"""A line of an error. Adapters whose users cannot pass these options replace the line by other advice."""
 
 
 def _titled(params: list[str]) -> str:

@@ -46,7 +46,7 @@ def write_all(fd: int, buffers: list[memoryview | bytes], nbytes: int) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let an error of the system name the file: one of a call on a descriptor, such as for a full disk, names none."""
+    """Add the file's name to an ``OSError`` that has none, such as the error of a write to a descriptor."""
     try:
         yield
     except OSError as exc:

@@ -142,7 +142,7 @@ class LocalStore:
 
     @contextmanager
     def _naming_deletion(self) -> Iterator[None]:
-        """Say of a file or directory that is missing in the middle of a save how that can have come."""
+        """Name the probable cause if a file or the directory is missing in the middle of a save."""
         try:
             yield
         except FileNotFoundError as exc:

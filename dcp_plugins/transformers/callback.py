@@ -86,7 +86,7 @@ class DCPCallback(TrainerCallback):
         self._saved_step: int | None = None
         self._saved: list[Path] = []
         self._pushed: list[Path] = []
-        self._hinted = False
+        self._has_hinted = False
         self._resuming: Path | None = None
         self._loaded: set[str] = set()
         seam.install(_REPLACEMENTS, callback_of)
@@ -188,7 +188,7 @@ class DCPCallback(TrainerCallback):
         return commits_first
 
     def _hint(self, trainer: Trainer, path: Path) -> None:
-        """Say what users find out late: before a run's first save, on the main process."""
+        """Warn of what users would find out too late. Runs before a run's first save, on the main process."""
         later = later_checkpoints(path)
         if later:
             log.warning(
@@ -198,8 +198,8 @@ class DCPCallback(TrainerCallback):
                 path,
                 listing(other.name for other in later),
             )
-        if self.hf_weights is None and not self.writes_hf_weights(trainer.args) and not self._hinted:
-            self._hinted = True
+        if self.hf_weights is None and not self.writes_hf_weights(trainer.args) and not self._has_hinted:
+            self._has_hinted = True
             if hasattr(model_of(trainer), "save_pretrained"):
                 log.warning(
                     "%s is for resuming: from_pretrained cannot load it. DCPCallback(hf_weights=True) writes weights,"

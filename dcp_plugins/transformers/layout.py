@@ -74,7 +74,7 @@ _STOCK_FILES = (
     SCHEDULER_NAME,
     "rng_state*.pth",
 )
-# The stock Trainer writes these after the other ones, whatever it distributes.
+# The stock Trainer writes these files last, under every kind of distribution.
 _LAST_STOCK_FILES = ("rng_state*.pth",)
 _WEIGHTS = ("*.safetensors*", "pytorch_model*.bin*", "adapter_model.bin", "*/adapter_model.*")
 
@@ -178,9 +178,10 @@ def is_stock(path: Path) -> bool:
 
 
 def has_stock_files(path: Path) -> bool:
-    """Tell whether the stock Trainer has written files at ``path``; beside a commit of ours, whether to the end.
+    """Tell whether the stock Trainer has written files at ``path``.
 
-    Beside a commit, a subclass of `Trainer` may have written the others: its own ``_save_optimizer_and_scheduler``.
+    Beside a commit of ours, only the files that it writes last count: the ``_save_optimizer_and_scheduler`` of a
+    subclass of `Trainer` may have written the others.
     """
     return _holds(path, _LAST_STOCK_FILES if is_committed(path) else _STOCK_FILES)
 

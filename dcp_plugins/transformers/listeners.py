@@ -19,7 +19,7 @@ def _never(callback: Any) -> bool:
     return False
 
 
-# The integrations of Transformers whose ``on_save`` reads nothing, or reads only as they are configured.
+# Whether the ``on_save`` of an integration of Transformers reads files, as the callback is configured.
 _READS: dict[str, Callable[[Any], bool]] = {
     "ClearMLCallback": lambda callback: bool(callback._log_model),
     "DVCLiveCallback": lambda callback: callback._log_model == "all",
@@ -35,7 +35,8 @@ _READS: dict[str, Callable[[Any], bool]] = {
 def readers_of(trainer: Trainer) -> list[str]:
     """Return the names of the callbacks, on this rank, that may read a checkpoint's files in ``on_save``.
 
-    A callback with an ``on_save`` of its own may, unless it is one of Transformers' that is not configured to.
+    A callback with an ``on_save`` of its own counts, except an integration of Transformers that is not configured to
+    read.
     """
     return [type(one).__name__ for one in trainer.callback_handler.callbacks if _may_read(one)]
 

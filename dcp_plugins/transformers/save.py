@@ -113,7 +113,7 @@ def save_checkpoint(
             keep.append(Path(trainer.state.best_model_checkpoint))
         saver.after_commit(partial(_attempt, partial(rotate, run_dir, limit, keep, own=[*own, path])))
     if commit_first:
-        # A callback of another rank may read what rank 0 has just written.
+        # Without this barrier, a callback on another rank could read files that rank 0 has not written yet.
         deciding_ranks().barrier()
     return path
 

@@ -31,7 +31,7 @@ class Writers:
     def __init__(self) -> None:
         self._path: Path | None = None
         self._hf_weights = False
-        self._said: set[str] = set()
+        self._warned_of: set[str] = set()
 
     def write(self, trainer: Trainer, path: Path, *, hf_weights: bool) -> None:
         """Write what belongs beside the data of a checkpoint that is about to be saved; every rank calls it.
@@ -57,7 +57,7 @@ class Writers:
         elif own is not None:
             self._call(own, write, hint=_HINT)
             if trainer.is_world_process_zero() and has_weights(path):
-                self._say_once(
+                self._warn_once(
                     own,
                     "writes the weights itself, which the checkpoint has in its own data: each save writes them twice",
                 )
@@ -69,9 +69,9 @@ class Writers:
         for name in ("_save_scaler", "_save_rng_state"):
             own = _first_overridden(trainer, name)
             if own is not None and trainer.is_world_process_zero():
-                self._say_once(own, "is not called: the checkpoints do not have what it writes")
+                self._warn_once(own, "is not called: the checkpoints do not have what it writes")
 
-    # In place of the Trainer's methods, as `seam.Replacement` has it.
+    # These methods take the place of the Trainer's. Their arguments are those that `seam.Replacement` describes.
 
     def save_model(
         self,
@@ -111,14 +111,14 @@ class Writers:
             try:
                 write()
             except FileNotFoundError as exc:
-                # The method reads a file that the stock Trainer would have written. Training must not end for that.
-                self._say_once(own, f"failed, and the checkpoints do not have what it writes: {exc}.{hint}")
+                # The method needs a file that the stock Trainer would have written. Training goes on without it.
+                self._warn_once(own, f"failed, and the checkpoints do not have what it writes: {exc}.{hint}")
 
         deciding_ranks().settle(f"call {own}", call)
 
-    def _say_once(self, own: str, what: str) -> None:
-        if own not in self._said:
-            self._said.add(own)
+    def _warn_once(self, own: str, what: str) -> None:
+        if own not in self._warned_of:
+            self._warned_of.add(own)
             warn_user(f"DCPCallback: {own} {what}")
 
 
