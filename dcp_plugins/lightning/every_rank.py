@@ -41,6 +41,7 @@ from dcp_plugins.lightning.strategy_base import SavesThroughDCP, instead_of, mak
 from dcp_plugins.lightning.twin import Fingerprint
 from dcp_plugins.manager import SaveOptions, is_committed, remove_if_uncommitted
 from dcp_plugins.manager.agreement import deciding_ranks
+from dcp_plugins.manager.failed_saves import missing_commit
 from dcp_plugins.manager.saver import renormed_weights
 from dcp_plugins.state_dict import get_model_state_dict
 from dcp_plugins.user_warnings import warn_user
@@ -334,7 +335,7 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
                 remove_if_uncommitted(path, META_FILES)
             return newest
         if path.is_dir():
-            what = f"{path} is not a checkpoint: it has no .metadata, so the save into it never finished"
+            what = f"{path} is not a checkpoint: {missing_commit(path)}"
         else:
             what = f"there is no checkpoint at {path}"
         hint = f" The newest committed checkpoint beside it is {beside}." if beside is not None else ""

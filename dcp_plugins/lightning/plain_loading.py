@@ -22,6 +22,7 @@ from dcp_plugins.errors import CheckpointNotFoundError, StorageDetectionError
 from dcp_plugins.lightning.load import moved, open_directory
 from dcp_plugins.lightning.paths import local_path
 from dcp_plugins.manager import is_committed
+from dcp_plugins.manager.failed_saves import missing_commit
 
 __all__ = ["patch_plain_loading"]
 
@@ -68,9 +69,7 @@ def open_committed(path: Path, *, weights_only: bool) -> dict[str, Any]:
         CheckpointNotFoundError: The directory has no committed checkpoint.
     """
     if not is_committed(path):
-        raise CheckpointNotFoundError(
-            f"Expected a committed checkpoint at {path}, but it has no .metadata, so the save into it never finished."
-        )
+        raise CheckpointNotFoundError(f"Expected a committed checkpoint at {path}, but {missing_commit(path)}.")
     return open_directory(path, weights_only=weights_only)
 
 

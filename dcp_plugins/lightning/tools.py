@@ -21,6 +21,7 @@ from dcp_plugins.lightning.load import as_trainer_checkpoint, meta_of
 from dcp_plugins.lightning.module_versions import versions_of_keys
 from dcp_plugins.lightning.paths import local_path
 from dcp_plugins.manager import is_committed
+from dcp_plugins.manager.failed_saves import missing_commit
 from dcp_plugins.storage.local import sync_directory
 
 __all__ = ["consolidate", "load_from_checkpoint"]
@@ -126,6 +127,5 @@ def consolidate(
 
 def _open(path: Path) -> Reader:
     if not is_committed(path):
-        what = "has no .metadata, so the save into it never finished" if path.is_dir() else "does not exist"
-        raise CheckpointNotFoundError(f"Expected a committed checkpoint at {path}, but it {what}.")
+        raise CheckpointNotFoundError(f"Expected a committed checkpoint at {path}, but {missing_commit(path)}.")
     return Reader(path)

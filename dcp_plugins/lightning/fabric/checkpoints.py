@@ -35,6 +35,7 @@ from dcp_plugins.lightning.paths import local_path
 from dcp_plugins.lightning.strategy_base import SavesThroughDCP, instead_of, make_room
 from dcp_plugins.manager import is_committed
 from dcp_plugins.manager.agreement import deciding_ranks
+from dcp_plugins.manager.failed_saves import missing_commit
 from dcp_plugins.manager.saver import renormed_weights
 
 __all__ = ["SavesOnEveryRank"]
@@ -285,8 +286,7 @@ def _existing(path: Path) -> Path:
     replaced = instead_of(path)
     if replaced is not None:
         return replaced
-    what = "has no .metadata, so the save into it never finished" if path.is_dir() else "does not exist"
-    raise CheckpointNotFoundError(f"Expected a committed checkpoint at {path}, but it {what}.")
+    raise CheckpointNotFoundError(f"Expected a committed checkpoint at {path}, but {missing_commit(path)}.")
 
 
 def _note(known: list[weakref.ref[_Object]], new: _Object) -> None:
