@@ -119,6 +119,20 @@ class _Enabled(Accelerator):  # type: ignore[misc]
             released = super().free_memory(*objects)
         return released
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Pickle cannot find this class by its name. The saves in flight stay with this accelerator.
+        checkpointer = _checkpointer_of(self)
+        assert checkpointer is not None
+        state = {name: value for name, value in self.__dict__.items() if name != _CHECKPOINTER}
+        return _enabled_copy, (_stock_class(self), state, checkpointer.plugin)
+
+
+def _enabled_copy(kind: type[Accelerator], state: dict[str, Any], plugin: DCPPlugin) -> Accelerator:
+    """Return an enabled accelerator with the attributes of another one."""
+    accelerator: Accelerator = object.__new__(kind)
+    accelerator.__dict__.update(state)
+    return enable(accelerator, plugin)
+
 
 @functools.cache
 def _enabled_class(kind: type[Accelerator]) -> type[Accelerator]:

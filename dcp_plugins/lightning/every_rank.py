@@ -302,9 +302,9 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
         return checkpoint
 
     def _restoring(self) -> Restoring:
-        assert self._opened is not None
         return Restoring(
-            opened=self._opened,
+            # Nothing is open for a checkpoint that the caller has read in another way.
+            opened=self._opened or Opened({}),
             module=self._stateful_module,
             is_sharded=self._shards_model,
             no_dist=self.checkpoint_io.no_dist,

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
+import pickle
 import time
 import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from accelerate import Accelerator
 
-from dcp_plugins.accelerate import DCPPlugin
+from dcp_plugins.accelerate import DCPPlugin, enable
 from dcp_plugins.errors import CheckpointException, CheckpointNotFoundError
 from dcp_plugins.manager import is_committed
 from dcp_plugins.testing.ranks import run_ranks
@@ -110,3 +114,15 @@ def test_after_the_groups_timeout_the_processes_that_did_not_come_are_named(tmp_
     message, _ = run_ranks(2, never_come, tmp_path, collective_timeout_seconds=4)
     assert message.startswith("[1]: rank 0 waited in save_state for rank(s) 1, which did not call it")
     assert "is_main_process" in message
+
+
+def test_copies_of_an_enabled_accelerator_save_on_their_own(tmp_path: Path) -> None:
+    first = enable(Accelerator(cpu=True), DCPPlugin(sync_files=False))
+    first.register_for_checkpointing(torch.optim.SGD([torch.zeros(2)], lr=0.5))
+    for name, other in {"copied": copy.copy(first), "pickled": pickle.loads(pickle.dumps(first))}.items():
+        other.save_state(tmp_path / name)
+        assert is_committed(tmp_path / name)
+    other = copy.copy(first)
+    del first
+    other.save_state(tmp_path / "last")
+    assert is_committed(tmp_path / "last")

@@ -111,3 +111,13 @@ def test_a_trainer_saves_a_module_that_was_connected_and_never_ran(tmp_path: Pat
     assert is_committed(tmp_path / "a.ckpt")
     with pytest.raises(FileNotFoundError, match="Checkpoint file not found.*a.ckpt"):
         trainer("dcp", devices=1, steps=1).fit(Regression(), Ticks(4), ckpt_path=tmp_path / "b.ckpt")
+
+
+def test_a_strategy_loads_state_that_was_read_in_another_way(tmp_path: Path) -> None:
+    saved = fit("dcp", devices=1, steps=2, save_to=tmp_path / "a.ckpt")
+    checkpoint = DCPCheckpointIO().load_checkpoint(tmp_path / "a.ckpt")
+    runner = trainer("dcp", devices=1, steps=1)
+    module = Regression()
+    runner.strategy.connect(module)
+    runner.strategy.load_model_state_dict(checkpoint)
+    assert all(torch.equal(value, saved.state_dict()[name]) for name, value in module.state_dict().items())
