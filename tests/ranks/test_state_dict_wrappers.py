@@ -100,9 +100,9 @@ def _round_trip(kind: str, other_kind: str, folder: str) -> None:
         (2, "fsdp2-offload", "ddp-of-compiled"),
         (2, "fsdp2-of-mixed-up", "compiled"),
         (2, "fsdp2-compiled-in-place", "compiled-ddp"),
-        (2, "compiled-fsdp2", "compiled-tp"),
-        (4, "hsdp-of-mixed-up", "tp"),
-        (4, "checkpointed-fsdp2-tp", "fsdp2"),
+        (2, "tp", "compiled-tp"),
+        (4, "hsdp-of-mixed-up", "compiled-fsdp2"),
+        (4, "checkpointed-fsdp2-tp", "tp"),
     ],
 )
 def test_a_run_continues_in_its_own_wrapper_and_in_another(
