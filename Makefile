@@ -8,9 +8,9 @@
 #   make clean   remove .venv and every cache
 
 PYTHON ?= python3
-# Tests start ranks of their own; two workers keep two cores busy while ranks wait for each other. The one that is done
-# first takes tests from the other: dealt out beforehand, one had nothing to do for half of the time.
-PYTEST_WORKERS ?= 2
+# Tests start ranks of their own, which wait for each other: three workers keep two cores busy. The one that is done first
+# takes tests from the others: dealt out beforehand, one had nothing to do for half of the time.
+PYTEST_WORKERS ?= 3
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 

@@ -29,7 +29,7 @@ def run(*arguments):
     return CliRunner().invoke(main, ["bench", *map(str, arguments)])
 
 
-@pytest.mark.parametrize("case", ["big", "small", "llm"])
+@pytest.mark.parametrize("case", ["big", "small"])
 def test_a_case_reports_both_sides_and_the_limit(tmp_path, case):
     record_file = tmp_path / "record.json"
     place = tmp_path / "place"
