@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import tempfile
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -23,6 +24,21 @@ def swap_accelerate(module: ModuleType, mode: str) -> None:
         enable(self, DCPPlugin(asynchronous=mode))
 
     _around_init(module.Accelerator, swapped)
+    _finish_saves_before_folders_go()
+
+
+def _finish_saves_before_folders_go() -> None:
+    """Let a temporary folder be deleted when the saves in flight are done: tests delete what is being written."""
+    clean_up = tempfile.TemporaryDirectory.cleanup
+
+    @functools.wraps(clean_up)
+    def finished(self: Any) -> None:
+        from dcp_plugins.engine.thread_runner import thread_runner
+
+        thread_runner.wait()
+        clean_up(self)
+
+    tempfile.TemporaryDirectory.cleanup = finished  # type: ignore[method-assign]
 
 
 def swap_transformers(module: ModuleType, mode: str) -> None:
