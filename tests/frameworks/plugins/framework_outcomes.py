@@ -24,7 +24,7 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
         _found[report.nodeid] = "failed"
 
 
-def pytest_sessionfinish() -> None:
+def pytest_sessionfinish(session: pytest.Session) -> None:
     """Write the outcomes. The workers of pytest-xdist do not: their main process has all outcomes."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
+    if not hasattr(session.config, "workerinput"):
         Path(os.environ["OUTCOMES"]).write_text(json.dumps(_found))
