@@ -11,7 +11,7 @@ import pickle
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from typing import Any, cast
 
@@ -109,7 +109,7 @@ class SaveFuture(Future[Metadata]):
         return unseen
 
 
-def await_saves(saves: Sequence[Future[Metadata]]) -> None:
+def await_saves(saves: Collection[Future[Metadata]]) -> None:
     """Wait for saves, whatever comes of them, and have them know that somebody waits."""
     for save in saves:
         if isinstance(save, SaveFuture):

@@ -27,17 +27,15 @@ class InFlight:
     """The saves of one `Saver`: one being written, and perhaps one that waits; called on the thread that trains."""
 
     def __init__(self) -> None:
-        self._saves: list[Future[Metadata]] = []
-        self._paths: dict[Future[Metadata], Path] = {}
+        self._saves: dict[Future[Metadata], Path] = {}
         self._steps: list[Future[None]] = []
         self._executor: ThreadPoolExecutor | None = None
 
     def began(self, save: Future[Metadata], path: Path) -> None:
         """Note a save into a directory."""
-        self._saves.append(save)
         # The program may have changed its working directory when the save fails.
         path = path.absolute()
-        self._paths[save] = path
+        self._saves[save] = path
         save.add_done_callback(partial(_note_if_failed, path))
 
     @property
@@ -61,14 +59,14 @@ class InFlight:
             return
         if self._executor is None:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="dcp-after-commit")
-        self._steps.append(self._executor.submit(_run_after, self._saves[-1] if self._saves else None, step))
+        self._steps.append(self._executor.submit(_run_after, next(reversed(self._saves), None), step))
 
     def wait(self) -> None:
         """Wait for the saves and for what was to follow them, whatever comes of them; failures stay to be raised."""
         await_saves(self._saves)
-        for save in self._saves:
+        for save, path in self._saves.items():
             # The save's thread may not have run its callback yet.
-            _note_if_failed(self._paths[save], save)
+            _note_if_failed(path, save)
         concurrent.futures.wait(self._steps)
 
     def finish(self) -> None:
@@ -79,16 +77,15 @@ class InFlight:
         if executor is not None:
             executor.shutdown()
         self._steps = []
-        saves, self._saves = self._saves, []
-        self._paths.clear()
+        saves, self._saves = self._saves, {}
         _raise_failure_of(saves)
 
     def finish_but_last(self) -> None:
         """Let the save that was begun last go on; wait for those before it, and raise what they failed with, once."""
-        earlier = self._saves[:-1]
+        last = next(reversed(self._saves), None)
+        earlier = {save: path for save, path in self._saves.items() if save is not last}
         await_saves(earlier)
-        self._saves = self._saves[-1:]
-        self._paths = {save: self._paths[save] for save in self._saves}
+        self._saves = {save: path for save, path in self._saves.items() if save is last}
         _raise_failure_of(earlier)
 
 
@@ -99,8 +96,8 @@ def _note_if_failed(path: Path, save: Future[Metadata]) -> None:
         note_failure(path, failure)
 
 
-def _raise_failure_of(saves: list[Future[Metadata]]) -> None:
-    """Raise what the first save that failed has failed with, and log what later ones have; empties the list."""
+def _raise_failure_of(saves: dict[Future[Metadata], Path]) -> None:
+    """Raise what the first save that failed has failed with, and log what later ones have; empties the dict."""
     failures = [failure for save in saves if (failure := save.exception()) is not None]
     for failure in failures[1:]:
         log.error("a save in the background failed after the one whose failure is raised", exc_info=failure)
