@@ -14,10 +14,9 @@ from typing import Any
 
 from dcp_plugins.lightning.checkpoint_part import CheckpointPart
 from dcp_plugins.lightning.module_versions import versions_of_keys
+from dcp_plugins.state_dict.flatten import GROUPS, PARAMS, STATE
 
 __all__ = ["LazyOptimizerState", "LazyState"]
-
-_STATE, _GROUPS, _PARAMS = "state", "param_groups", "params"
 
 
 class _Unread:
@@ -162,54 +161,54 @@ class LazyOptimizerState(LazyState):
 
     def _open(self, part: CheckpointPart) -> None:
         super()._open(part)
-        if _GROUPS in self and _STATE not in self:
+        if GROUPS in self and STATE not in self:
             # Checkpoints of stock torch do not record an empty state.
-            self[_STATE] = {}
+            self[STATE] = {}
 
     @property
     def names(self) -> list[list[str]] | None:
         """The names of the parameters, by group; None if the checkpoint does not name them."""
         groups = self._saved_groups()
-        if not isinstance(groups, list) or not all(isinstance(group, Mapping) and _PARAMS in group for group in groups):
+        if not isinstance(groups, list) or not all(isinstance(group, Mapping) and PARAMS in group for group in groups):
             return None
-        names = [list(group[_PARAMS]) for group in groups]
+        names = [list(group[PARAMS]) for group in groups]
         return names if all(isinstance(name, str) for group in names for name in group) else None
 
     @property
     def has_own_state(self) -> bool:
         """Whether the state is still in the checkpoint, for a load that reads it into the optimizer's memory."""
-        if self.part is None or set(self) != set(self.part.keys) or not set(self.unread) >= set(self) - {_GROUPS}:
+        if self.part is None or set(self) != set(self.part.keys) or not set(self.unread) >= set(self) - {GROUPS}:
             return False
-        if _GROUPS not in self or _GROUPS in self.unread:
+        if GROUPS not in self or GROUPS in self.unread:
             return True
         numbers = iter(range(sum(map(len, self.names or ()))))
         saved = [[next(numbers) for _ in group] for group in self.names or ()]
-        return [group.get(_PARAMS) for group in self[_GROUPS]] == saved
+        return [group.get(PARAMS) for group in self[GROUPS]] == saved
 
     def edited_groups(self) -> list[dict[str, Any]] | None:
         """Return the parameter groups under the parameters' names; None if nobody has asked for them."""
-        if _GROUPS not in self or _GROUPS in self.unread:
+        if GROUPS not in self or GROUPS in self.unread:
             return None
         names = [name for group in self.names or () for name in group]
-        groups: list[dict[str, Any]] = self[_GROUPS]
-        return [{**group, _PARAMS: [names[number] for number in group[_PARAMS]]} for group in groups]
+        groups: list[dict[str, Any]] = self[GROUPS]
+        return [{**group, PARAMS: [names[number] for number in group[PARAMS]]} for group in groups]
 
     def _saved_groups(self) -> Any:
-        if self._groups is None and self.part is not None and _GROUPS in self.part.keys:
-            self._groups = self.part.read([_GROUPS])[_GROUPS]
+        if self._groups is None and self.part is not None and GROUPS in self.part.keys:
+            self._groups = self.part.read([GROUPS])[GROUPS]
         return self._groups
 
     def _values(self, keys: list[str]) -> Mapping[str, Any]:
         names = self.names
-        found = dict(super()._values([key for key in keys if key != _GROUPS]))
-        if _GROUPS in keys:
-            found[_GROUPS] = copy.deepcopy(self._saved_groups())
+        found = dict(super()._values([key for key in keys if key != GROUPS]))
+        if GROUPS in keys:
+            found[GROUPS] = copy.deepcopy(self._saved_groups())
         if names is None:
             return found
         numbers = {name: number for number, name in enumerate(name for group in names for name in group)}
-        if _GROUPS in found:
-            for group in found[_GROUPS]:
-                group[_PARAMS] = [numbers[name] for name in group[_PARAMS]]
-        if _STATE in found:
-            found[_STATE] = {numbers.get(name, name): value for name, value in found[_STATE].items()}
+        if GROUPS in found:
+            for group in found[GROUPS]:
+                group[PARAMS] = [numbers[name] for name in group[PARAMS]]
+        if STATE in found:
+            found[STATE] = {numbers.get(name, name): value for name, value in found[STATE].items()}
         return found

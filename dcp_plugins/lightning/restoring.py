@@ -25,13 +25,13 @@ from dcp_plugins.lightning.load import Targets, fill_from_directory, fill_from_f
 from dcp_plugins.manager import load_state, unwrapped_plan_errors
 from dcp_plugins.manager.agreement import deciding_ranks
 from dcp_plugins.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from dcp_plugins.state_dict.flatten import GROUPS, PARAMS
 from dcp_plugins.state_dict.numbered import by_name
 from dcp_plugins.state_dict.owned import own_model_state, own_optimizer_state, restore_optimizer_state
 
 __all__ = ["Opened", "Restoring"]
 
 _HINT = "Set strict_loading = False in the LightningModule"
-_GROUPS, _PARAMS = "param_groups", "params"
 
 
 class Opened:
@@ -179,15 +179,15 @@ class Restoring:
                 filled = loaded[state.part.name]
                 groups = state.edited_groups()
                 if groups is not None:
-                    filled[_GROUPS] = groups
+                    filled[GROUPS] = groups
                 restore_optimizer_state(self.module, optimizer, filled)
-            elif self.is_sharded:
-                self._demand_same_groups(optimizer, state)
+                continue
+            self._demand_same_groups(optimizer, state)
+            if self.is_sharded:
                 whole = by_name(state, self.module, optimizer)
                 options = StateDictOptions(full_state_dict=True)
                 restore_optimizer_state(self.module, optimizer, whole, options=options)
             else:
-                self._demand_same_groups(optimizer, state)
                 # A copy, because `Optimizer.load_state_dict` keeps the dict that it is given.
                 optimizer.load_state_dict(dict(state))
                 after_load(optimizer)
@@ -226,8 +226,8 @@ class Restoring:
 
     def _own_names(self, optimizer: Optimizer) -> list[list[str]] | None:
         """Return the names of an optimizer's parameters, by group; None for a state dict of another form."""
-        groups = own_optimizer_state(self.module, optimizer).get(_GROUPS)
-        return None if groups is None else [list(group[_PARAMS]) for group in groups]
+        groups = own_optimizer_state(self.module, optimizer).get(GROUPS)
+        return None if groups is None else [list(group[PARAMS]) for group in groups]
 
     def _demand_same_groups(self, optimizer: Optimizer, state: Any) -> None:
         """Check that the parameter groups are as many and as large as those that were saved.
@@ -237,10 +237,10 @@ class Restoring:
         Raises:
             PlanError: The groups differ. The error names their parameters.
         """
-        if type(optimizer).load_state_dict is not Optimizer.load_state_dict or _GROUPS not in state:
+        if type(optimizer).load_state_dict is not Optimizer.load_state_dict or GROUPS not in state:
             return
         own = self._own_names(optimizer)
-        saved = [list(group[_PARAMS]) for group in state[_GROUPS]]
+        saved = [list(group[PARAMS]) for group in state[GROUPS]]
         if own is None or list(map(len, own)) == list(map(len, saved)):
             return
         named = (state.names if isinstance(state, LazyOptimizerState) else None) or saved

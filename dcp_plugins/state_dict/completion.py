@@ -285,10 +285,10 @@ class _ModelCompletion:
         unexpected = [key for key in saved if key not in template]
         problems = []
         # A module that loads its part itself gets the keys that it does not have now, as from ``load_state_dict``.
-        free = self_loading(self._names, keeps_keys) if missing or unexpected else set()
+        free = self_loading(self._names, keeps_keys) if missing or unexpected else ()
         if self._strict and (missing or unexpected):
             for what, keys in (("Missing", missing), ("Unexpected", unexpected)):
-                wrong = [key for key in keys if not _is_below(key, free)]
+                wrong = [key for key in keys if not key.startswith(free)]
                 if wrong:
                     problems.append(f"{what} key(s){self._of}: {listing(wrong)}")
         tied = _earlier_tied(template, saved)
@@ -304,9 +304,9 @@ class _ModelCompletion:
                 # One memory under several names: as in ``load_state_dict``, the last one's value counts.
                 notes.left_unread.update(found.fqn for found in saved_values(value))
             elif key in template:
-                target_of = self._target_for(key, misfits, decides_itself=_is_below(key, self_deciding))
+                target_of = self._target_for(key, misfits, decides_itself=key.startswith(self_deciding))
                 made[key] = like_saved(value, template[key], target_of)
-            elif self._strict or _is_below(key, free):
+            elif self._strict or key.startswith(free):
                 made[key] = like_saved(value, None, _plain_target)
             else:
                 notes.left_unread.update(found.fqn for found in saved_values(value))
@@ -355,7 +355,3 @@ def _earlier_tied(template: Mapping[Any, Any], saved: Mapping[Any, Any]) -> set[
             earlier.add(last[place])
         last[place] = key
     return earlier
-
-
-def _is_below(key: str, paths: Iterable[str]) -> bool:
-    return any(key.startswith(path) for path in paths)

@@ -49,7 +49,7 @@ def check_fit(tree: Mapping[str, Any], names: Names, title: str) -> None:
             problems[fqn] = f"mesh mismatch for {fqn}: {meshes} (load it with full_state_dict=True, or by a checkpoint)"
     if problems:
         free = self_loading(names, keeps_sizes)
-        problems = {fqn: text for fqn, text in problems.items() if not any(fqn.startswith(path) for path in free)}
+        problems = {fqn: text for fqn, text in problems.items() if not fqn.startswith(free)}
     if problems:
         lines = [problems[fqn] for fqn in sorted(problems)]
         rest = f"; ... ({len(lines) - _SHOWN} more)" if len(lines) > _SHOWN else ""

@@ -40,8 +40,8 @@ def check_keys(tree: Mapping[str, Any], names: Names, options: StateDictOptions)
     if not missing and not unexpected:
         return
     free = self_loading(names, keeps_keys)
-    missing = [fqn for fqn in missing if not any(fqn.startswith(path) for path in free)]
-    unexpected = [key for key in unexpected if not any(key.startswith(path) for path in free)]
+    missing = [fqn for fqn in missing if not fqn.startswith(free)]
+    unexpected = [key for key in unexpected if not key.startswith(free)]
     judged(missing, unexpected, tree, names, options, outcome="Nothing has been loaded.")
 
 
@@ -50,8 +50,8 @@ def is_extra_state(fqn: str) -> bool:
     return fqn.rpartition(".")[2] == "_extra_state"
 
 
-def self_loading(names: Names, is_common: Callable[[Any], bool]) -> set[str]:
-    """Return the canonical paths, with a trailing dot, below which a state dict is the modules' own business.
+def self_loading(names: Names, is_common: Callable[[Any], bool]) -> tuple[str, ...]:
+    """Return the prefixes of the keys that modules load in their own way, in the form that ``str.startswith`` takes.
 
     Args:
         names: The model's names.
@@ -67,7 +67,7 @@ def self_loading(names: Names, is_common: Callable[[Any], bool]) -> set[str]:
             if not all(is_common(call) for call in calls):
                 at = names.canonical_paths.get(name, name)
                 found.add(f"{at}." if at else "")
-    return found
+    return tuple(found)
 
 
 def keeps_keys(call: Any) -> bool:

@@ -53,7 +53,7 @@ def load_model(
     saved = names_in(path).get(MODEL, set())
     wanted = only_adapters(model, get_model_state_dict(model))
     missing, unexpected = wanted.keys() - saved, saved - wanted.keys()
-    free = tuple(self_loading(names_of(model), keeps_keys)) if unexpected else ()
+    free = self_loading(names_of(model), keeps_keys) if unexpected else ()
     given = {name for name in unexpected if name.startswith(free)}
     if missing and (has_adapters(model) or (missing == wanted.keys() and not given)):
         raise PlanError(

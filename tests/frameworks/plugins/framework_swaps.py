@@ -17,13 +17,12 @@ __all__ = ["swap_accelerate", "swap_lightning", "swap_transformers"]
 def swap_accelerate(module: ModuleType, mode: str) -> None:
     """Let every ``Accelerator`` save through this package."""
 
-    def swapped(self: Any, made: Callable[[], None]) -> None:
-        made()
+    def swap(self: Any) -> None:
         from dcp_plugins.accelerate import DCPPlugin, enable
 
         enable(self, DCPPlugin(asynchronous=mode))
 
-    _around_init(module.Accelerator, swapped)
+    _after_init(module.Accelerator, swap)
     _finish_saves_before_folders_go()
 
 
@@ -44,13 +43,12 @@ def _finish_saves_before_folders_go() -> None:
 def swap_transformers(module: ModuleType, mode: str) -> None:
     """Give every ``Trainer`` the callback."""
 
-    def swapped(self: Any, made: Callable[[], None]) -> None:
-        made()
+    def swap(self: Any) -> None:
         from dcp_plugins.transformers import DCPCallback
 
         self.add_callback(DCPCallback(asynchronous=mode, hf_weights=True))
 
-    _around_init(module.Trainer, swapped)
+    _after_init(module.Trainer, swap)
 
 
 def swap_lightning(module: ModuleType, mode: str) -> None:
@@ -107,11 +105,12 @@ def _open_directories() -> None:
     torch.load = opened
 
 
-def _around_init(kind: type, swapped: Callable[[Any, Callable[[], None]], None]) -> None:
+def _after_init(kind: type, swap: Callable[[Any], None]) -> None:
     make = kind.__init__
 
     @functools.wraps(make)
     def made(self: Any, *args: Any, **options: Any) -> None:
-        swapped(self, lambda: make(self, *args, **options))
+        make(self, *args, **options)
+        swap(self)
 
     kind.__init__ = made  # type: ignore[misc]
