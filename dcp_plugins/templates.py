@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 
 from dcp_plugins.contract import BytesStorageMetadata, TensorStorageMetadata
 from dcp_plugins.format.memory import PLAIN_TENSORS
+from dcp_plugins.tensors.sharded import size_of
 
 __all__ = [
     "CompletingDict",
@@ -81,9 +81,7 @@ class Notes:
 
     def may_fill(self, tensor: Any, saved: SavedValue) -> bool:
         """Tell whether a value can be loaded into a tensor of the template: it has the size, and memory of its own."""
-        return (
-            isinstance(tensor, torch.Tensor) and id(tensor) not in self.overlapping and _size_of(tensor) == saved.size
-        )
+        return isinstance(tensor, torch.Tensor) and id(tensor) not in self.overlapping and size_of(tensor) == saved.size
 
 
 def overlapping(tensors: Iterable[torch.Tensor]) -> frozenset[int]:
@@ -122,12 +120,6 @@ def _span_of(tensor: torch.Tensor) -> tuple[int, int, bool] | None:
     reach = sum((size - 1) * stride for size, stride in zip(local.shape, local.stride(), strict=True))
     is_dense = all(stride for size, stride in zip(local.shape, local.stride(), strict=True) if size > 1)
     return first, first + (reach + 1) * local.element_size(), is_dense
-
-
-def _size_of(tensor: torch.Tensor) -> torch.Size:
-    if isinstance(tensor, ShardedTensor):  # Its own attribute warns that the class is deprecated.
-        return tensor.metadata().size
-    return tensor.shape
 
 
 class Completion(Protocol):

@@ -6,13 +6,14 @@ import difflib
 import io
 import math
 import re
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Hashable, Iterable, Sequence
 from typing import Any, Literal, cast, get_args
 
 import torch
 
 from dcp_plugins.contract import (
     BytesStorageMetadata,
+    ChunkStorageMetadata,
     LoadPlan,
     LoadPlanner,
     Metadata,
@@ -30,7 +31,7 @@ from dcp_plugins.plan.flatten import (
     keyed_by_strings,
     set_element,
 )
-from dcp_plugins.plan.reshard import bytes_read_item, create_read_items_for_chunk_list, whole_read_item
+from dcp_plugins.plan.reshard import SharedPart, bytes_read_item, read_items, shared_parts, whole_read_item
 from dcp_plugins.plan.restore import CompletionResult, complete_in_place
 from dcp_plugins.plan.validate import box_of, coverage_problems, overlap_problems
 from dcp_plugins.plan.values import load_value
@@ -238,6 +239,7 @@ def create_default_local_load_plan(
     missing: list[str] = []
     problems: list[str] = []
     casts: list[str] = []
+    layouts = _Layouts()
     for fqn, value in state_dict.items():
         entry = metadata.state_dict_metadata.get(fqn)
         if entry is None:
@@ -262,8 +264,11 @@ def create_default_local_load_plan(
                 items.append(whole_read_item(fqn, saved[0]))
                 continue
             wanted = chunks(value, fqn)
-            problems += _chunk_problems(fqn, entry, wanted)
-            items += create_read_items_for_chunk_list(fqn, entry, wanted)
+            parts = layouts.parts(entry, wanted)
+            if parts is None:
+                problems += _chunk_problems(fqn, entry, wanted)
+            else:
+                items += read_items(fqn, saved, wanted, parts)
     if missing:
         problems.insert(0, _missing_keys(missing, metadata))
     if casts and not cast_dtype:
@@ -286,7 +291,23 @@ def _size_and_dtype(value: Any) -> tuple[Sequence[int] | None, torch.dtype | Non
     return size, getattr(value, "dtype", None)
 
 
-def _chunk_problems(fqn: str, entry: TensorStorageMetadata, wanted: list[Any]) -> list[str]:
+class _Layouts:
+    """Which saved chunks fill which wanted boxes; one answer for all tensors that were cut alike."""
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, list[SharedPart] | None] = {}
+
+    def parts(self, entry: TensorStorageMetadata, wanted: Sequence[ChunkStorageMetadata]) -> list[SharedPart] | None:
+        """Return the parts to read; None if the saved chunks overlap, or leave a hole in a wanted box."""
+        boxes = [tuple([(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in of]) for of in (entry.chunks, wanted)]
+        key = (tuple(entry.size), *boxes)
+        if key not in self._known:
+            saved, own = ([box_of(chunk) for chunk in of] for of in (entry.chunks, wanted))
+            self._known[key] = None if _chunk_problems("", entry, wanted) else shared_parts(saved, own)
+        return self._known[key]
+
+
+def _chunk_problems(fqn: str, entry: TensorStorageMetadata, wanted: Sequence[ChunkStorageMetadata]) -> list[str]:
     saved = entry.chunks
     if len(saved) == 1 and saved[0].sizes == entry.size and not any(saved[0].offsets):
         return []

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import bisect
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -12,7 +13,15 @@ from dcp_plugins.contract import ChunkStorageMetadata, LoadItemType, MetadataInd
 from dcp_plugins.geometry import Box
 from dcp_plugins.plan.validate import box_of
 
-__all__ = ["bytes_read_item", "create_read_items_for_chunk_list", "whole_read_item", "zero_offsets"]
+__all__ = [
+    "SharedPart",
+    "bytes_read_item",
+    "create_read_items_for_chunk_list",
+    "read_items",
+    "shared_parts",
+    "whole_read_item",
+    "zero_offsets",
+]
 
 _ZERO = torch.Size((0,))
 
@@ -36,6 +45,65 @@ def zero_offsets(num_dims: int) -> torch.Size:
     return torch.Size((0,) * num_dims)
 
 
+class SharedPart(NamedTuple):
+    """The elements that a saved box and a wanted box have in common."""
+
+    wanted: int
+    """The place of the wanted box in the list of them."""
+    saved: int
+    """The place of the saved box in the list of them."""
+    in_wanted: torch.Size
+    """The part's first corner in the wanted box."""
+    in_saved: torch.Size
+    """The part's first corner in the saved box."""
+    sizes: torch.Size
+
+
+def shared_parts(saved: Sequence[Box], wanted: Sequence[Box]) -> list[SharedPart]:
+    """Return the parts that saved boxes and wanted boxes share, in the order of the wanted ones; none is empty."""
+    if not saved or not wanted:
+        return []
+    sweep = _sweep_dim(saved)
+    order = sorted(range(len(saved)), key=lambda i: saved[i].offsets[sweep]) if sweep is not None else range(len(saved))
+    starts = [saved[i].offsets[sweep] for i in order] if sweep is not None else []
+    longest = max(box.sizes[sweep] for box in saved) if sweep is not None else 0
+    parts = []
+    for at, box in enumerate(wanted):
+        candidates: Sequence[int] = order
+        if sweep is not None:
+            # A saved box that starts a longest box before the wanted one cannot reach into it.
+            low = bisect.bisect_left(starts, box.offsets[sweep] - longest)
+            high = bisect.bisect_left(starts, box.offsets[sweep] + box.sizes[sweep])
+            candidates = order[low:high]
+        for i in candidates:
+            common = saved[i].intersect(box)
+            if common is not None and not common.is_empty:
+                in_wanted, in_saved = common.relative_to(box), common.relative_to(saved[i])
+                sizes = torch.Size(common.sizes)
+                parts.append(SharedPart(at, i, torch.Size(in_wanted.offsets), torch.Size(in_saved.offsets), sizes))
+    return parts
+
+
+def read_items(
+    fqn: str,
+    saved: Sequence[ChunkStorageMetadata],
+    wanted: Sequence[ChunkStorageMetadata],
+    parts: Iterable[SharedPart],
+) -> list[ReadItem]:
+    """Return one read for each part that saved and wanted chunks of a tensor share."""
+    return [
+        ReadItem(
+            type=LoadItemType.TENSOR,
+            dest_index=MetadataIndex(fqn, wanted[part.wanted].offsets, part.wanted),
+            dest_offsets=part.in_wanted,
+            storage_index=MetadataIndex(fqn, saved[part.saved].offsets, part.saved),
+            storage_offsets=part.in_saved,
+            lengths=part.sizes,
+        )
+        for part in parts
+    ]
+
+
 def create_read_items_for_chunk_list(
     fqn: str, checkpoint_md: TensorStorageMetadata, local_chunks: list[ChunkStorageMetadata]
 ) -> list[ReadItem]:
@@ -51,43 +119,8 @@ def create_read_items_for_chunk_list(
         wanted and to the saved chunk.
     """
     saved = checkpoint_md.chunks
-    if len(saved) == 1 and len(local_chunks) == 1:
-        chunk, same = saved[0], local_chunks[0]
-        if chunk.sizes == same.sizes and chunk.offsets == same.offsets:
-            return [] if 0 in chunk.sizes else [whole_read_item(fqn, chunk)]
-    if not saved or not local_chunks:
-        return []
-    boxes = [box_of(chunk) for chunk in saved]
-    sweep = _sweep_dim(boxes)
-    order = (
-        sorted(range(len(boxes)), key=lambda i: boxes[i].offsets[sweep]) if sweep is not None else [*range(len(boxes))]
-    )
-    starts = [boxes[i].offsets[sweep] for i in order] if sweep is not None else []
-    longest = max((box.sizes[sweep] for box in boxes), default=0) if sweep is not None else 0
-    items = []
-    for position, wanted_chunk in enumerate(local_chunks):
-        wanted = box_of(wanted_chunk)
-        candidates = order
-        if sweep is not None:
-            # A saved box that starts a longest box before the wanted one cannot reach into it.
-            low = bisect.bisect_left(starts, wanted.offsets[sweep] - longest)
-            high = bisect.bisect_left(starts, wanted.offsets[sweep] + wanted.sizes[sweep])
-            candidates = order[low:high]
-        dest_index = MetadataIndex(fqn, wanted_chunk.offsets, position)
-        for i in candidates:
-            common = boxes[i].intersect(wanted)
-            if common is not None and not common.is_empty:
-                items.append(
-                    ReadItem(
-                        type=LoadItemType.TENSOR,
-                        dest_index=dest_index,
-                        dest_offsets=torch.Size(common.relative_to(wanted).offsets),
-                        storage_index=MetadataIndex(fqn, saved[i].offsets, i),
-                        storage_offsets=torch.Size(common.relative_to(boxes[i]).offsets),
-                        lengths=torch.Size(common.sizes),
-                    )
-                )
-    return items
+    parts = shared_parts([box_of(chunk) for chunk in saved], [box_of(chunk) for chunk in local_chunks])
+    return read_items(fqn, saved, local_chunks, parts)
 
 
 def _sweep_dim(boxes: Sequence[Box]) -> int | None:

@@ -26,7 +26,7 @@ from dcp_plugins.templates import (
     like_saved,
     overlapping,
 )
-from dcp_plugins.tensors.sharded import size_of
+from dcp_plugins.tensors.sharded import dtype_of, size_of
 
 __all__ = ["CompletionResult", "Outline", "Role", "complete_in_place", "restored_template", "saved_tree"]
 
@@ -211,11 +211,11 @@ class _Restoring:
             assert saved.dtype is not None
             if not isinstance(template, torch.Tensor):
                 return torch.empty(saved.size, dtype=saved.dtype)
-            is_own = not in_object or template.dtype == saved.dtype
-            if is_own and self._notes.may_fill(template, saved):
-                if not torch.can_cast(saved.dtype, template.dtype):
+            dtype = dtype_of(template)
+            if (not in_object or dtype == saved.dtype) and self._notes.may_fill(template, saved):
+                if not torch.can_cast(saved.dtype, dtype):
                     self._problems.append(
-                        f"{saved.fqn}: the checkpoint holds {saved.dtype}, which a tensor of {template.dtype} cannot"
+                        f"{saved.fqn}: the checkpoint holds {saved.dtype}, which a tensor of {dtype} cannot"
                         " hold without loss"
                     )
                 # The caller's tensor gives the memory and the layout.

@@ -22,7 +22,7 @@ from dcp_plugins.state_dict.initial import mark_fresh, underlying
 from dcp_plugins.state_dict.keys import is_extra_state, keeps_keys, self_loading
 from dcp_plugins.state_dict.names import Names
 from dcp_plugins.templates import CompletingDict, Notes, SavedOptimizerState, SavedValue, like_saved, saved_values
-from dcp_plugins.tensors.sharded import size_of
+from dcp_plugins.tensors.sharded import dtype_of, size_of
 
 __all__ = ["OptimizerCompletion", "OptimizerStateKeys", "model_template", "optimizer_template", "state_keys_of"]
 
@@ -86,12 +86,11 @@ class OptimizerCompletion:
         self._parameters: dict[str, _Owner] = {}
         for optimizer in optimizers:
             inner = underlying(optimizer)
-            for group in inner.param_groups:
-                for parameter in group[PARAMS]:
-                    for fqn in names.fqns(parameter):
-                        own = _Owner(names.tensors[fqn], inner, names.pieces.get(fqn))
-                        for name in names.spellings(names.tensors[fqn]):
-                            self._parameters[name] = own
+            found = weakref.ref(inner)
+            for parameter in (parameter for group in inner.param_groups for parameter in group[PARAMS]):
+                for fqn in names.fqns(parameter):
+                    own = _Owner(names.tensors[fqn], found, names.pieces.get(fqn))
+                    self._parameters.update(dict.fromkeys(names.spellings(names.tensors[fqn]), own))
 
     def completed(self, template: Mapping[Any, Any], saved: Mapping[Any, Any], notes: Notes) -> Mapping[Any, Any]:
         saved_is_flat = bool(saved) and not is_nested(saved)
@@ -185,9 +184,11 @@ _ELSEWHERE = object()
 class _Owner:
     """A parameter and its optimizer, which decide the layout and the dtype of the parameter's state."""
 
-    def __init__(self, parameter: torch.Tensor, optimizer: Optimizer, piece: FlatPiece | None) -> None:
+    __slots__ = ("_optimizer", "_parameter", "_piece")
+
+    def __init__(self, parameter: torch.Tensor, optimizer: weakref.ref[Optimizer], piece: FlatPiece | None) -> None:
         self._parameter = weakref.ref(parameter) if piece is None else (lambda: parameter)
-        self._optimizer = weakref.ref(optimizer)
+        self._optimizer = optimizer
         self._piece = piece
 
     @property
@@ -210,7 +211,7 @@ class _Owner:
     def _keeps(self, own: torch.Tensor, saved: SavedValue) -> bool:
         """Tell whether a value keeps its dtype in the optimizer's own tensor, or is cast as the optimizer would."""
         optimizer = self._optimizer()
-        return own.dtype == saved.dtype or (optimizer is not None and _is_torchs(optimizer))
+        return dtype_of(own) == saved.dtype or (optimizer is not None and _is_torchs(optimizer))
 
     def _new(self, saved: SavedValue) -> torch.Tensor:
         assert saved.size is not None

@@ -23,7 +23,7 @@ from dcp_plugins.state_dict.gather import gathered
 from dcp_plugins.state_dict.names import memory_key
 from dcp_plugins.state_dict.options import StateDictOptions
 from dcp_plugins.state_dict.scopes import global_rank
-from dcp_plugins.tensors.sharded import size_of
+from dcp_plugins.tensors.sharded import dtype_of, size_of
 
 __all__ = [
     "Announced",
@@ -114,7 +114,7 @@ def _are_one(value: Any, other: Any) -> bool:
     if not isinstance(value, torch.Tensor) or type(value) is not type(other):
         return False
     # On a rank without elements, keys tell nothing: what the others find different is gathered there all the same.
-    same_kind = value.dtype == other.dtype and size_of(value) == size_of(other)
+    same_kind = dtype_of(value) == dtype_of(other) and size_of(value) == size_of(other)
     return same_kind and memory_key(value) == memory_key(other)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -194,6 +194,17 @@ def state_dict_call(owner: nn.Module | torch.optim.Optimizer, method: str) -> Ca
     return call
 
 
+@dataclass(frozen=True, slots=True)
+class _Traits:
+    """What the walk has to know of a class of modules."""
+
+    wrapped_child: str | None
+    """The name under which a wrapper keeps the module that it wraps."""
+    is_fsdp1: bool
+    is_fsdp2: bool
+    has_modifiers: bool
+
+
 class _Walk:
     def __init__(self, fqn_modifiers: str) -> None:
         self.canonical_paths: dict[str, str] = {}
@@ -208,21 +219,33 @@ class _Walk:
         self.flat_keys: dict[str, int] = {}
         self.buffer_dtypes: dict[str, torch.dtype] = {}
         self._fqn_modifiers = fqn_modifiers
-        self._wrappers = [
-            (found, child) for module, name, child in _WRAPPERS if (found := _imported(module, name)) is not None
-        ]
-        self._fsdp1 = _imported("torch.distributed.fsdp", "FullyShardedDataParallel")
-        self._fsdp2 = _imported("torch.distributed.fsdp", "FSDPModule")
+        self._traits: dict[type, _Traits] = {}
+
+    def _traits_of(self, kind: type) -> _Traits:
+        wrappers = ((_imported(module, name), child) for module, name, child in _WRAPPERS)
+        fsdp1, fsdp2 = (
+            _imported("torch.distributed.fsdp", name) for name in ("FullyShardedDataParallel", "FSDPModule")
+        )
+        traits = self._traits[kind] = _Traits(
+            wrapped_child=next(
+                (child for found, child in wrappers if found is not None and issubclass(kind, found)), None
+            ),
+            is_fsdp1=fsdp1 is not None and issubclass(kind, fsdp1),
+            is_fsdp2=fsdp2 is not None and issubclass(kind, fsdp2),
+            has_modifiers=hasattr(kind, self._fqn_modifiers),
+        )
+        return traits
 
     def visit(self, module: nn.Module, path: str, stored: str, canonical: str, hidden: str | None) -> None:
         """Record a module and what is below it.
 
         ``hidden`` is the canonical path less the children that modifiers hide; None while nothing is hidden.
         """
-        if self._fsdp1 is not None and isinstance(module, self._fsdp1) and module not in self.units:
+        traits = self._traits.get(type(module)) or self._traits_of(type(module))
+        if traits.is_fsdp1 and module not in self.units:
             self._visit_unit(module, path, canonical)
-        if self._fsdp2 is not None and isinstance(module, self._fsdp2):
-            module.reshard()
+        if traits.is_fsdp2:
+            cast("Any", module).reshard()
         self.canonical_paths[path] = canonical
         self.canonical_paths.setdefault(stored, canonical)
         # The wrapped module comes after its wrapper and is the one that holds parameters: it wins.
@@ -231,9 +254,8 @@ class _Walk:
         if canonical not in paths:
             paths.append(canonical)
         self._record_tensors(module, stored, canonical, hidden)
-        wrapped_child = next((child for kind, child in self._wrappers if isinstance(module, kind)), None)
         # nn.Module looks long for an attribute that is missing, and this one nearly always is.
-        known = self._fqn_modifiers in module.__dict__ or hasattr(type(module), self._fqn_modifiers)
+        known = traits.has_modifiers or self._fqn_modifiers in module.__dict__
         modifiers = getattr(module, self._fqn_modifiers) if known else None
         hidden_children: Iterable[str] = modifiers().values() if callable(modifiers) else ()
         for name, child in module._modules.items():
@@ -242,7 +264,7 @@ class _Walk:
             child_path = _join(path, name)
             if name == _CHECKPOINT_CHILD:
                 self.visit(child, child_path, stored, canonical, hidden)
-            elif name == wrapped_child:
+            elif name == traits.wrapped_child:
                 self.visit(child, child_path, _join(stored, name), canonical, hidden)
             else:
                 below = canonical if hidden is None else hidden

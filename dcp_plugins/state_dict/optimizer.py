@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
@@ -182,7 +183,11 @@ def _piece_state(piece: FlatPiece, value: Any) -> Any:
 def _detached_containers(value: Any) -> Any:
     """Copy dicts and lists, but not their values. Without the copy, a load would put numbers into the live state."""
     if isinstance(value, dict):
-        return of_its_kind(value, lambda _, element: _detached_containers(element))
+        made = copy.copy(value)
+        for key, element in value.items():
+            if isinstance(element, (dict, list)):
+                made[key] = _detached_containers(element)
+        return made
     if type(value) is list:
         return [_detached_containers(element) for element in value]
     return value

@@ -16,7 +16,7 @@ from dcp_plugins.state_dict.fsdp1 import FlatPiece, flat_memory
 from dcp_plugins.state_dict.full import Announced, Copy, is_tensor_source
 from dcp_plugins.state_dict.initial import is_fresh
 from dcp_plugins.tensors import chunks
-from dcp_plugins.tensors.sharded import size_of
+from dcp_plugins.tensors.sharded import dtype_of, size_of
 
 __all__ = ["FlatState", "is_memory_of", "merge", "piece_copy"]
 
@@ -123,7 +123,7 @@ def _merge_tensors(
             result.tensors[name] = memory
             return
     has_own = pieces[0][1].holds(own)
-    dtype = next(value.dtype for value in found.values())
+    dtype = next(dtype_of(value) for value in found.values())
     if dtype.is_floating_point == flat.dtype.is_floating_point:
         dtype = flat.dtype  # What load_state_dict would convert it to.
     # Padding, and parameters saved without state, begin with zeros.

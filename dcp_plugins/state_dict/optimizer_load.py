@@ -34,7 +34,7 @@ from dcp_plugins.state_dict.options import StateDictOptions
 from dcp_plugins.state_dict.problems import EmptyGroups, Problems, spellings
 from dcp_plugins.state_dict.together import optimizer_pairs, settled
 from dcp_plugins.state_dict.values import copied, equal, of_its_kind, renamed
-from dcp_plugins.tensors.sharded import size_of
+from dcp_plugins.tensors.sharded import dtype_of, size_of
 
 __all__ = ["load_optimizers"]
 
@@ -334,7 +334,7 @@ class _Plan:
         expected = own if isinstance(own, torch.Tensor) else None
         if expected is not None and expected.shape not in (value.shape, parameter.shape):
             expected = None  # State that changes its size as the optimizer goes: replaced.
-        elif expected is None and top and (value.dtype != parameter.dtype or _has_own_layout(value, parameter)):
+        elif expected is None and top and (dtype_of(value) != parameter.dtype or _has_own_layout(value, parameter)):
             expected = self._initial_value(parameter, key)
         if expected is not None and expected.shape != value.shape:
             self._problems.others.append(
@@ -368,7 +368,7 @@ class _Plan:
         memory = flat_memory(value)
         if memory is not None and (is_fresh(memory, self._optimizer) or is_memory_of(memory, own)):
             return memory
-        local = own if piece.holds(own) else self._memory_like(piece.parameter, value.dtype)
+        local = own if piece.holds(own) else self._memory_like(piece.parameter, dtype_of(value))
         copy = piece_copy(piece, path, local, value, full=self._full)
         if isinstance(copy, Copy):
             self.copies.append(copy)

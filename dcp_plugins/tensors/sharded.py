@@ -19,6 +19,7 @@ from dcp_plugins.tensors.items import check_savable, properties_of, shard_item
 
 __all__ = [
     "ShardedTensor",
+    "dtype_of",
     "flatten_sharded_tensors",
     "sharded_chunks",
     "sharded_items",
@@ -32,6 +33,12 @@ def size_of(value: Any) -> torch.Size:
     """Return the global size of a tensor of any kind: a ShardedTensor's own ``shape`` warns that its class is old."""
     size: torch.Size = value.metadata().size if isinstance(value, ShardedTensor) else value.shape
     return size
+
+
+def dtype_of(value: Any) -> torch.dtype:
+    """Return the dtype of a tensor of any kind, also without that warning."""
+    dtype: torch.dtype = value.metadata().tensor_properties.dtype if isinstance(value, ShardedTensor) else value.dtype
+    return dtype
 
 
 def sharded_items(fqn: str, value: ShardedTensor) -> list[WriteItem]:
