@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 from collections.abc import Iterator
@@ -28,14 +29,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Let ranks fork from a server that has imported, once, the frameworks that the tests at hand are about."""
+    """Let ranks fork from a server that has imported, once, the test modules and the frameworks that they are about."""
     if session.config.option.collectonly or not session.items:
         return
     adapters = Path(__file__).parent / "adapters"
-    wanted = {item.path.relative_to(adapters).parts[0] for item in session.items if item.path.is_relative_to(adapters)}
-    preload(*(f"tests.adapters.{name}.trainers" for name in sorted(wanted)))
+    frameworks = {
+        item.path.relative_to(adapters).parts[0] for item in session.items if item.path.is_relative_to(adapters)
+    }
+    modules = {item.module.__name__ for item in session.items if isinstance(item, pytest.Function)}
+    preload(*(f"tests.adapters.{name}.trainers" for name in sorted(frameworks)), *sorted(modules))
     # Here as there: what was imported for the tests is not to be walked by each collection in one of them.
     importlib.import_module("dcp_plugins.testing.frozen")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_old_is_walked() -> Iterator[None]:
+    """Spare the collections in later tests what this module's tests have imported, cached and left behind."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
