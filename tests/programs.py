@@ -1,18 +1,17 @@
 """Programs that tests run: forked from a server that has imported torch, seconds sooner than they would be started.
 
-That is for programs whose claim is about what they do. Where it is about how an interpreter begins or ends, start one.
+They end as an interpreter does. Where the claim is about how one begins, or what it imports, start one.
 """
 
 from __future__ import annotations
 
-import atexit
+import ctypes
 import multiprocessing
 import os
 import resource
 import subprocess
 import sys
 import tempfile
-import threading
 import traceback
 import types
 import warnings
@@ -27,19 +26,7 @@ from dcp_plugins.testing.ranks import preload
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run_started(program: Path, *arguments: str, timeout_seconds: float = 100) -> subprocess.CompletedProcess[str]:
-    """Run a script in an interpreter of its own, which ignores warnings."""
-    return subprocess.run(
-        [sys.executable, str(program), *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},
-        capture_output=True,
-        text=True,
-        timeout=timeout_seconds,
-        check=False,
-    )
-
-
-def run_forked(
+def run_program(
     program: Path,
     *arguments: str,
     folder: Path,
@@ -127,9 +114,6 @@ def run_as_a_program(run: Callable[[], None], stdout: Path, stderr: Path) -> NoR
     # Whatever ends a program ends it with a traceback.
     except BaseException:
         traceback.print_exc()
-    # As an interpreter ends: threads first, then the exit handlers; what multiprocessing would do for a child is less.
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    # The interpreter ends as it does when a script has come to its end. What multiprocessing does for a child is less.
+    ctypes.pythonapi.Py_Exit(code)
+    raise AssertionError("the interpreter has ended")

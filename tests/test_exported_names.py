@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import json
 import subprocess
 import sys
 from typing import Any
@@ -89,41 +90,37 @@ def test_every_documented_module_path_resolves_with_torchs_names(module: str) ->
     assert not missing
 
 
-def fresh(program: str) -> list[str]:
-    """Return the words that a program prints, run by an interpreter that has imported nothing yet."""
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    return result.stdout.split()
+FRESH = """
+import json, os, sys
+import torch.distributed.checkpoint as theirs
+names = [name for name in dir(theirs) if not name.startswith("_") or name == "_extension"]
+assert {"planner_helpers", "state_dict_saver", "utils", "save"} <= set(names), names
+import dcp_plugins as ours
+late = "dcp_plugins.state_dict"
+print(json.dumps([name for name in names if name not in dir(ours)]))
+before = late in sys.modules
+# Each in a child of its own: one of them imports others.
+for name in json.loads(sys.argv[1]):
+    if os.fork() == 0:
+        print(json.dumps(getattr(ours, name).__name__), flush=True)
+        os._exit(0)
+    os.wait()
+print(json.dumps([name for name in names if not hasattr(ours, name)]))
+ours.state_dict
+print(json.dumps([before, late in sys.modules]))
+"""
 
 
-def test_every_attribute_of_torchs_package_is_one_of_ours_after_the_import_alone() -> None:
-    # Both in one interpreter, torch first: `import dcp_plugins` must not add to what is compared.
-    missing = fresh(
-        "import torch.distributed.checkpoint as theirs\n"
-        "names = [name for name in dir(theirs) if not name.startswith('_') or name == '_extension']\n"
-        "assert {'planner_helpers', 'state_dict_saver', 'utils', 'save'} <= set(names), names\n"
-        "import dcp_plugins as ours\n"
-        "print(*[name for name in names if not hasattr(ours, name) or name not in dir(ours)])"
-    )
-    assert missing == []
-
-
-def test_each_submodule_is_an_attribute_after_the_import_of_the_package_alone() -> None:
+def test_an_interpreter_that_imports_the_package_alone_has_each_attribute_of_torchs_and_no_module_too_early() -> None:
+    # Torch is imported first: our import must not add to what is compared.
     modules = [*MODULES, "protocol", "_extension"]
-    # Each in a child of its own: one of them imports others.
-    found = fresh(
-        "import os, dcp_plugins as dcp\n"
-        f"for name in {modules}:\n"
-        "    if os.fork() == 0:\n"
-        "        print(getattr(dcp, name).__name__, flush=True)\n"
-        "        os._exit(0)\n"
-        "    os.wait()"
-    )
+    command = [sys.executable, "-c", FRESH, json.dumps(modules)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    unlisted, *found, missing, is_late_imported = map(json.loads, done.stdout.splitlines())
+    assert unlisted == []
     assert found == [f"dcp_plugins.{module}" for module in modules]
-
-
-def test_a_submodule_that_takes_long_is_imported_when_it_is_asked_for() -> None:
-    listed = "print('dcp_plugins.state_dict' in sys.modules)"
-    assert fresh(f"import sys, dcp_plugins as dcp; dir(dcp); {listed}; dcp.state_dict; {listed}") == ["False", "True"]
+    assert missing == []
+    assert is_late_imported == [False, True], "state_dict takes long: it is imported when it is asked for"
 
 
 def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:

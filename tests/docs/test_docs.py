@@ -18,7 +18,7 @@ import pytest
 
 import dcp_plugins
 from dcp_plugins.testing.ranks import run_ranks
-from tests.programs import run_forked
+from tests.programs import run_program
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -51,7 +51,7 @@ def python_blocks(text: str) -> list[tuple[int, str]]:
 
 
 def run(program: Path, folder: Path) -> str:
-    result = run_forked(program, folder=folder, before=unplug)
+    result = run_program(program, folder=folder, before=unplug)
     assert result.returncode == 0, f"{program}\n{result.stdout}\n{result.stderr}"
     return result.stdout
 

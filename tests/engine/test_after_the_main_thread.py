@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import dcp_plugins as dcp
-from tests.programs import run_started
+from tests.programs import run_program
 
 PROGRAM = """
 import sys, threading
@@ -42,7 +42,7 @@ threading.Thread(target=late).start()
 def test_an_asynchronous_save_after_the_main_thread_is_refused_and_the_process_fails(tmp_path, kind, order):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    ended = run_started(program, str(tmp_path), kind, order)
+    ended = run_program(program, str(tmp_path), kind, order, folder=tmp_path, warn="ignore")
     assert ended.returncode == 1, ended.stderr
     assert "RuntimeError: async_save was called on thread 'late-thread' after the main thread had ended" in ended.stderr
     assert "or call save" in ended.stderr
@@ -53,6 +53,6 @@ def test_an_asynchronous_save_after_the_main_thread_is_refused_and_the_process_f
 def test_a_synchronous_save_after_the_main_thread_works(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(SAVES)
-    ended = run_started(program, str(tmp_path))
+    ended = run_program(program, str(tmp_path), folder=tmp_path, warn="ignore")
     assert ended.returncode == 0, ended.stderr
     assert torch.equal(dcp.load_from_keys(checkpoint_id=tmp_path / "late")["x"], torch.ones(3))

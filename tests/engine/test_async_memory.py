@@ -27,8 +27,8 @@ from dcp_plugins.engine import AsyncCheckpointerType, AsyncSaveResponse
 from dcp_plugins.engine.thread_runner import thread_runner
 from dcp_plugins.errors import UnloadableValueWarning
 from dcp_plugins.staging import DefaultStager, StagingOptions, release_staging_memory, staging_memory_bytes
+from tests import programs
 from tests.engine.leftovers import num_threads
-from tests.programs import run_forked
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning"),
@@ -292,7 +292,7 @@ def test_a_budget_of_nothing_is_refused(max_bytes: int) -> None:
 def run_program(source: str, folder: Path) -> subprocess.CompletedProcess[str]:
     program = folder / "program.py"
     program.write_text(textwrap.dedent(source))
-    return run_forked(program, str(folder / "checkpoint"), folder=folder, warn="ignore", timeout_seconds=60)
+    return programs.run_program(program, str(folder / "checkpoint"), folder=folder, warn="ignore", timeout_seconds=60)
 
 
 PREAMBLE = """

@@ -21,8 +21,8 @@ from dcp_plugins.engine.async_save import _writers_stagers
 from dcp_plugins.engine.thread_runner import SaveFuture, thread_runner
 from dcp_plugins.errors import UnsupportedValueError
 from dcp_plugins.staging import BlockingAsyncStager, DefaultStager, StagingOptions, release_staging_memory
+from tests import programs
 from tests.engine.leftovers import num_threads
-from tests.programs import run_forked, run_started
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
@@ -324,18 +324,10 @@ def test_many_saves_leave_no_threads_descriptors_or_memory_behind(tmp_path: Path
     assert used() == before
 
 
-def start_program(source: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    return run_started(written(source, folder), str(folder), timeout_seconds=60)
-
-
-def fork_program(source: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    return run_forked(written(source, folder), str(folder), folder=folder, warn="ignore", timeout_seconds=60)
-
-
-def written(source: str, folder: Path) -> Path:
+def run_program(source: str, folder: Path) -> subprocess.CompletedProcess[str]:
     program = folder / "program.py"
     program.write_text(PREAMBLE + source)
-    return program
+    return programs.run_program(program, str(folder), folder=folder, warn="ignore")
 
 
 PREAMBLE = """
@@ -355,7 +347,7 @@ class Slow(dcp.FileSystemWriter):
 
 def test_a_save_in_flight_is_finished_when_the_program_ends(tmp_path: Path) -> None:
     # Large enough for two threads: the pool that writes is made after the main thread has ended.
-    result = start_program(
+    result = run_program(
         """
 state_dict = {"a": torch.ones(8_000_000), "b": torch.ones(8_000_000)}
 dcp.async_save(state_dict, storage_writer=Slow(folder + "/good", thread_count=2))
@@ -369,7 +361,7 @@ dcp.async_save(state_dict, storage_writer=Slow(folder + "/good", thread_count=2)
 
 
 def test_a_failure_nobody_asked_for_fails_the_program(tmp_path: Path) -> None:
-    result = start_program(
+    result = run_program(
         """
 atexit.register(lambda: print("first handler"))
 dcp.async_save({"a": torch.ones(3)}, storage_writer=Slow(folder + "/bad"))
@@ -385,7 +377,7 @@ print("end of program")
 
 
 def test_a_failure_somebody_asked_for_does_not(tmp_path: Path) -> None:
-    result = fork_program(
+    result = run_program(
         """
 future = dcp.async_save({"a": torch.ones(3)}, storage_writer=Slow(folder + "/bad"))
 assert future.exception() is not None
@@ -397,7 +389,7 @@ assert future.exception() is not None
 
 
 def test_a_forked_child_does_not_wait_for_its_parents_save(tmp_path: Path) -> None:
-    result = fork_program(
+    result = run_program(
         """
 import multiprocessing
 writer = Slow(folder + "/bad")

@@ -42,17 +42,12 @@ def test_every_known_reason_says_why() -> None:
 
 
 TESTS = """
-import os, subprocess, sys
+import subprocess, sys
 
 from accelerate import Accelerator
 
 
-def test_stock_writes_its_random_states(tmp_path):
-    Accelerator(cpu=True).save_state(str(tmp_path))
-    assert "random_states_0.pkl" in os.listdir(tmp_path)
-
-
-def test_a_program_that_a_test_starts_is_swapped_too(tmp_path):
+def test_a_program_that_a_test_starts_has_stocks_class():
     lines = "from accelerate import Accelerator; print(type(Accelerator(cpu=True)) is Accelerator)"
     done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "True"
@@ -66,9 +61,8 @@ def test_nothing():
 @pytest.mark.slow
 def test_the_package_is_swapped_in_for_the_tests_and_the_programs_that_they_start(tmp_path: Path) -> None:
     (tmp_path / "test_theirs.py").write_text(TESTS)
-    stock = outcomes("accelerate", tmp_path, ["test_theirs.py"], None)
-    assert set(stock.values()) == {"passed"}
-    ours = {"off": outcomes("accelerate", tmp_path, ["test_theirs.py"], "off")}
-    different = {one.test.partition("::")[2] for one in differences("accelerate", stock, ours, [])}
-    assert "test_a_program_that_a_test_starts_is_swapped_too" in different
-    assert "test_nothing" not in different
+    found = outcomes("accelerate", tmp_path, ["test_theirs.py"], "off")
+    assert {test.partition("::")[2]: outcome for test, outcome in found.items()} == {
+        "test_a_program_that_a_test_starts_has_stocks_class": "failed",
+        "test_nothing": "passed",
+    }

@@ -6,8 +6,6 @@ import multiprocessing
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -20,6 +18,7 @@ import torch.distributed as dist
 from dcp_plugins.manager import CheckpointManager, EverySteps, Preemption, SaveOptions, shield_data_worker
 from dcp_plugins.testing.ranks import preload, run_ranks
 from tests.manager.test_saver import commits
+from tests.programs import run_program
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -274,14 +273,6 @@ if __name__ == "__main__":
 def test_dataloader_workers_outlive_the_signals_and_end_with_the_program(tmp_path: Path) -> None:
     script = tmp_path / "loading.py"
     script.write_text(LOADING)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(script), "left open"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = run_program(script, "left open", folder=tmp_path, warn="ignore")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout == "done\n"

@@ -14,7 +14,7 @@ import torch
 import dcp_plugins as dcp
 from dcp_plugins.manager import CheckpointManager, load_state
 from dcp_plugins.state_dict import get_model_state_dict, get_state_dict
-from tests.programs import run_started
+from tests.programs import run_program
 
 SAVED = {"model": {"weight": torch.ones(3)}}
 
@@ -129,7 +129,7 @@ dcp.save({"x": torch.ones(1)}, checkpoint_id=f"{sys.argv[1]}/a")  # from another
 def test_python_shows_a_warning_once_for_each_line_of_the_program(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    shown = run_started(program, str(tmp_path)).stderr.splitlines()
+    shown = run_program(program, str(tmp_path), folder=tmp_path).stderr.splitlines()
     places = [line.partition(" UserWarning")[0] for line in shown if "torch.distributed is disabled" in line]
     assert places == [f"{program}:7:", f"{program}:12:"], shown
     assert '  dcp.save({"x": torch.ones(1)}, checkpoint_id=f"{sys.argv[1]}/{name}")' in shown

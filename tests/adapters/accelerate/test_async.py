@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from dcp_plugins.manager import is_committed, verify_checkpoint
 from dcp_plugins.storage import FileSystemWriter
 from dcp_plugins.testing.ranks import run_ranks
 from tests.adapters.accelerate.trainers import run, same
+from tests.programs import run_program
 
 ROOT = Path(__file__).parents[3]
 
@@ -135,9 +134,9 @@ for _ in range(3):
 
 @pytest.mark.parametrize("asynchronous", ["thread", "process"])
 def test_the_interpreter_ends_when_the_save_and_what_follows_it_are_done(tmp_path: Path, asynchronous: str) -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-W", "error", "-c", PROGRAM, str(tmp_path), asynchronous]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, env=environment)
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    done = run_program(program, str(tmp_path), asynchronous, folder=tmp_path, warn="error")
     assert done.returncode == 0, done.stderr
     assert os.listdir(tmp_path / "checkpoints") == ["checkpoint_2"]
     assert (tmp_path / "checkpoints" / "checkpoint_2" / "scheduler.bin").exists()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from dcp_plugins.accelerate import DCPPlugin, launch, plugin
 from dcp_plugins.manager import EveryMinutes, EverySteps, KeepBest, KeepEvery, KeepLatest, KeepNewerThan
+from tests.programs import run_program
 
 ROOT = Path(__file__).parents[3]
 
@@ -181,9 +180,8 @@ def test_when_to_save_is_a_union_of_policies_over_the_calls() -> None:
 
 def test_our_launcher_refuses_a_wrong_name_before_it_starts_anything(tmp_path: Path) -> None:
     path = write(tmp_path / "x.yaml", top={"threads": 2})
-    command = [sys.executable, "-m", "dcp_plugins.cli", "launch", "--config_file", str(path), "no-such-script.py"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, env=environment)
+    arguments = ["launch", "--config_file", str(path), "no-such-script.py"]
+    done = run_program(ROOT / "dcp_plugins" / "cli" / "__main__.py", *arguments, folder=tmp_path)
     assert done.returncode == 1
     assert "unknown option(s) threads. Valid names: asynchronous, in_flight, keep_best, " in done.stderr
     assert "Traceback" not in done.stderr

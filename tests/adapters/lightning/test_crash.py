@@ -17,7 +17,7 @@ from dcp_plugins.errors import CheckpointException, CheckpointNotFoundError
 from dcp_plugins.lightning import DCPCheckpointIO, is_committed, last_checkpoint, remove_uncommitted
 from dcp_plugins.testing.ranks import run_ranks
 from tests.adapters.lightning.trainers import Regression, Ticks, fit, trainer, whole_state
-from tests.programs import run_forked
+from tests.programs import run_program
 
 ROOT = Path(__file__).parents[3]
 
@@ -203,7 +203,7 @@ def test_removal_takes_the_commit_first_and_of_a_link_the_link_only(
 @pytest.mark.timeout(600)
 def test_the_demo_resumes_a_run_killed_in_mid_save(tmp_path: Path) -> None:
     demo = ROOT / "examples" / "lightning_demo.py"
-    done = run_forked(demo, "--quick", "--out", str(tmp_path / "out"), folder=ROOT, timeout_seconds=500)
+    done = run_program(demo, "--quick", "--out", str(tmp_path / "out"), folder=ROOT, timeout_seconds=500)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "on 2 ranks every loss is identical, bit for bit" in done.stdout
     assert "FAIL" not in done.stdout
@@ -213,6 +213,6 @@ def test_the_demo_resumes_a_run_killed_in_mid_save(tmp_path: Path) -> None:
 def test_the_demo_times_what_saves_cost(tmp_path: Path) -> None:
     size = ["--width", "64", "--depth", "2", "--length", "32"]
     options = ["--steps", "4", "--every", "2", "--rounds", "1", "--strategy", "dcp_fsdp2_async", *size]
-    done = run_forked(ROOT / "examples" / "lightning_overhead.py", *options, folder=tmp_path)
+    done = run_program(ROOT / "examples" / "lightning_overhead.py", *options, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "with a save every 2 (dcp_fsdp2_async)" in done.stdout

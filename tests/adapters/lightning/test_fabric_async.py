@@ -16,7 +16,7 @@ from dcp_plugins.lightning.fabric import DCPFSDP2Strategy
 from dcp_plugins.testing.ranks import run_ranks
 from tests.adapters.lightning.fabrics import Run
 from tests.adapters.lightning.test_async import commits
-from tests.programs import run_forked
+from tests.programs import run_program
 
 FLAGS = pytest.mark.parametrize("flag", ["dcp_ddp_async", "dcp_fsdp_async", "dcp_fsdp2_async"])
 
@@ -111,10 +111,10 @@ PROGRAM = """
 def test_the_end_of_the_program_waits_for_the_save_and_tells_of_its_failure(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(textwrap.dedent(PROGRAM))
-    done = run_forked(script, str(tmp_path / "a"), "succeed", folder=tmp_path)
+    done = run_program(script, str(tmp_path / "a"), "succeed", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert is_committed(tmp_path / "a")
-    failed = run_forked(script, str(tmp_path / "b"), "fail", folder=tmp_path)
+    failed = run_program(script, str(tmp_path / "b"), "fail", folder=tmp_path)
     assert failed.returncode == 1
     assert "No space left on device" in failed.stderr
     assert not is_committed(tmp_path / "b")

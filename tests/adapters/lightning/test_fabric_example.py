@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dcp_plugins.lightning import last_checkpoint
-from tests.programs import run_forked
+from tests.programs import run_program
 
 EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "fabric_train.py"
 
@@ -35,7 +35,7 @@ def losses(output: str) -> dict[int, float]:
 def run_on_one(folder: Path, name: str) -> dict[int, float]:
     """Run the example to its end on one rank and return the losses that it printed."""
     arguments = ["--dir", str(folder / name), "--every", "1", "--steps", "12", "--devices", "1"]
-    done = run_forked(EXAMPLE, *arguments, folder=folder, warn="ignore")
+    done = run_program(EXAMPLE, *arguments, folder=folder, warn="ignore")
     assert done.returncode == 0, done.stderr
     assert ("going on from step-" in done.stdout) is (name == "killed")
     return losses(done.stdout)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.programs import run_forked
+from tests.programs import run_program
 
 PROGRAM = """
 import sys
@@ -33,5 +33,5 @@ if __name__ == "__main__":
 def test_a_launcher_hands_the_trained_weights_to_the_main_process(tmp_path: Path, method: str) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    done = run_forked(program, method, str(tmp_path / "run"), folder=tmp_path, warn="ignore")
+    done = run_program(program, method, str(tmp_path / "run"), folder=tmp_path, warn="ignore")
     assert done.returncode == 0, done.stderr

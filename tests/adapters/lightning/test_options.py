@@ -23,7 +23,7 @@ from dcp_plugins.lightning import (
 from dcp_plugins.testing.ranks import run_ranks
 from tests.adapters.lightning.test_async import every_step
 from tests.adapters.lightning.trainers import Regression, Ticks, digest, fit, trainer
-from tests.programs import run_forked
+from tests.programs import run_program
 
 STRATEGIES = pytest.mark.parametrize(
     "strategy",
@@ -159,7 +159,7 @@ def test_lightning_cli_sets_the_options_from_a_file_and_from_the_command_line(tm
     (tmp_path / "config.yaml").write_text(textwrap.dedent(CONFIG))
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return run_forked(tmp_path / "train.py", "fit", "--config", "config.yaml", *arguments, folder=tmp_path)
+        return run_program(tmp_path / "train.py", "fit", "--config", "config.yaml", *arguments, folder=tmp_path)
 
     done = run("--trainer.strategy.init_args.thread_count=3")
     assert done.returncode == 0, done.stderr

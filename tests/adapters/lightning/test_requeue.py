@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from dcp_plugins.lightning import is_committed
 from dcp_plugins.testing.ranks import run_ranks
 from tests.adapters.lightning.trainers import fit
-from tests.programs import run_forked
+from tests.programs import run_program
 
 # Each step waits for a file, so that the signal comes in the midst of a known step, on one rank alone.
 PROGRAM = """
@@ -92,7 +92,7 @@ def train(folder: Path, steps: int) -> list[Future[subprocess.CompletedProcess[s
         begin = partial(set_environment, environment)
         arguments = (str(folder), str(steps))
         runs.append(
-            pool.submit(run_forked, folder / "train.py", *arguments, folder=folder, warn="ignore", before=begin)
+            pool.submit(run_program, folder / "train.py", *arguments, folder=folder, warn="ignore", before=begin)
         )
     pool.shutdown(wait=False)
     return runs

@@ -17,7 +17,7 @@ import torch
 import dcp_plugins as dcp
 from dcp_plugins.manager import is_committed
 from tests.adapters.compare import relative_difference
-from tests.programs import run_forked
+from tests.programs import run_program
 
 ROOT = Path(__file__).parents[3]
 EXAMPLE = ROOT / "examples" / "transformers_train.py"
@@ -45,7 +45,7 @@ def start(folder: Path, ranks: int) -> subprocess.Popen[str]:
 
 def run_on_one(folder: Path) -> str:
     """Run the example in one process, without a launcher, and return what it wrote."""
-    done = run_forked(EXAMPLE, *options(folder), folder=folder.parent, timeout_seconds=RUN_SECONDS)
+    done = run_program(EXAMPLE, *options(folder), folder=folder.parent, timeout_seconds=RUN_SECONDS)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 

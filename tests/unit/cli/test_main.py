@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 from click.testing import CliRunner
 
 from dcp_plugins.cli import main
+from tests.programs import run_program
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -31,9 +30,7 @@ def test_the_module_runs_as_the_console_script_does(tmp_path):
     # Neither the disk nor what Python collects beside the case is the point.
     quick = ["--scale", "0.0005", "--repeat", "1", "--no-sync", "--no-gc"]
     arguments = ["bench", "small", *quick, "--path", str(tmp_path)]
-    result = subprocess.run(
-        [sys.executable, "-m", "dcp_plugins.cli", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    result = run_program(ROOT / "dcp_plugins" / "cli" / "__main__.py", *arguments, folder=ROOT)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("small: 10 tensors")
     assert "warm-up" in result.stderr

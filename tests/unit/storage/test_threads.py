@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcp_plugins.storage.threads import SharedWork
-from tests.programs import run_forked
+from tests.programs import run_program
 
 
 @given(st.lists(st.lists(st.integers(), max_size=5), min_size=1, max_size=4), st.data())
@@ -71,7 +71,7 @@ print(counts[1])
 def helped(how: str, folder: Path) -> int:
     program = folder / "program.py"
     program.write_text(SHARES_A_PROCESSOR)
-    done = run_forked(program, how, folder=folder)
+    done = run_program(program, how, folder=folder)
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
 
