@@ -2,7 +2,7 @@
 #
 #   make demo    a Lightning run on FSDP2 that is killed and resumed, on 2, 1 and 4 ranks; STRATEGY=dcp_fsdp_async: FSDP1
 #   make test    what CI runs: lint, types, the whole suite
-#   make lint    ruff and mypy
+#   make lint    ruff and mypy (make test has both; there mypy is a test, beside which others run)
 #   make parallelism-table   run the matrix of parallelisms, and write what it finds into docs/parallelism.md
 #   make bench   this package against stock torch, on this machine's storage
 #   make clean   remove .venv and every cache
@@ -19,7 +19,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format types parallelism-table bench clean
+.PHONY: help venv demo test style lint format types parallelism-table bench clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -40,13 +40,14 @@ venv: $(VENV)/.dev
 demo: $(VENV)/.runtime
 	$(BIN)/python examples/lightning_demo.py $(if $(STRATEGY),--strategy $(STRATEGY))
 
-test: lint
+test: style
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal $(PYTEST_ARGS)
 
-lint: $(VENV)/.dev
+style: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+
+lint: style types
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix-only .

@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -88,39 +85,6 @@ def test_every_documented_module_path_resolves_with_torchs_names(module: str) ->
     ours = importlib.import_module(f"dcp_plugins.{module}")
     missing = [name for name in theirs.__all__ if not hasattr(ours, name)]
     assert not missing
-
-
-FRESH = """
-import json, os, sys
-import torch.distributed.checkpoint as theirs
-names = [name for name in dir(theirs) if not name.startswith("_") or name == "_extension"]
-assert {"planner_helpers", "state_dict_saver", "utils", "save"} <= set(names), names
-import dcp_plugins as ours
-late = "dcp_plugins.state_dict"
-print(json.dumps([name for name in names if name not in dir(ours)]))
-before = late in sys.modules
-# Each in a child of its own: one of them imports others.
-for name in json.loads(sys.argv[1]):
-    if os.fork() == 0:
-        print(json.dumps(getattr(ours, name).__name__), flush=True)
-        os._exit(0)
-    os.wait()
-print(json.dumps([name for name in names if not hasattr(ours, name)]))
-ours.state_dict
-print(json.dumps([before, late in sys.modules]))
-"""
-
-
-def test_an_interpreter_that_imports_the_package_alone_has_each_attribute_of_torchs_and_no_module_too_early() -> None:
-    # Torch is imported first: our import must not add to what is compared.
-    modules = [*MODULES, "protocol", "_extension"]
-    command = [sys.executable, "-c", FRESH, json.dumps(modules)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    unlisted, *found, missing, is_late_imported = map(json.loads, done.stdout.splitlines())
-    assert unlisted == []
-    assert found == [f"dcp_plugins.{module}" for module in modules]
-    assert missing == []
-    assert is_late_imported == [False, True], "state_dict takes long: it is imported when it is asked for"
 
 
 def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:

@@ -1,10 +1,9 @@
-"""The example under the real launchers: killed in mid-save, resumed on as many processes and on fewer."""
+"""The example under the real launchers: killed in mid-save, and gone on with."""
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,15 +15,12 @@ from safetensors.torch import load_file
 
 from dcp_plugins.accelerate import newest_checkpoint
 from dcp_plugins.manager import is_committed
-from tests.adapters.compare import relative_difference
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "examples" / "accelerate_train.py"
 CONFIG = ROOT / "examples" / "accelerate_cpu.yaml"
 STOCK = [sys.executable, "-m", "accelerate.commands.launch"]
 OURS = [sys.executable, "-m", "dcp_plugins.cli", "launch"]
-# What the command above becomes; it costs another import of torch.
-OURS_DIRECTLY = [sys.executable, "-m", "dcp_plugins.accelerate.launch"]
 
 # Python runs a module of this name at its start: here in the second process, which dies when it has written a part of
 # the checkpoint of step 12 and not the rest.
@@ -68,7 +64,7 @@ def losses(process: subprocess.Popen[str], *, succeeds: bool = True) -> dict[int
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_the_example_goes_on_from_a_kill_in_mid_save_on_any_number_of_processes(tmp_path: Path) -> None:
+def test_the_example_goes_on_from_a_kill_in_mid_save_as_if_it_had_not_been(tmp_path: Path) -> None:
     stock = [*STOCK, "--config_file", str(CONFIG)]
     (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE)
     whole = start(stock, tmp_path / "whole")
@@ -80,7 +76,6 @@ def test_the_example_goes_on_from_a_kill_in_mid_save_on_any_number_of_processes(
     assert any((tmp_path / "killed" / "step_12").rglob("*.distcp")), "it was killed in mid-save"
     assert not is_committed(tmp_path / "killed" / "step_12")
     assert newest_checkpoint(tmp_path / "killed") == tmp_path / "killed" / "step_6"
-    shutil.copytree(tmp_path / "killed", tmp_path / "alone")
 
     # The same file, with our section where only our launcher takes it, and other options in it.
     config = yaml.safe_load(CONFIG.read_text())
@@ -88,17 +83,10 @@ def test_the_example_goes_on_from_a_kill_in_mid_save_on_any_number_of_processes(
     (tmp_path / "ours.yaml").write_text(yaml.safe_dump(config))
     options = ["--config_file", str(tmp_path / "ours.yaml")]
     resume = ["--resume_from_checkpoint", "newest"]
-    resumed = start([*OURS_DIRECTLY, *options], tmp_path / "killed", *resume)
-    fewer = start([*OURS, *options, "--num_processes", "1"], tmp_path / "alone", *resume)
-    again, alone = losses(resumed), losses(fewer)
+    again = losses(start([*OURS, *options], tmp_path / "killed", *resume))
     assert again == {step: loss for step, loss in expected.items() if step > 6}, "bit for bit"
     weights = load_file(tmp_path / "whole" / "final" / "model.safetensors")
     for name, value in load_file(tmp_path / "killed" / "final" / "model.safetensors").items():
         assert torch.equal(value, weights[name]), name
-
-    # Means over the same batches, added up in another order.
-    assert alone == pytest.approx({step: loss for step, loss in expected.items() if step > 6}, rel=1e-4)
-    others = load_file(tmp_path / "alone" / "final" / "model.safetensors")
-    assert relative_difference(others, weights) < 1e-4
-    assert is_committed(tmp_path / "alone" / "step_12")
-    assert is_committed(tmp_path / "alone" / "step_18")
+    assert is_committed(tmp_path / "killed" / "step_12")
+    assert is_committed(tmp_path / "killed" / "step_18")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +41,6 @@ from tests.adapters.lightning.trainers import Block, Net, Regression, Ticks, fit
 def test_flags_name_the_strategies(flag: str, strategy: type) -> None:
     assert type(StrategyRegistry.get(flag)) is strategy
     assert isinstance(trainer(flag, devices=1, steps=1).strategy, strategy)
-
-
-def test_without_lightning_the_import_names_the_extra_to_install() -> None:
-    code = "import sys; sys.modules['lightning'] = None\nimport dcp_plugins.lightning"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "MissingExtraError" in done.stderr
-    assert "pip install 'dcp_plugins[lightning]'" in done.stderr
 
 
 def test_the_flag_for_one_device_refuses_several() -> None:
