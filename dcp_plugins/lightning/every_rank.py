@@ -39,6 +39,7 @@ from dcp_plugins.lightning.requeue import Requeue, is_requeue_checkpoint
 from dcp_plugins.lightning.restoring import Opened, Restoring
 from dcp_plugins.lightning.strategy_base import SavesThroughDCP, instead_of, make_room
 from dcp_plugins.lightning.twin import Fingerprint
+from dcp_plugins.lightning.uploads import read_by, warn_of_missing_uploads
 from dcp_plugins.manager import SaveOptions, is_committed, remove_if_uncommitted
 from dcp_plugins.manager.agreement import deciding_ranks
 from dcp_plugins.manager.failed_saves import missing_commit
@@ -144,6 +145,9 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
         path = local_path(filepath)
         if not self._is_interrupted:
             self._save(checkpoint, path, storage_options)
+            if self.is_global_zero and self._trainer is not None and read_by(self._trainer.loggers):
+                # The caller tells the loggers next.
+                self.checkpoint_io.wait()
             return
         if not self._single_process:
             raise_unless_everywhere(timeout_seconds=self._interruption_timeout_seconds)
@@ -217,9 +221,14 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
 
     @property
     def _is_fitting(self) -> bool:
-        """Whether training will go on after this, as far as one can tell."""
+        """Whether training will go on after this, as far as one can tell.
+
+        Lightning calls ``on_fit_end`` after `teardown`: nothing would wait for a save in the background
+        that began then.
+        """
         state = self._run_state
-        return state is not None and state.fn == TrainerFn.FITTING and state.status == TrainerStatus.RUNNING
+        is_running = state is not None and state.fn == TrainerFn.FITTING and state.status == TrainerStatus.RUNNING
+        return is_running and self._step_hook is not None
 
     @property
     def _is_interrupted(self) -> bool:
@@ -240,6 +249,8 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
     def on_train_start(self) -> None:
         super().on_train_start()
         assert self.lightning_module is not None
+        if self.is_global_zero:
+            warn_of_missing_uploads(self.lightning_module.trainer.loggers)
         # Without this check, a URL would be refused only at the first save, and the training until then would be lost.
         callbacks = self.lightning_module.trainer.checkpoint_callbacks
         refuse_urls(getattr(callback, "dirpath", None) for callback in callbacks)

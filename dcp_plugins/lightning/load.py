@@ -17,13 +17,15 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from dcp_plugins.errors import listing
+from dcp_plugins.engine.thread_runner import thread_runner
+from dcp_plugins.errors import CheckpointNotFoundError, listing
 from dcp_plugins.format.trust import SafeGlobal, admitted_by_torch
 from dcp_plugins.lightning import layout
 from dcp_plugins.lightning.checkpoint_part import CheckpointPart, Reader
 from dcp_plugins.lightning.lazy_state import LazyOptimizerState, LazyState
 from dcp_plugins.lightning.module_versions import set_versions
-from dcp_plugins.manager import load_state, unwrapped_plan_errors
+from dcp_plugins.manager import is_committed, load_state, unwrapped_plan_errors
+from dcp_plugins.manager.failed_saves import missing_commit
 from dcp_plugins.state_dict import StateDictOptions, set_model_state_dict
 from dcp_plugins.state_dict.numbered import by_name
 from dcp_plugins.state_dict.owned import own_model_state, own_optimizer_state, restore_optimizer_state
@@ -31,6 +33,7 @@ from dcp_plugins.state_dict.owned import own_model_state, own_optimizer_state, r
 __all__ = [
     "Targets",
     "as_trainer_checkpoint",
+    "demand_committed",
     "fill_from_directory",
     "fill_from_file",
     "fill_raw",
@@ -39,6 +42,19 @@ __all__ = [
     "open_directory",
     "open_file",
 ]
+
+
+def demand_committed(path: Path) -> None:
+    """Wait for the saves that this process has in flight, and check that a directory has a committed checkpoint.
+
+    Without the wait, a callback could not load the checkpoint that ``ModelCheckpoint`` has named a moment ago.
+
+    Raises:
+        CheckpointNotFoundError: There is no commit.
+    """
+    thread_runner.wait()
+    if not is_committed(path):
+        raise CheckpointNotFoundError(f"Expected a committed checkpoint at {path}, but {missing_commit(path)}.")
 
 
 def open_directory(path: Path, *, weights_only: bool, safe_globals: Iterable[SafeGlobal] = ()) -> dict[str, Any]:

@@ -18,11 +18,10 @@ import torch
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.core import saving
 
-from dcp_plugins.errors import CheckpointNotFoundError, StorageDetectionError
-from dcp_plugins.lightning.load import moved, open_directory
+from dcp_plugins.errors import StorageDetectionError
+from dcp_plugins.lightning.load import demand_committed, moved, open_directory
 from dcp_plugins.lightning.paths import local_path
 from dcp_plugins.manager import is_committed
-from dcp_plugins.manager.failed_saves import missing_commit
 
 __all__ = ["patch_plain_loading"]
 
@@ -68,8 +67,7 @@ def open_committed(path: Path, *, weights_only: bool) -> dict[str, Any]:
     Raises:
         CheckpointNotFoundError: The directory has no committed checkpoint.
     """
-    if not is_committed(path):
-        raise CheckpointNotFoundError(f"Expected a committed checkpoint at {path}, but {missing_commit(path)}.")
+    demand_committed(path)
     return open_directory(path, weights_only=weights_only)
 
 

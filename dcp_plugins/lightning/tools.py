@@ -12,16 +12,13 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 
 import dcp_plugins as dcp
-from dcp_plugins.errors import CheckpointNotFoundError
 from dcp_plugins.format.names import new_save_id
 from dcp_plugins.format.trust import SafeGlobal, admitted_by_torch
 from dcp_plugins.lightning import layout
 from dcp_plugins.lightning.checkpoint_part import Reader
-from dcp_plugins.lightning.load import as_trainer_checkpoint, meta_of
+from dcp_plugins.lightning.load import as_trainer_checkpoint, demand_committed, meta_of
 from dcp_plugins.lightning.module_versions import versions_of_keys
 from dcp_plugins.lightning.paths import local_path
-from dcp_plugins.manager import is_committed
-from dcp_plugins.manager.failed_saves import missing_commit
 from dcp_plugins.storage.local import sync_directory
 
 __all__ = ["consolidate", "load_from_checkpoint"]
@@ -126,6 +123,5 @@ def consolidate(
 
 
 def _open(path: Path) -> Reader:
-    if not is_committed(path):
-        raise CheckpointNotFoundError(f"Expected a committed checkpoint at {path}, but {missing_commit(path)}.")
+    demand_committed(path)
     return Reader(path)
