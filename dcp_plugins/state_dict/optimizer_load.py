@@ -26,6 +26,7 @@ from dcp_plugins.state_dict.full import Announced, Copy, agree, announce, fill_a
 from dcp_plugins.state_dict.initial import has_state, initial_state, is_fresh, underlying
 from dcp_plugins.state_dict.names import Names
 from dcp_plugins.state_dict.optimizer import check_membership, entries_of
+from dcp_plugins.state_dict.optimizer_class import mismatch_of_class
 from dcp_plugins.state_dict.optimizer_fsdp1 import is_memory_of, merge, piece_copy
 from dcp_plugins.state_dict.optimizer_install import install
 from dcp_plugins.state_dict.optimizer_names import by_fqn, check_real
@@ -197,6 +198,8 @@ class _Plan:
                 numbers.append(number)
                 number += 1
             merged = self._merged_options([saved.groups[index] for index in sources], at)
+            if merged and self._strict and not may_step_replica:
+                problems.note_class(mismatch_of_class(optimizer, merged))
             if not group[PARAMS]:
                 merged = empty_groups.next_options()
             own = {option: value for option, value in group.items() if option != PARAMS}

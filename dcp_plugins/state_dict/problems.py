@@ -83,6 +83,11 @@ class Problems:
         elif had_state is None:
             self._unrecorded.append(fqn)
 
+    def note_class(self, mismatch: str | None) -> None:
+        """Note that the state is of another class of optimizer; groups that say the same are noted once."""
+        if mismatch is not None and mismatch not in self.others:
+            self.others.append(mismatch)
+
     def report(self, *, may_warn: bool) -> None:
         """Log and warn of what was found and does not make the state dict unusable."""
         if self.kept:

@@ -224,6 +224,30 @@ def test_a_parameter_of_a_model_that_was_replaced_is_refused(tmp_path: Path) -> 
         saved(tmp_path, run_state(model=model, optimizers=stale))
 
 
+def another_class(folder: Path, saved_class: Any, own_class: Any) -> torch.optim.Optimizer:
+    """Save with one class of optimizer, and restore into another one."""
+    model, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    optimizer, own = saved_class(model.parameters(), lr=0.1), own_class(other.parameters(), lr=0.2)
+    train(model, optimizer, 1)
+    saved(folder, run_state(model=model, optimizers=optimizer))
+    restored(folder, run_state(model=other, optimizers=own))
+    train(other, own, 1)
+    return own
+
+
+@pytest.mark.parametrize(
+    ("saved_class", "own_class"), [(torch.optim.AdamW, torch.optim.SGD), (torch.optim.SGD, torch.optim.RMSprop)]
+)
+def test_state_of_another_class_of_optimizer_is_refused(tmp_path: Path, saved_class: Any, own_class: Any) -> None:
+    with pytest.raises(CheckpointException, match=f"another class than {own_class.__name__}: .* and lack"):
+        another_class(tmp_path, saved_class, own_class)
+
+
+def test_state_of_a_class_with_the_same_options_is_taken(tmp_path: Path) -> None:
+    assert another_class(tmp_path, torch.optim.Adam, torch.optim.AdamW).param_groups[0]["lr"] == 0.1
+    assert another_class(tmp_path / "r", torch.optim.RAdam, torch.optim.Adam).param_groups[0]["amsgrad"] is False
+
+
 def test_a_plain_optimizer_in_the_state_is_restored_as_any_object(tmp_path: Path) -> None:
     def made() -> tuple[nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(0)
