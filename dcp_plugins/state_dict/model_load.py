@@ -28,7 +28,7 @@ from dcp_plugins.state_dict.full import (
 )
 from dcp_plugins.state_dict.keys import check_keys, is_extra_state, judged, title_of
 from dcp_plugins.state_dict.model import own_state
-from dcp_plugins.state_dict.module_load import load_module
+from dcp_plugins.state_dict.module_load import has_own_load, load_module
 from dcp_plugins.state_dict.names import Names, memory_key
 from dcp_plugins.state_dict.options import StateDictOptions
 from dcp_plugins.state_dict.together import model_pairs, relaid, settled
@@ -129,7 +129,8 @@ def load_planned(plan: ModelPlan | None, names: Names, options: StateDictOptions
 
 def _load(plan: ModelPlan, names: Names, options: StateDictOptions) -> _IncompatibleKeys:
     fill_all(plan.copies)
-    missing, unexpected = _load_stored(plan.values, plan.versions, names, assign=plan.assign)
+    strict = options.strict and not options.ignore_frozen_params
+    missing, unexpected = _load_stored(plan.values, plan.versions, names, assign=plan.assign, strict=strict)
     return judged(missing, unexpected, plan.tree, names, options)
 
 
@@ -146,12 +147,22 @@ def _plan(
 
 
 def _load_stored(
-    values: Mapping[str, Any], versions: Mapping[str, Any] | None, names: Names, *, assign: bool
+    values: Mapping[str, Any], versions: Mapping[str, Any] | None, names: Names, *, assign: bool, strict: bool
 ) -> tuple[list[str], list[str]]:
     """Give the values to the ``load_state_dict()`` of each part; return missing and unexpected canonical names.
 
-    Never strict: the keys are judged by the caller, under their canonical names.
+    The caller judges the keys, under their canonical names. With ``strict``, a ``load_state_dict()`` of a model's own
+    judges them itself, unless FSDP1 has taken parameters away from the model.
     """
+    if strict and not names.pieces and any(map(has_own_load, names.parts.values())):
+        # Of tied parameters, one value may stand for all: a strict call wants each of their names.
+        absent = [fqn for fqn in names.tensors if fqn not in values]
+        for fqn, tied in names.tied(absent).items():
+            given = next((name for name in tied if name in values), None)
+            if given is not None:
+                values = {**values, fqn: values[given]}
+    else:
+        strict = False
     prefixes = {path: f"{path}." if path else "" for path in names.parts}
     stored: dict[str, OrderedDict[str, Any]] = {path: OrderedDict() for path in names.parts}
     several = len(stored) > 1
@@ -177,7 +188,7 @@ def _load_stored(
                     if where == path or where.startswith(prefix)
                 )
             with record("state_dict.call"):
-                absent, strangers = load_module(part, stored[path], own_versions, assign=assign)
+                absent, strangers = load_module(part, stored[path], own_versions, assign=assign, strict=strict)
             absent = [f"{prefix}{key}" for key in absent]
             missing += [names.canonical(key) for key in absent if key not in names.flat_keys]
             unexpected += [names.canonical(f"{prefix}{key}") for key in strangers]

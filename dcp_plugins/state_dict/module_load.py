@@ -18,25 +18,34 @@ from torch.nn.modules.module import _IncompatibleKeys  # What post-hooks are giv
 from dcp_plugins.errors import PlanError
 from dcp_plugins.state_dict.names import memory_key, state_dict_call
 
-__all__ = ["load_module"]
+__all__ = ["has_own_load", "load_module"]
 
 
 def load_module(
-    module: nn.Module, state_dict: OrderedDict[str, Any], versions: Mapping[str, Any] | None, *, assign: bool
+    module: nn.Module,
+    state_dict: OrderedDict[str, Any],
+    versions: Mapping[str, Any] | None,
+    *,
+    assign: bool,
+    strict: bool = False,
 ) -> tuple[list[str], list[str]]:
-    """Load a state dict with the module's own keys, not strictly; return missing and unexpected keys.
+    """Load a state dict with the module's own keys; return missing and unexpected keys.
 
     Args:
         module: A model whose ``load_state_dict()`` is called if it has one of its own.
         state_dict: Values by the module's own key. May be changed.
         versions: What ``state_dict()._metadata`` holds: versions by the module's own path.
         assign: Put tensors in the place of the module's instead of copying into them.
+        strict: Let the model's own ``load_state_dict()`` judge the keys, if it has one: it may want no more of them.
+            Then none are returned.
     """
     call = state_dict_call(module, "load_state_dict")
-    if getattr(call, "__func__", None) is not nn.Module.load_state_dict:
+    if has_own_load(module):
         if versions is not None:
             state_dict._metadata = versions  # type: ignore[attr-defined]
-        found = call(state_dict, strict=False, **({"assign": True} if assign else {}))
+        found = call(state_dict, strict=strict, **({"assign": True} if assign else {}))
+        if strict:
+            return [], []
         # A model's own load_state_dict may return nothing.
         return list(getattr(found, "missing_keys", ())), list(getattr(found, "unexpected_keys", ()))
     walk = _Walk(versions or {}, assign=assign)
@@ -46,6 +55,12 @@ def load_module(
             f"Error(s) in loading state_dict for {type(module).__name__}:\n    " + "\n    ".join(walk.errors)
         )
     return walk.missing, walk.unexpected
+
+
+def has_own_load(module: nn.Module) -> bool:
+    """Tell whether a model has a ``load_state_dict()`` of its own."""
+    call = state_dict_call(module, "load_state_dict")
+    return getattr(call, "__func__", None) is not nn.Module.load_state_dict
 
 
 class _Walk:

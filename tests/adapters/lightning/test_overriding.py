@@ -15,7 +15,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
 
 from dcp_plugins.lightning import DCPCheckpointIO, consolidate, is_committed
-from tests.adapters.lightning.trainers import Regression, Ticks, fit, trainer
+from tests.adapters.lightning.trainers import Regression, Ticks, digest, fit, trainer
 
 
 class Signing(DCPCheckpointIO):
@@ -121,3 +121,29 @@ def test_a_strategy_loads_state_that_was_read_in_another_way(tmp_path: Path) -> 
     runner.strategy.connect(module)
     runner.strategy.load_model_state_dict(checkpoint)
     assert all(torch.equal(value, saved.state_dict()[name]) for name, value in module.state_dict().items())
+
+
+class OnlyHead(Regression):
+    """Saves and loads its head alone, as a model does whose other weights are pretrained; its head is tied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tied = torch.nn.ModuleList([self.net.head])
+
+    def state_dict(self, *args: Any, **options: Any) -> Any:
+        state = super().state_dict(*args, **options)
+        return {key: value for key, value in state.items() if key.startswith(("net.head", "tied"))}
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        if strict and sorted(state_dict) != ["net.head.bias", "net.head.weight", "tied.0.bias", "tied.0.weight"]:
+            raise KeyError(sorted(state_dict))
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+
+def test_a_module_that_saves_a_part_of_itself_judges_the_keys_itself(tmp_path: Path) -> None:
+    found = []
+    for flag in ("dcp", "auto"):
+        fit(flag, devices=1, steps=1, save_to=tmp_path / flag, module=OnlyHead())
+        module = fit(flag, devices=1, steps=2, resume=tmp_path / flag, module=OnlyHead())
+        found.append((module.losses, digest(dict(module.named_parameters()))))
+    assert found[0] == found[1]
