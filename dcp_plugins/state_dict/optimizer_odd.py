@@ -44,20 +44,25 @@ def load_whole_state(optimizer: Optimizer, state_dict: Mapping[Any, Any]) -> Non
 
 
 def name_loose_tensors(names: Names, optimizers: tuple[Optimizer, ...]) -> None:
-    """Name the tensors of optimizers that are no model's parameters, in their order.
+    """Name the tensors of optimizers that are not the model's, in their order.
 
-    A reinforcement learner's temperature is such a tensor: it is not in the checkpoint, and its state is. Parameters
-    of no model are not named: they belong to a model that was sharded or replaced after the optimizer was made.
+    Such a tensor is a reinforcement learner's temperature, or a weight of a loss that the model does not own. It is not
+    in the checkpoint, and its state is.
+
+    Some parameters are not named: those beside a sharded model, and those of an optimizer that has none of the model's.
+    They belong to a model that was sharded or replaced after the optimizer was made, which `check_membership` reports.
     """
+    is_sharded = next(names.held_together(), None) is not None
     number = 0
     for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for tensor in group[PARAMS]:
-                if names.fqns(tensor) or isinstance(tensor, nn.Parameter):
-                    continue
-                names.tensors[f"{_LOOSE}.{number}"] = tensor
-                names.parameter_names[id(tensor)] = [f"{_LOOSE}.{number}"]
-                number += 1
+        tensors = [tensor for group in optimizer.param_groups for tensor in group[PARAMS]]
+        names_parameters = not is_sharded and any(names.fqns(tensor) for tensor in tensors)
+        for tensor in tensors:
+            if names.fqns(tensor) or (isinstance(tensor, nn.Parameter) and not names_parameters):
+                continue
+            names.tensors[f"{_LOOSE}.{number}"] = tensor
+            names.parameter_names[id(tensor)] = [f"{_LOOSE}.{number}"]
+            number += 1
 
 
 class _AsSaved:

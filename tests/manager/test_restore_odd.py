@@ -200,10 +200,11 @@ def test_several_optimizers_keep_their_entries_apart(tmp_path: Path) -> None:
     assert [one.number for one in fresh] == [4, 2]
 
 
-def test_a_tensor_of_no_model_keeps_its_state_in_the_optimizer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [torch.Tensor.requires_grad_, nn.Parameter])
+def test_a_tensor_of_no_model_keeps_its_state_in_the_optimizer(tmp_path: Path, kind: Any) -> None:
     def made() -> tuple[nn.Module, torch.Tensor, torch.optim.Optimizer]:
         torch.manual_seed(0)
-        model, temperature = nn.Linear(3, 2), torch.zeros(1, requires_grad=True)
+        model, temperature = nn.Linear(3, 2), kind(torch.zeros(1))
         return model, temperature, torch.optim.Adam([*model.parameters(), temperature], lr=0.1)
 
     model, temperature, optimizer = made()
