@@ -5,7 +5,8 @@
 
 The framework's tests come from a checkout or a source distribution of the installed version; none of them is kept here.
 Each difference needs a reason in ``reasons.json``: one without a reason makes the command fail. With ``--write`` the
-table goes into ``docs/compatibility.md``.
+table goes into ``docs/compatibility.md``. With ``--outcomes FOLDER`` the outcomes are added to those that earlier
+commands have left in the folder, and the table is about all of them: a long list of files can run in parts.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Difference", "Reason", "differences", "main", "outcomes", "reasons", "rendered", "with_table"]
+__all__ = ["Difference", "Reason", "collected", "differences", "main", "outcomes", "reasons", "rendered", "with_table"]
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -57,8 +58,8 @@ class Difference:
     test: str
     stock: str
     ours: str
-    why: str | None
-    """None if nobody has given a reason."""
+    reason: Reason | None
+    """None if nobody has given one."""
 
 
 def outcomes(framework: str, source: Path, files: Iterable[str], mode: str | None) -> Outcomes:
@@ -90,6 +91,22 @@ def outcomes(framework: str, source: Path, files: Iterable[str], mode: str | Non
         return found
 
 
+def collected(folder: Path, framework: str, found: Mapping[str, Outcomes]) -> dict[str, Outcomes]:
+    """Add outcomes to those that a folder holds for the framework, and return all of them.
+
+    Args:
+        folder: Holds one JSON file for each framework; it is made if it does not exist.
+        framework: The framework's name.
+        found: The new outcomes, by "stock" or the mode. A test that has run again has its newest outcome.
+    """
+    file = folder / f"{framework}.json"
+    before: dict[str, dict[str, str]] = json.loads(file.read_text()) if file.exists() else {}
+    together: dict[str, Outcomes] = {side: {**before.get(side, {}), **found.get(side, {})} for side in before | found}
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(together, indent=0))
+    return together
+
+
 def reasons() -> list[Reason]:
     """Read the reasons that are known."""
     return [Reason(**{**entry, "modes": tuple(entry.get("modes", ()))}) for entry in json.loads(REASONS.read_text())]
@@ -105,38 +122,48 @@ def differences(
         for test in sorted(stock.keys() | of_mode.keys()):
             one, other = stock.get(test, "not run"), of_mode.get(test, "not run")
             if one != other:
-                found.append(Difference(mode, test, one, other, _why(test, mode, known)))
+                found.append(Difference(mode, test, one, other, _reason(test, mode, known)))
     return found
 
 
-def _why(test: str, mode: str, known: Iterable[Reason]) -> str | None:
+def _reason(test: str, mode: str, known: Iterable[Reason]) -> Reason | None:
     for reason in known:
         if fnmatch.fnmatchcase(test, reason.test) and (not reason.modes or mode in reason.modes):
-            return reason.why
+            return reason
     return None
 
 
 def rendered(
-    framework: str, version: str, stock: Outcomes, ours: Mapping[str, Outcomes], found: list[Difference]
+    framework: str, version: str, stock: Outcomes, ours: Mapping[str, Outcomes], found: Iterable[Difference]
 ) -> str:
-    """Return a page's section: how many tests pass on each side, and each difference with its reason."""
+    """Return a page's section: the outcomes counted on each side, and the differences with their reasons.
 
-    def passed(side: Outcomes) -> str:
-        return f"{sum(outcome == 'passed' for outcome in side.values())} of {len(side)}"
+    Tests that differ for one reason share a row. A difference without a reason has a row of its own.
+    """
+
+    def counts(side: Outcomes) -> str:
+        return " | ".join(str(sum(one == kind for one in side.values())) for kind in ("passed", "skipped", "failed"))
 
     lines = [
         f"### {framework} {version}",
         "",
-        "| | passed |",
-        "|---|---|",
-        f"| stock | {passed(stock)} |",
-        *(f"| ours, {mode} | {passed(of_mode)} |" for mode, of_mode in ours.items()),
+        "| | passed | skipped | failed |",
+        "|---|---|---|---|",
+        f"| stock | {counts(stock)} |",
+        *(f"| ours, {mode} | {counts(of_mode)} |" for mode, of_mode in ours.items()),
     ]
-    if found:
-        lines += ["", "| test | mode | stock | ours | reason |", "|---|---|---|---|---|"]
-        lines += [
-            f"| `{one.test}` | {one.mode} | {one.stock} | {one.ours} | {one.why or '**none**'} |" for one in found
-        ]
+    by_row: dict[tuple[str, str], list[Difference]] = {}
+    for one in found:
+        row = (one.test, "**none**") if one.reason is None else (one.reason.test, one.reason.why)
+        by_row.setdefault(row, []).append(one)
+    if by_row:
+        lines += ["", "| tests that differ | number | mode | stock | ours | reason |", "|---|---|---|---|---|---|"]
+        for (pattern, why), row_of in sorted(by_row.items()):
+            modes, stocks, others = (
+                ", ".join(dict.fromkeys(getattr(one, field) for one in row_of)) for field in ("mode", "stock", "ours")
+            )
+            number = len({one.test for one in row_of})
+            lines.append(f"| `{pattern}` | {number} | {modes} | {stocks} | {others} | {why} |")
     return "\n".join(lines)
 
 
@@ -164,6 +191,7 @@ def main() -> int:
     parser.add_argument("--mode", action="append", help="how this package saves [default: in every way]")
     parser.add_argument("--pytest", action="append", default=[], help="another argument of pytest")
     parser.add_argument("--write", action="store_true", help=f"write the table into {PAGE.name}")
+    parser.add_argument("--outcomes", type=Path, help="a folder that collects the outcomes of several commands")
     options = parser.parse_args()
     framework: str = options.framework
     unknown = set(options.mode or ()).difference(MODES[framework])
@@ -171,14 +199,17 @@ def main() -> int:
         parser.error(f"--mode must be one of {', '.join(MODES[framework])} for {framework}, got {', '.join(unknown)}")
     arguments = [*options.files, *options.pytest]
     source = options.source.resolve()
-    stock = outcomes(framework, source, arguments, None)
-    ours = {mode: outcomes(framework, source, arguments, mode) for mode in options.mode or MODES[framework]}
+    sides = {"stock": outcomes(framework, source, arguments, None)}
+    sides |= {mode: outcomes(framework, source, arguments, mode) for mode in options.mode or MODES[framework]}
+    if options.outcomes is not None:
+        sides = collected(options.outcomes, framework, sides)
+    stock, ours = sides["stock"], {mode: sides[mode] for mode in MODES[framework] if mode in sides}
     found = differences(framework, stock, ours, reasons())
     table = rendered(framework, importlib.metadata.version(framework), stock, ours, found)
     print(table)
     if options.write:
         PAGE.write_text(with_table(PAGE.read_text(), framework, table))
-    without = [one for one in found if one.why is None]
+    without = [one for one in found if one.reason is None]
     if without:
         print(f"\n{len(without)} difference(s) without a reason in {REASONS.name}", file=sys.stderr)
     return 1 if without else 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.frameworks.run import Difference, Reason, differences, outcomes, reasons, rendered, with_table
+from tests.frameworks.run import Difference, Reason, collected, differences, outcomes, reasons, rendered, with_table
 
 STOCK = {"t.py::one": "passed", "t.py::two": "passed", "t.py::three": "skipped"}
 OURS = {"off": dict(STOCK), "thread": {"t.py::one": "failed", "t.py::two": "passed"}}
@@ -19,22 +19,35 @@ def test_only_another_outcome_is_a_difference_and_a_reason_is_found_by_framework
         Reason("accelerate", "t.py::o*", "it is late", ("thread",)),
     ]
     assert differences("accelerate", STOCK, OURS, known) == [
-        Difference("thread", "t.py::one", "passed", "failed", "it is late"),
+        Difference("thread", "t.py::one", "passed", "failed", known[2]),
         Difference("thread", "t.py::three", "skipped", "not run", None),
     ]
 
 
-def test_the_table_counts_what_passes_and_shows_where_a_reason_is_missing() -> None:
-    found = differences("accelerate", STOCK, OURS, [])
-    table = rendered("accelerate", "1.2", STOCK, OURS, found)
-    assert "| stock | 2 of 3 |" in table
-    assert "| ours, thread | 1 of 2 |" in table
-    assert "| `t.py::one` | thread | passed | failed | **none** |" in table
+def test_the_table_has_one_row_for_each_reason_and_shows_where_a_reason_is_missing() -> None:
+    late = Reason("accelerate", "t.py::t*", "it is late")
+    ours = OURS | {"off": STOCK | {"t.py::two": "failed"}}
+    table = rendered("accelerate", "1.2", STOCK, ours, differences("accelerate", STOCK, ours, [late]))
+    assert "| stock | 2 | 1 | 0 |" in table
+    assert "| ours, thread | 1 | 0 | 1 |" in table
+    assert "| `t.py::one` | 1 | thread | passed | failed | **none** |" in table
+    assert "| `t.py::t*` | 2 | off, thread | passed, skipped | failed, not run | it is late |" in table
     page = "before\n<!-- accelerate: written by tests.frameworks.run -->\nold\n<!-- end of accelerate -->\nafter\n"
     assert with_table(page, "accelerate", table).splitlines()[2] == "### accelerate 1.2"
     assert "old" not in with_table(page, "accelerate", table)
     with pytest.raises(ValueError, match="found them 0 times"):
         with_table(page, "lightning", table)
+
+
+def test_the_outcomes_of_several_commands_come_together_and_the_newest_counts(tmp_path: Path) -> None:
+    folder = tmp_path / "outcomes"
+    collected(folder, "accelerate", {"stock": {"one": "failed", "two": "passed"}, "off": {"one": "passed"}})
+    collected(folder, "lightning", {"stock": {"three": "passed"}})
+    assert collected(folder, "accelerate", {"stock": {"one": "passed"}, "thread": {"one": "passed"}}) == {
+        "stock": {"one": "passed", "two": "passed"},
+        "off": {"one": "passed"},
+        "thread": {"one": "passed"},
+    }
 
 
 def test_every_known_reason_says_why() -> None:

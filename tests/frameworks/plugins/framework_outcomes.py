@@ -14,6 +14,8 @@ _found: dict[str, str] = {}
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Note the worst outcome of a test's phases."""
+    if report.outcome not in _ORDER:
+        return  # pytest-rerunfailures reports "rerun" of a test that it is going to repeat.
     before = _found.get(report.nodeid, "passed")
     _found[report.nodeid] = max(before, report.outcome, key=_ORDER.index)
 

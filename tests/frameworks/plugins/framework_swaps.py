@@ -85,15 +85,22 @@ def swap_lightning(module: ModuleType, mode: str) -> None:
 
 
 def _open_directories() -> None:
-    """Let ``os.path.isfile`` and ``torch.load`` accept our directories: tests use them on stock's checkpoints."""
-    load, isfile = torch.load, os.path.isfile
+    """Let ``os.path.isfile`` and the plain loaders accept our directories: tests use them on stock's checkpoints."""
+    from lightning.fabric.utilities import cloud_io
+
+    isfile = os.path.isfile
 
     @functools.wraps(isfile)
     def is_file_or_checkpoint(path: Any) -> bool:
         return isfile(path) or os.path.exists(os.path.join(path, ".metadata"))
 
     os.path.isfile = is_file_or_checkpoint
+    torch.load = _opening_directories(torch.load)
+    # Lightning's own modules have imported the function before; only the tests get this one.
+    cloud_io._load = _opening_directories(cloud_io._load)
 
+
+def _opening_directories(load: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(load)
     def opened(file: Any, *args: Any, **options: Any) -> Any:
         if isinstance(file, (str, os.PathLike)) and os.path.isdir(file):
@@ -102,7 +109,7 @@ def _open_directories() -> None:
             return DCPCheckpointIO().load_checkpoint(file, weights_only=options.get("weights_only"))
         return load(file, *args, **options)
 
-    torch.load = opened
+    return opened
 
 
 def _after_init(kind: type, swap: Callable[[Any], None]) -> None:
