@@ -345,13 +345,10 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
                 # The name has to be free for the run's next checkpoint of this name.
                 remove_if_uncommitted(path, META_FILES)
             return newest
-        if path.is_dir():
-            what = f"{path} is not a checkpoint: {missing_commit(path)}"
-        else:
-            what = f"there is no checkpoint at {path}"
+        what = f"is not a checkpoint: {missing_commit(path)}" if path.is_dir() else "does not exist"
         hint = f" The newest committed checkpoint beside it is {beside}." if beside is not None else ""
         # The message begins like stock's, for programs that look for these words.
-        raise CheckpointNotFoundError(f"Checkpoint file not found: expected a committed checkpoint, but {what}.{hint}")
+        raise CheckpointNotFoundError(f"Checkpoint file not found: {path} {what}.{hint}")
 
 
 def _newest_of_run(beside: Path | None, trainer: Trainer) -> Path | None:

@@ -188,7 +188,7 @@ def _name_piece(piece: FlatPiece, names: Names) -> None:
 def state_dict_call(owner: nn.Module | torch.optim.Optimizer, method: str) -> Callable[..., Any]:
     """Return the owner's ``state_dict`` or ``load_state_dict``, past the ones that ``patch.py`` put on the instance."""
     call: Callable[..., Any] = getattr(owner, method)
-    if getattr(call, "_dcp_plugins_patch", False):
+    if getattr(call, "_dcp_plugins_patch", False) is True:
         bound: Callable[..., Any] = getattr(type(owner), method).__get__(owner)
         return bound
     return call

@@ -98,6 +98,22 @@ def test_modules_that_load_other_sizes_themselves_may(wrap: Any) -> None:
         set_model_state_dict(model, {**state, "2.bias": torch.ones(3)})
 
 
+class _Silent(nn.Linear):
+    """Loads in its own way, and does not return what the keys were."""
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, **options: Any) -> Any:
+        super().load_state_dict({key.removeprefix("old."): value for key, value in state_dict.items()}, strict)
+
+
+@pytest.mark.parametrize("load", [set_model_state_dict, stock.set_model_state_dict])
+def test_a_model_that_judges_its_keys_itself_is_asked_to_be_strict(load: Any) -> None:
+    model = _Silent(2, 2)
+    load(model, {"old.weight": torch.ones(2, 2), "bias": torch.ones(2)})
+    assert torch.equal(model.weight, torch.ones(2, 2))
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"bias\""):
+        load(model, {"old.weight": torch.ones(2, 2)})
+
+
 def test_lazy_modules_and_scalars_load_as_torch_loads_them() -> None:
     model = nn.Sequential(nn.LazyLinear(3))
     set_model_state_dict(model, {"0.weight": torch.ones(3, 5), "0.bias": torch.ones(3)})
