@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import sys
 import tempfile
@@ -54,18 +55,26 @@ def swap_transformers(module: ModuleType, mode: str) -> None:
 
 
 def swap_lightning(module: ModuleType, mode: str) -> None:
-    """Give every ``Trainer`` the flag that stands for the strategy that stock would take."""
+    """Give every ``Trainer`` and ``Fabric`` the flag that stands for the strategy that stock would take."""
+    from lightning.fabric import connector
+    from lightning.fabric import strategies as of_fabric
     from lightning.pytorch import strategies
     from lightning.pytorch.trainer.connectors import accelerator_connector
 
+    _swap_flags(accelerator_connector._AcceleratorConnector, strategies, "dcp_plugins.lightning", mode)
+    _swap_flags(connector._Connector, of_fabric, "dcp_plugins.lightning.fabric", mode)
+    _open_directories()
+
+
+def _swap_flags(kind: type, strategies: ModuleType, package: str, mode: str) -> None:
+    """Let a connector choose our strategy of a package in place of the stock strategy that it would take."""
     flags = {
         strategies.SingleDeviceStrategy: "dcp",
         strategies.DDPStrategy: "dcp_ddp",
         strategies.FSDPStrategy: "dcp_fsdp",
         strategies.ModelParallelStrategy: "dcp_fsdp2",
     }
-    kind = accelerator_connector._AcceleratorConnector
-    make = kind.__init__
+    make: Any = kind.__init__  # type: ignore[misc]
 
     @functools.wraps(make)
     def made(self: Any, *args: Any, **options: Any) -> None:
@@ -74,16 +83,14 @@ def swap_lightning(module: ModuleType, mode: str) -> None:
         flag = flags.get(type(self.strategy))
         if flag is None or not isinstance(options.get("strategy", "auto"), str) or self.checkpoint_io is not None:
             return
-        from dcp_plugins.lightning import DCPDDPStrategy
-
+        ours: Any = importlib.import_module(package)  # Its import registers the flags.
         start_method = getattr(self.strategy, "_start_method", "popen")
         swapped: Any = flag if mode == "sync" else f"{flag}_async"
         if start_method != "popen":
-            swapped = DCPDDPStrategy(asynchronous=mode == "async", start_method=start_method)
+            swapped = ours.DCPDDPStrategy(asynchronous=mode == "async", start_method=start_method)
         make(self, *args, **{**options, "strategy": swapped})
 
-    kind.__init__ = made
-    _open_directories()
+    kind.__init__ = made  # type: ignore[misc]
 
 
 def _open_directories() -> None:
