@@ -88,7 +88,21 @@ class CheckpointException(TorchCheckpointException, CheckpointError):
 
 
 class PlanError(CheckpointError, RuntimeError, ValueError):
-    """The state dict and the checkpoint do not fit together; lists every offending key."""
+    """The state dict and the checkpoint do not fit together; lists every offending key.
+
+    Args:
+        problem: What does not fit.
+        advice: What a caller of this package's own functions can do. Users of a framework cannot pass options of these
+            functions, so an adapter puts other advice in its place, see `advised`.
+    """
+
+    def __init__(self, problem: str, advice: str = "") -> None:
+        super().__init__(f"{problem}\n    {advice}" if advice else problem)
+        self._problem = problem
+
+    def advised(self, advice: str) -> PlanError:
+        """Return the same error with other advice."""
+        return PlanError(self._problem, advice)
 
 
 class UnsupportedValueError(CheckpointError, ValueError, TypeError):

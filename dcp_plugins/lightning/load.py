@@ -41,6 +41,7 @@ __all__ = [
     "moved",
     "open_directory",
     "open_file",
+    "set_optimizer",
 ]
 
 
@@ -178,23 +179,32 @@ def fill_from_directory(
     # The load has filled the tensors. This call sets the other values, and runs the modules' load hooks.
     for name, module in targets.modules.items():
         set_versions(state[name], versions, name)
-        set_model_state_dict(module, state[name], options=options)
+        _set_model(module, state[name], options, targets.hint)
     for name, (module, optimizer) in targets.optimizers.items():
-        restore_optimizer_state(module, optimizer, state[name])
+        set_optimizer(module, optimizer, state[name])
 
 
 def fill_from_file(saved: Mapping[str, Any], targets: Targets, *, strict: bool) -> None:
     """Load modules and optimizers in place from full tensors; each rank takes the parts that it needs."""
     options = StateDictOptions(full_state_dict=True, strict=strict)
     for name, module in targets.modules.items():
-        set_model_state_dict(module, saved[name], options=options)
+        _set_model(module, saved[name], options, targets.hint)
     for name, (module, optimizer) in targets.optimizers.items():
-        restore_optimizer_state(
-            module,
-            optimizer,
-            by_name(saved[name], module, optimizer),
-            options=StateDictOptions(full_state_dict=True),
-        )
+        named = by_name(saved[name], module, optimizer)
+        set_optimizer(module, optimizer, named, options=StateDictOptions(full_state_dict=True))
+
+
+def _set_model(module: nn.Module, state: Mapping[str, Any], options: StateDictOptions, hint: str) -> None:
+    with unwrapped_plan_errors(f"{hint} to load what they share."):
+        set_model_state_dict(module, state, options=options)
+
+
+def set_optimizer(
+    module: nn.Module, optimizer: Optimizer, state: Mapping[str, Any], *, options: StateDictOptions | None = None
+) -> None:
+    """Set an optimizer's state; an error says what a user of Lightning can do."""
+    with unwrapped_plan_errors("Resume with the optimizers of the saved run, or load the weights alone."):
+        restore_optimizer_state(module, optimizer, state, options=options)
 
 
 def fill_raw(
@@ -226,9 +236,9 @@ def fill_raw(
     with unwrapped_plan_errors():
         load_state(state, storage_reader=reader, no_dist=no_dist, weights_only=weights_only, safe_globals=safe_globals)
     if isinstance(target, Optimizer):
-        restore_optimizer_state(module, target, state)
+        set_optimizer(module, target, state)
     else:
-        set_model_state_dict(target, state, options=options)
+        _set_model(target, state, options, hint)
 
 
 def meta_of(

@@ -21,13 +21,13 @@ from dcp_plugins.coord import Ranks
 from dcp_plugins.errors import PlanError, listing
 from dcp_plugins.lightning.checkpoint_part import CheckpointPart
 from dcp_plugins.lightning.lazy_state import LazyOptimizerState, LazyState
-from dcp_plugins.lightning.load import Targets, fill_from_directory, fill_from_file
+from dcp_plugins.lightning.load import Targets, fill_from_directory, fill_from_file, set_optimizer
 from dcp_plugins.manager import load_state, unwrapped_plan_errors
 from dcp_plugins.manager.agreement import deciding_ranks
 from dcp_plugins.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from dcp_plugins.state_dict.flatten import GROUPS, PARAMS
 from dcp_plugins.state_dict.numbered import by_name
-from dcp_plugins.state_dict.owned import own_model_state, own_optimizer_state, restore_optimizer_state
+from dcp_plugins.state_dict.owned import own_model_state, own_optimizer_state
 
 __all__ = ["Opened", "Restoring"]
 
@@ -127,11 +127,9 @@ class Restoring:
             options = StateDictOptions(full_state_dict=True, strict=False)
             set_model_state_dict(self.module, whole, options=options)
             given.update({key: own[key] for key in whole})
-        try:
+        with unwrapped_plan_errors(f"{_HINT} to load what they share."):
             # This call compares the keys and runs the modules' load hooks. It does not copy a tensor onto itself.
             set_model_state_dict(self.module, given, options=StateDictOptions(strict=strict))
-        except PlanError as exc:
-            raise PlanError(f"{exc}\n    {_HINT} to load what they share.") from None
 
     def _demand_alike(self, edited: Mapping[str, Any]) -> None:
         """Raise on every rank if the hooks edited different entries on some ranks: all ranks have to load the same."""
@@ -180,13 +178,13 @@ class Restoring:
                 groups = state.edited_groups()
                 if groups is not None:
                     filled[GROUPS] = groups
-                restore_optimizer_state(self.module, optimizer, filled)
+                set_optimizer(self.module, optimizer, filled)
                 continue
             self._demand_same_groups(optimizer, state)
             if self.is_sharded:
                 whole = by_name(state, self.module, optimizer)
                 options = StateDictOptions(full_state_dict=True)
-                restore_optimizer_state(self.module, optimizer, whole, options=options)
+                set_optimizer(self.module, optimizer, whole, options=options)
             else:
                 # A copy, because `Optimizer.load_state_dict` keeps the dict that it is given.
                 optimizer.load_state_dict(dict(state))

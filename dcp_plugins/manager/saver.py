@@ -26,7 +26,6 @@ from dcp_plugins.manager.failed_saves import forget_failure, note_failure
 from dcp_plugins.manager.in_flight import InFlight
 from dcp_plugins.manager.options import SaveOptions
 from dcp_plugins.staging import BlockingAsyncStager, HandoverStager, OverlappedStager
-from dcp_plugins.state_dict.problems import KEEPING_ADVICE
 from dcp_plugins.storage import FileSystemWriter
 
 __all__ = ["Saver", "expected_warnings", "renormed_weights", "unwrapped_plan_errors"]
@@ -291,10 +290,9 @@ def unwrapped_plan_errors(hint: str = "") -> Iterator[None]:
 
 
 def _advised(failure: BaseException, hint: str) -> BaseException:
-    if not hint:
+    if not hint or hint in str(failure) or not isinstance(failure, PlanError):
         return failure
-    text = str(failure).replace(f"\n    {KEEPING_ADVICE}", "")
-    return failure if hint in text else PlanError(f"{text}\n    {hint}")
+    return failure.advised(hint)
 
 
 @contextmanager

@@ -113,8 +113,9 @@ def judged(
             lines.append(f"Missing key(s) in state_dict: {_described(missing, unexpected)}.")
         if unexpected:
             lines.append(f"Unexpected key(s) in state_dict: {_described(unexpected, ())}.")
-        lines.append(f"{outcome} To load what fits and be told the rest, pass StateDictOptions(strict=False).")
-        raise PlanError("\n    ".join(lines))
+        lines.append(outcome)
+        advice = "To load what fits and be told the rest, pass StateDictOptions(strict=False)."
+        raise PlanError("\n    ".join(lines), advice)
     return _IncompatibleKeys(missing, unexpected)
 
 

@@ -235,10 +235,9 @@ class _Plan:
                 elif not equal(merged[option], value):
                     conflicts.append(f"'{option}' ({merged[option]} for some, {value} for others)")
         if conflicts and self._strict:
-            self._problems.others.append(
+            self._problems.note_groups(
                 f"The parameters of group {at} of {type(self._optimizer).__name__} were saved in groups with different "
-                f"options: {listing(sorted(set(conflicts)))}. Group them as they were, or pass "
-                "StateDictOptions(strict=False) to take the first."
+                f"options: {listing(sorted(set(conflicts)))}. Group them as they were."
             )
         return merged
 

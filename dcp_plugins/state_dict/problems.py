@@ -13,7 +13,7 @@ from dcp_plugins.state_dict.keys import suggestion
 from dcp_plugins.state_dict.names import Names
 from dcp_plugins.user_warnings import warn_user
 
-__all__ = ["KEEPING_ADVICE", "EmptyGroups", "Problems", "spellings"]
+__all__ = ["EmptyGroups", "Problems", "spellings"]
 
 log = logging.getLogger(__name__)
 
@@ -24,8 +24,11 @@ def spellings(names: Names) -> dict[str, None]:
     return {**dict.fromkeys(names.tensors), **hidden}
 
 
-KEEPING_ADVICE = "To load what is there and keep the rest, pass StateDictOptions(strict=False)."
-"""A line of an error. Adapters whose users cannot pass these options replace the line by other advice."""
+_KEEPING_ADVICE = "To load what is there and keep the rest, pass StateDictOptions(strict=False)."
+_GROUPS_ADVICE = (
+    "To take each parameter's options where they are found, pass StateDictOptions(strict=False). Where ranks hold"
+    " different parameters (pipeline stages), save with StateDictOptions(flatten_optimizer_state_dict=True)."
+)
 
 
 def _titled(params: list[str]) -> str:
@@ -40,6 +43,7 @@ class Problems:
         self.losing: list[str] = []
         self.ungrouped: list[str] = []
         self.others: list[str] = []
+        self._advice: list[str] = []
         self.kept: set[str] = set()
         self._unrecorded: list[str] = []
         self._saved = saved
@@ -62,12 +66,9 @@ class Problems:
         if len(own) != len(self._saved.groups):
             theirs = "; ".join(_titled(group.params) for group in self._saved.groups[:6])
             ours = "; ".join(map(_titled, own[:6]))
-            self.others.append(
+            self.note_groups(
                 f"Expected {len(own)} parameter group(s), as the optimizer has: {ours}. Found"
-                f" {len(self._saved.groups)}: {theirs}. Group the parameters as they were when it was saved, or pass"
-                " StateDictOptions(strict=False) to take each parameter's options where they are found. Where ranks"
-                " hold different parameters (pipeline stages), save with"
-                " StateDictOptions(flatten_optimizer_state_dict=True)."
+                f" {len(self._saved.groups)}: {theirs}. Group the parameters as they were when it was saved."
             )
 
     def lacks_state(self, fqn: str, *, has_own: bool) -> None:
@@ -87,6 +88,12 @@ class Problems:
         """Note that the state is of another class of optimizer; groups that say the same are noted once."""
         if mismatch is not None and mismatch not in self.others:
             self.others.append(mismatch)
+
+    def note_groups(self, problem: str) -> None:
+        """Note how the parameter groups differ from the saved ones."""
+        self.others.append(problem)
+        if _GROUPS_ADVICE not in self._advice:
+            self._advice.append(_GROUPS_ADVICE)
 
     def report(self, *, may_warn: bool) -> None:
         """Log and warn of what was found and does not make the state dict unusable."""
@@ -127,9 +134,9 @@ class Problems:
         if len(self.others) > 12:
             lines.append(f"... ({len(self.others) - 12} more)")
         if lines:
-            if self.missing or self.losing or self.ungrouped:
-                lines.append(KEEPING_ADVICE)
-            raise PlanError("\n    ".join(["The optimizer state dict does not fit:", *lines]))
+            keeping = [_KEEPING_ADVICE] if self.missing or self.losing or self.ungrouped else []
+            advice = "\n    ".join([*keeping, *self._advice])
+            raise PlanError("\n    ".join(["The optimizer state dict does not fit:", *lines]), advice)
 
 
 class EmptyGroups:

@@ -159,6 +159,17 @@ def test_the_edits_of_hooks_on_every_rank_are_restored(tmp_path: Path, strategy:
             assert lr == expected_lr
 
 
+def lose_a_weight(module: Any, checkpoint: dict[str, Any]) -> None:
+    del checkpoint["state_dict"][KEY]
+
+
+def test_what_does_not_fit_after_an_edit_is_refused_with_advice_for_users_of_lightning(tmp_path: Path) -> None:
+    fit("dcp", devices=1, steps=1, save_to=tmp_path / "a")
+    with pytest.raises(RuntimeError, match="strict_loading = False") as refused:
+        fit("dcp", devices=1, steps=2, resume=tmp_path / "a", module=Hooked(lose_a_weight))
+    assert "StateDictOptions" not in str(refused.value)
+
+
 def test_a_renamed_model_goes_on_with_its_optimizer(tmp_path: Path) -> None:
     losses = []
     for flag in ("dcp", "auto"):

@@ -188,4 +188,6 @@ def test_strict_loading_reports_all_keys_and_its_absence_loads_what_is_shared(tm
     for refusal, kept in run_ranks(2, load_larger, strategy, tmp_path / "a.ckpt"):
         assert "Missing key(s): extra.bias, extra.weight, net.scale_of_nothing.bias, net.scale_of_nothing" in refusal
         assert "Unexpected key(s): net.blocks.1.linear.bias" in refusal
+        assert "strict_loading = False" in refusal
+        assert "StateDictOptions" not in refusal
         assert kept
