@@ -90,7 +90,8 @@ class OptimizerCompletion:
             for parameter in (parameter for group in inner.param_groups for parameter in group[PARAMS]):
                 for fqn in names.fqns(parameter):
                     own = _Owner(names.tensors[fqn], found, names.pieces.get(fqn))
-                    self._parameters.update(dict.fromkeys(names.spellings(names.tensors[fqn]), own))
+                    for name in names.spellings(names.tensors[fqn]):
+                        self._parameters[name] = own
 
     def completed(self, template: Mapping[Any, Any], saved: Mapping[Any, Any], notes: Notes) -> Mapping[Any, Any]:
         saved_is_flat = bool(saved) and not is_nested(saved)

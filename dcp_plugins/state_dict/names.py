@@ -74,6 +74,8 @@ class Names:
     def spellings(self, parameter: torch.Tensor) -> list[str]:
         """Return every name under which a state dict may know the parameter, the canonical one first."""
         found = self.parameter_names.get(id(parameter), [])
+        if not self.hidden_names:
+            return found
         return [*found, *(hidden for name in found for hidden in self.hidden_names.get(name, ()))]
 
     def aliases(self, fqn: str) -> list[str]:

@@ -183,7 +183,7 @@ def _piece_state(piece: FlatPiece, value: Any) -> Any:
 def _detached_containers(value: Any) -> Any:
     """Copy dicts and lists, but not their values. Without the copy, a load would put numbers into the live state."""
     if isinstance(value, dict):
-        made = copy.copy(value)
+        made = value.copy() if type(value) is dict else copy.copy(value)
         for key, element in value.items():
             if isinstance(element, (dict, list)):
                 made[key] = _detached_containers(element)
