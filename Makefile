@@ -2,7 +2,7 @@
 #
 #   make demo    a Lightning run on FSDP2 that is killed and resumed, on 2, 1 and 4 ranks; STRATEGY=dcp_fsdp_async: FSDP1
 #   make test    what CI runs: lint, types, the whole suite
-#   make lint    ruff and mypy (make test has both; there mypy is a test, beside which others run)
+#   make lint    ruff and mypy; make test runs both too, mypy as one of its tests
 #   make parallelism-table   run the matrix of parallelisms, and write what it finds into docs/parallelism.md
 #   make bench   this package against stock torch, on this machine's storage
 #   make clean   remove .venv and every cache

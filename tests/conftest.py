@@ -38,13 +38,13 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     }
     modules = {item.module.__name__ for item in session.items if isinstance(item, pytest.Function)}
     preload(*(f"tests.adapters.{name}.trainers" for name in sorted(frameworks)), *sorted(modules))
-    # Here as there: what was imported for the tests is not to be walked by each collection in one of them.
+    # Without this import, each garbage collection in a test would walk all that was imported for the tests.
     importlib.import_module("dcp_plugins.testing.frozen")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _nothing_old_is_walked() -> Iterator[None]:
-    """Spare the collections in later tests what this module's tests have imported, cached and left behind."""
+def _frozen_leftovers() -> Iterator[None]:
+    """Freeze what a module's tests leave in memory: garbage collections in later tests then do not walk it."""
     yield
     gc.collect()
     gc.freeze()

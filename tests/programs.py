@@ -1,6 +1,6 @@
 """Programs that tests run: forked from a server that has imported torch, seconds sooner than they would be started.
 
-They end as an interpreter does. Where the claim is about how one begins, or what it imports, start one.
+The programs end as an interpreter does. A test of how an interpreter begins, or of what it imports, has to start one.
 """
 
 from __future__ import annotations

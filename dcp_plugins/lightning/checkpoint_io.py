@@ -21,7 +21,6 @@ import torch.distributed as dist
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from torch.optim import Optimizer
 
-from dcp_plugins.engine.thread_runner import thread_runner
 from dcp_plugins.errors import CheckpointException, SnapshotChangedError
 from dcp_plugins.format.trust import SafeGlobal, check_safe_globals
 from dcp_plugins.lightning import layout
@@ -354,10 +353,8 @@ class DCPCheckpointIO(CheckpointIO):
             raise
 
     def wait(self) -> None:
-        """Wait for the save in the background, whatever comes of it."""
+        """Wait for the saves that this process has in flight, other trainers' too; a failure stays to be raised."""
         self._saver.wait()
-        # Wait for a save of another trainer in this process too: this trainer may be about to load its checkpoint.
-        thread_runner.wait()
 
     def after_commit(self, step: Callable[[], None]) -> None:
         """Do something once the save in the background is committed, and not at all if it fails; or now."""

@@ -39,7 +39,7 @@ from dcp_plugins.lightning.requeue import Requeue, is_requeue_checkpoint
 from dcp_plugins.lightning.restoring import Opened, Restoring
 from dcp_plugins.lightning.strategy_base import SavesThroughDCP, instead_of, make_room
 from dcp_plugins.lightning.twin import Fingerprint
-from dcp_plugins.lightning.uploads import read_by, warn_of_missing_uploads
+from dcp_plugins.lightning.uploads import any_reads_checkpoints, warn_of_missing_uploads
 from dcp_plugins.manager import SaveOptions, is_committed, remove_if_uncommitted
 from dcp_plugins.manager.agreement import deciding_ranks
 from dcp_plugins.manager.failed_saves import missing_commit
@@ -145,8 +145,8 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
         path = local_path(filepath)
         if not self._is_interrupted:
             self._save(checkpoint, path, storage_options)
-            if self.is_global_zero and self._trainer is not None and read_by(self._trainer.loggers):
-                # The caller tells the loggers next.
+            if self.is_global_zero and self._trainer is not None and any_reads_checkpoints(self._trainer.loggers):
+                # `ModelCheckpoint` tells the loggers next: without the wait, they would find no commit.
                 self.checkpoint_io.wait()
             return
         if not self._single_process:
@@ -223,12 +223,13 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
     def _is_fitting(self) -> bool:
         """Whether training will go on after this, as far as one can tell.
 
-        Lightning calls ``on_fit_end`` after `teardown`: nothing would wait for a save in the background
-        that began then.
+        Lightning calls ``on_fit_end`` after `teardown`, with the status still "running". No later call would wait for
+        a save in the background that began then.
         """
         state = self._run_state
         is_running = state is not None and state.fn == TrainerFn.FITTING and state.status == TrainerStatus.RUNNING
-        return is_running and self._step_hook is not None
+        is_between_start_and_teardown = self._step_hook is not None
+        return is_running and is_between_start_and_teardown
 
     @property
     def _is_interrupted(self) -> bool:

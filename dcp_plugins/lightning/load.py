@@ -17,7 +17,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from dcp_plugins.engine.thread_runner import thread_runner
 from dcp_plugins.errors import CheckpointNotFoundError, listing
 from dcp_plugins.format.trust import SafeGlobal, admitted_by_torch
 from dcp_plugins.lightning import layout
@@ -26,6 +25,7 @@ from dcp_plugins.lightning.lazy_state import LazyOptimizerState, LazyState
 from dcp_plugins.lightning.module_versions import set_versions
 from dcp_plugins.manager import is_committed, load_state, unwrapped_plan_errors
 from dcp_plugins.manager.failed_saves import missing_commit
+from dcp_plugins.manager.in_flight import wait_for_all
 from dcp_plugins.state_dict import StateDictOptions, set_model_state_dict
 from dcp_plugins.state_dict.numbered import by_name
 from dcp_plugins.state_dict.owned import own_model_state, own_optimizer_state, restore_optimizer_state
@@ -51,9 +51,9 @@ def demand_committed(path: Path) -> None:
     Without the wait, a callback could not load the checkpoint that ``ModelCheckpoint`` has named a moment ago.
 
     Raises:
-        CheckpointNotFoundError: There is no commit.
+        CheckpointNotFoundError: The directory has no committed checkpoint.
     """
-    thread_runner.wait()
+    wait_for_all()
     if not is_committed(path):
         raise CheckpointNotFoundError(f"Expected a committed checkpoint at {path}, but {missing_commit(path)}.")
 

@@ -22,6 +22,7 @@ from dcp_plugins.errors import StorageDetectionError
 from dcp_plugins.lightning.load import demand_committed, moved, open_directory
 from dcp_plugins.lightning.paths import local_path
 from dcp_plugins.manager import is_committed
+from dcp_plugins.manager.in_flight import wait_for_all
 
 __all__ = ["patch_plain_loading"]
 
@@ -78,6 +79,9 @@ def _directory_at(path: Any) -> Path | None:
         local = local_path(path)
     except StorageDetectionError:
         return None
+    if not local.exists():
+        # `save_last="link"` makes a link after the commit of its target, and names the link before.
+        wait_for_all()
     return local if local.is_dir() else None
 
 

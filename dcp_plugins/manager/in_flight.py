@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import concurrent.futures
 import logging
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 from dcp_plugins.contract import Metadata
-from dcp_plugins.engine.thread_runner import await_saves
+from dcp_plugins.engine.thread_runner import await_saves, thread_runner
+from dcp_plugins.forks import in_forked_child
 from dcp_plugins.manager.failed_saves import note_failure
 
-__all__ = ["InFlight"]
+__all__ = ["InFlight", "wait_for_all"]
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +32,7 @@ class InFlight:
         self._saves: dict[Future[Metadata], Path] = {}
         self._steps: list[Future[None]] = []
         self._executor: ThreadPoolExecutor | None = None
+        _live.add(self)
 
     def began(self, save: Future[Metadata], path: Path) -> None:
         """Note a save into a directory."""
@@ -87,6 +90,22 @@ class InFlight:
         await_saves(earlier)
         self._saves = {save: path for save, path in self._saves.items() if save is last}
         _raise_failure_of(earlier)
+
+
+def wait_for_all() -> None:
+    """Wait for all saves that this process has in flight, and for what follows their commits.
+
+    Their failures stay to be raised. What follows a commit may be another checkpoint, made of links to the same files.
+    """
+    thread_runner.wait()
+    for one in list(_live):
+        concurrent.futures.wait(one._steps)
+
+
+_live: weakref.WeakSet[InFlight] = weakref.WeakSet()
+
+# A forked child has none of the threads on which its parent's steps run: a wait for these steps would not end.
+in_forked_child(_live.clear)
 
 
 def _note_if_failed(path: Path, save: Future[Metadata]) -> None:

@@ -23,7 +23,7 @@ from dcp_plugins.engine.thread_runner import thread_runner
 from dcp_plugins.errors import CheckpointException, PlanError
 from dcp_plugins.manager.agreement import deciding_ranks, is_alone
 from dcp_plugins.manager.failed_saves import forget_failure, note_failure
-from dcp_plugins.manager.in_flight import InFlight
+from dcp_plugins.manager.in_flight import InFlight, wait_for_all
 from dcp_plugins.manager.options import SaveOptions
 from dcp_plugins.staging import BlockingAsyncStager, HandoverStager, OverlappedStager
 from dcp_plugins.storage import FileSystemWriter
@@ -147,7 +147,7 @@ class Saver:
 
         Saves of other objects in this process are waited for, too: the next load may be of what they are saving.
         """
-        thread_runner.wait()
+        wait_for_all()
         self._in_flight.wait()
 
     def finish(self, *, but_last: bool = False) -> None:

@@ -31,14 +31,14 @@ from dcp_plugins.plan.flatten import (
     keyed_by_strings,
     set_element,
 )
-from dcp_plugins.plan.reshard import SharedPart, bytes_read_item, read_items, shared_parts, whole_read_item
+from dcp_plugins.plan.reshard import Intersection, bytes_read_item, intersections, read_items, whole_read_item
 from dcp_plugins.plan.restore import CompletionResult, complete_in_place
 from dcp_plugins.plan.validate import box_of, coverage_problems, overlap_problems
 from dcp_plugins.plan.values import load_value
 from dcp_plugins.tensors import chunks, find_object, flatten_sharded_tensors, is_whole, materialize_meta
 from dcp_plugins.tensors.checkpointable import is_checkpointable
 from dcp_plugins.tensors.dtensor import like_sharded
-from dcp_plugins.tensors.sharded import ShardedTensor
+from dcp_plugins.tensors.sharded import ShardedTensor, dtype_of, size_of
 from dcp_plugins.user_warnings import warn_user
 
 __all__ = [
@@ -239,7 +239,7 @@ def create_default_local_load_plan(
     missing: list[str] = []
     problems: list[str] = []
     casts: list[str] = []
-    layouts = _Layouts()
+    known_intersections = _Intersections()
     for fqn, value in state_dict.items():
         entry = metadata.state_dict_metadata.get(fqn)
         if entry is None:
@@ -264,11 +264,11 @@ def create_default_local_load_plan(
                 items.append(whole_read_item(fqn, saved[0]))
                 continue
             wanted = chunks(value, fqn)
-            parts = layouts.parts(entry, wanted)
-            if parts is None:
+            found = known_intersections.between(entry, wanted)
+            if found is None:
                 problems += _chunk_problems(fqn, entry, wanted)
             else:
-                items += read_items(fqn, saved, wanted, parts)
+                items += read_items(fqn, saved, wanted, found)
     if missing:
         problems.insert(0, _missing_keys(missing, metadata))
     if casts and not cast_dtype:
@@ -284,27 +284,31 @@ def create_default_local_load_plan(
 
 def _size_and_dtype(value: Any) -> tuple[Sequence[int] | None, torch.dtype | None]:
     """Return what a target is in global terms; None where an object with hooks does not say."""
-    if isinstance(value, ShardedTensor):  # Its own attributes warn that the class is deprecated.
-        metadata = value.metadata()
-        return metadata.size, metadata.tensor_properties.dtype
+    if isinstance(value, ShardedTensor):
+        return size_of(value), dtype_of(value)
     size = value.global_shape if is_checkpointable(value) else getattr(value, "shape", None)
     return size, getattr(value, "dtype", None)
 
 
-class _Layouts:
-    """Which saved chunks fill which wanted boxes; one answer for all tensors that were cut alike."""
+class _Intersections:
+    """The intersections of saved and wanted chunks, found once for all tensors that are saved and wanted alike."""
 
     def __init__(self) -> None:
-        self._known: dict[Hashable, list[SharedPart] | None] = {}
+        self._known: dict[Hashable, list[Intersection] | None] = {}
 
-    def parts(self, entry: TensorStorageMetadata, wanted: Sequence[ChunkStorageMetadata]) -> list[SharedPart] | None:
-        """Return the parts to read; None if the saved chunks overlap, or leave a hole in a wanted box."""
-        boxes = [tuple([(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in of]) for of in (entry.chunks, wanted)]
-        key = (tuple(entry.size), *boxes)
+    def between(
+        self, entry: TensorStorageMetadata, wanted: Sequence[ChunkStorageMetadata]
+    ) -> list[Intersection] | None:
+        """Return the intersections; None if saved chunks are out of bounds, overlap, or leave holes in wanted ones."""
+        key = (tuple(entry.size), _as_key(entry.chunks), _as_key(wanted))
         if key not in self._known:
-            saved, own = ([box_of(chunk) for chunk in of] for of in (entry.chunks, wanted))
-            self._known[key] = None if _chunk_problems("", entry, wanted) else shared_parts(saved, own)
+            fits = not _chunk_problems("", entry, wanted)
+            self._known[key] = intersections([*map(box_of, entry.chunks)], [*map(box_of, wanted)]) if fits else None
         return self._known[key]
+
+
+def _as_key(boxes: Iterable[ChunkStorageMetadata]) -> Hashable:
+    return tuple([(tuple(box.offsets), tuple(box.sizes)) for box in boxes])
 
 
 def _chunk_problems(fqn: str, entry: TensorStorageMetadata, wanted: Sequence[ChunkStorageMetadata]) -> list[str]:

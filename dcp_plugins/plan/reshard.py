@@ -14,11 +14,11 @@ from dcp_plugins.geometry import Box
 from dcp_plugins.plan.validate import box_of
 
 __all__ = [
-    "SharedPart",
+    "Intersection",
     "bytes_read_item",
     "create_read_items_for_chunk_list",
+    "intersections",
     "read_items",
-    "shared_parts",
     "whole_read_item",
     "zero_offsets",
 ]
@@ -45,62 +45,69 @@ def zero_offsets(num_dims: int) -> torch.Size:
     return torch.Size((0,) * num_dims)
 
 
-class SharedPart(NamedTuple):
-    """The elements that a saved box and a wanted box have in common."""
+class Intersection(NamedTuple):
+    """The elements that a saved box and a wanted box have in common: a box itself."""
 
-    wanted: int
-    """The place of the wanted box in the list of them."""
-    saved: int
-    """The place of the saved box in the list of them."""
-    in_wanted: torch.Size
-    """The part's first corner in the wanted box."""
-    in_saved: torch.Size
-    """The part's first corner in the saved box."""
+    wanted_index: int
+    """Which of the wanted boxes it is part of."""
+    saved_index: int
+    """Which of the saved boxes it is part of."""
+    wanted_offsets: torch.Size
+    """Its first corner, relative to the wanted box, in elements."""
+    saved_offsets: torch.Size
+    """Its first corner, relative to the saved box, in elements."""
     sizes: torch.Size
+    """Its extent, in elements."""
 
 
-def shared_parts(saved: Sequence[Box], wanted: Sequence[Box]) -> list[SharedPart]:
-    """Return the parts that saved boxes and wanted boxes share, in the order of the wanted ones; none is empty."""
+def intersections(saved: Sequence[Box], wanted: Sequence[Box]) -> list[Intersection]:
+    """Return the intersections of saved and wanted boxes that have elements, in the order of the wanted boxes."""
     if not saved or not wanted:
         return []
     sweep = _sweep_dim(saved)
     order = sorted(range(len(saved)), key=lambda i: saved[i].offsets[sweep]) if sweep is not None else range(len(saved))
     starts = [saved[i].offsets[sweep] for i in order] if sweep is not None else []
     longest = max(box.sizes[sweep] for box in saved) if sweep is not None else 0
-    parts = []
-    for at, box in enumerate(wanted):
+    found = []
+    for wanted_index, box in enumerate(wanted):
         candidates: Sequence[int] = order
         if sweep is not None:
             # A saved box that starts a longest box before the wanted one cannot reach into it.
             low = bisect.bisect_left(starts, box.offsets[sweep] - longest)
             high = bisect.bisect_left(starts, box.offsets[sweep] + box.sizes[sweep])
             candidates = order[low:high]
-        for i in candidates:
-            common = saved[i].intersect(box)
-            if common is not None and not common.is_empty:
-                in_wanted, in_saved = common.relative_to(box), common.relative_to(saved[i])
-                sizes = torch.Size(common.sizes)
-                parts.append(SharedPart(at, i, torch.Size(in_wanted.offsets), torch.Size(in_saved.offsets), sizes))
-    return parts
+        for saved_index in candidates:
+            common = saved[saved_index].intersect(box)
+            if common is not None:
+                found.append(
+                    Intersection(
+                        wanted_index,
+                        saved_index,
+                        torch.Size(common.relative_to(box).offsets),
+                        torch.Size(common.relative_to(saved[saved_index]).offsets),
+                        torch.Size(common.sizes),
+                    )
+                )
+    return found
 
 
 def read_items(
     fqn: str,
     saved: Sequence[ChunkStorageMetadata],
     wanted: Sequence[ChunkStorageMetadata],
-    parts: Iterable[SharedPart],
+    found: Iterable[Intersection],
 ) -> list[ReadItem]:
-    """Return one read for each part that saved and wanted chunks of a tensor share."""
+    """Return one read for each intersection of the saved and the wanted chunks of a tensor."""
     return [
         ReadItem(
             type=LoadItemType.TENSOR,
-            dest_index=MetadataIndex(fqn, wanted[part.wanted].offsets, part.wanted),
-            dest_offsets=part.in_wanted,
-            storage_index=MetadataIndex(fqn, saved[part.saved].offsets, part.saved),
-            storage_offsets=part.in_saved,
-            lengths=part.sizes,
+            dest_index=MetadataIndex(fqn, wanted[one.wanted_index].offsets, one.wanted_index),
+            dest_offsets=one.wanted_offsets,
+            storage_index=MetadataIndex(fqn, saved[one.saved_index].offsets, one.saved_index),
+            storage_offsets=one.saved_offsets,
+            lengths=one.sizes,
         )
-        for part in parts
+        for one in found
     ]
 
 
@@ -119,8 +126,8 @@ def create_read_items_for_chunk_list(
         wanted and to the saved chunk.
     """
     saved = checkpoint_md.chunks
-    parts = shared_parts([box_of(chunk) for chunk in saved], [box_of(chunk) for chunk in local_chunks])
-    return read_items(fqn, saved, local_chunks, parts)
+    found = intersections([*map(box_of, saved)], [*map(box_of, local_chunks)])
+    return read_items(fqn, saved, local_chunks, found)
 
 
 def _sweep_dim(boxes: Sequence[Box]) -> int | None:

@@ -86,10 +86,10 @@ class OptimizerCompletion:
         self._parameters: dict[str, _Owner] = {}
         for optimizer in optimizers:
             inner = underlying(optimizer)
-            found = weakref.ref(inner)
+            optimizer_ref = weakref.ref(inner)
             for parameter in (parameter for group in inner.param_groups for parameter in group[PARAMS]):
                 for fqn in names.fqns(parameter):
-                    own = _Owner(names.tensors[fqn], found, names.pieces.get(fqn))
+                    own = _Owner(names.tensors[fqn], optimizer_ref, names.pieces.get(fqn))
                     for name in names.spellings(names.tensors[fqn]):
                         self._parameters[name] = own
 

@@ -151,18 +151,12 @@ def _load_stored(
 ) -> tuple[list[str], list[str]]:
     """Give the values to the ``load_state_dict()`` of each part; return missing and unexpected canonical names.
 
-    The caller judges the keys, under their canonical names. With ``strict``, a ``load_state_dict()`` of a model's own
-    judges them itself, unless FSDP1 has taken parameters away from the model.
+    The caller judges the keys, under their canonical names. With ``strict``, a model's own ``load_state_dict()`` judges
+    the keys itself, unless FSDP1 has taken parameters away from the model.
     """
-    if strict and not names.pieces and any(map(has_own_load, names.parts.values())):
-        # Of tied parameters, one value may stand for all: a strict call wants each of their names.
-        absent = [fqn for fqn in names.tensors if fqn not in values]
-        for fqn, tied in names.tied(absent).items():
-            given = next((name for name in tied if name in values), None)
-            if given is not None:
-                values = {**values, fqn: values[given]}
-    else:
-        strict = False
+    strict = strict and not names.pieces and any(map(has_own_load, names.parts.values()))
+    if strict:
+        values = _with_tied_names(values, names)
     prefixes = {path: f"{path}." if path else "" for path in names.parts}
     stored: dict[str, OrderedDict[str, Any]] = {path: OrderedDict() for path in names.parts}
     several = len(stored) > 1
@@ -193,6 +187,20 @@ def _load_stored(
             missing += [names.canonical(key) for key in absent if key not in names.flat_keys]
             unexpected += [names.canonical(f"{prefix}{key}") for key in strangers]
     return missing, unexpected
+
+
+def _with_tied_names(values: Mapping[str, Any], names: Names) -> dict[str, Any]:
+    """Add the names of tied tensors that are missing: one value may stand for all, but a strict call asks for each."""
+    result = dict(values)
+    for fqn, tied in names.tied([fqn for fqn in names.tensors if fqn not in values]).items():
+        given = next((name for name in tied if name in values), None)
+        if given is None:
+            continue
+        own = names.tensors[fqn]
+        # Copying the value into a transposed view of the same memory would transpose what the memory holds. Copying the
+        # view onto itself changes nothing.
+        result[fqn] = values[given] if memory_key(own) == memory_key(names.tensors[given]) else own
+    return result
 
 
 def _by_name(state_dict: Mapping[Any, Any], names: Names) -> dict[str, Any]:

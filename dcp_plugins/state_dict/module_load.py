@@ -36,8 +36,8 @@ def load_module(
         state_dict: Values by the module's own key. May be changed.
         versions: What ``state_dict()._metadata`` holds: versions by the module's own path.
         assign: Put tensors in the place of the module's instead of copying into them.
-        strict: Let the model's own ``load_state_dict()`` judge the keys, if it has one: it may want no more of them.
-            Then none are returned.
+        strict: Let the model's own ``load_state_dict()`` judge the keys, if it has one: it may raise for them, or do
+            without some of them. No keys are returned then.
     """
     call = state_dict_call(module, "load_state_dict")
     if has_own_load(module):

@@ -190,6 +190,7 @@ def _name_piece(piece: FlatPiece, names: Names) -> None:
 def state_dict_call(owner: nn.Module | torch.optim.Optimizer, method: str) -> Callable[..., Any]:
     """Return the owner's ``state_dict`` or ``load_state_dict``, past the ones that ``patch.py`` put on the instance."""
     call: Callable[..., Any] = getattr(owner, method)
+    # Mocks have any attribute, which is true.
     if getattr(call, "_dcp_plugins_patch", False) is True:
         bound: Callable[..., Any] = getattr(type(owner), method).__get__(owner)
         return bound
@@ -198,13 +199,14 @@ def state_dict_call(owner: nn.Module | torch.optim.Optimizer, method: str) -> Ca
 
 @dataclass(frozen=True, slots=True)
 class _Traits:
-    """What the walk has to know of a class of modules."""
+    """What the walk needs to know about a class of modules; found once for each class, because lookups are slow."""
 
     wrapped_child: str | None
-    """The name under which a wrapper keeps the module that it wraps."""
+    """The name under which a wrapper keeps the module that it wraps; None for a class that is no wrapper."""
     is_fsdp1: bool
     is_fsdp2: bool
     has_modifiers: bool
+    """Whether the class has the method that tells which children names leave out."""
 
 
 class _Walk:

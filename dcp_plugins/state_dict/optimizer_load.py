@@ -90,7 +90,6 @@ def load_optimizers(
         copies = [(copy.target, copy.source) for each in plans for copy in each.copies]
         return copies if plans else optimizer_pairs(state_dict, names)
 
-    tensors: list[torch.Tensor] = []
     if options.broadcast_from_rank0:
         tree, tensors = announce(lambda: _as_tree(read()))
         saved = ParsedOptimizerState(
@@ -205,7 +204,8 @@ class _Plan:
             own = {option: value for option, value in group.items() if option != PARAMS}
             if merged and not may_step_replica and has_state(optimizer):
                 # Options that steps have made since the save go, as in ``Optimizer.load_state_dict``.
-                own = {option: value for option, value in own.items() if option in underlying(optimizer).defaults}
+                defaults = getattr(underlying(optimizer), "defaults", own)  # A wrapper may have none.
+                own = {option: value for option, value in own.items() if option in defaults}
             new = {
                 option: copied(value, getattr(own.get(option), "device", None))
                 for option, value in merged.items()

@@ -36,7 +36,7 @@ def size_of(value: Any) -> torch.Size:
 
 
 def dtype_of(value: Any) -> torch.dtype:
-    """Return the dtype of a tensor of any kind, also without that warning."""
+    """Return the dtype of a tensor of any kind: a ShardedTensor's own ``dtype`` warns that its class is old."""
     dtype: torch.dtype = value.metadata().tensor_properties.dtype if isinstance(value, ShardedTensor) else value.dtype
     return dtype
 

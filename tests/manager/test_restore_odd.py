@@ -240,13 +240,89 @@ def another_class(folder: Path, saved_class: Any, own_class: Any) -> torch.optim
     ("saved_class", "own_class"), [(torch.optim.AdamW, torch.optim.SGD), (torch.optim.SGD, torch.optim.RMSprop)]
 )
 def test_state_of_another_class_of_optimizer_is_refused(tmp_path: Path, saved_class: Any, own_class: Any) -> None:
-    with pytest.raises(CheckpointException, match=f"another class than {own_class.__name__}: .* and lack"):
+    with pytest.raises(CheckpointException, match=f"another class than {own_class.__name__}, .* and lack"):
         another_class(tmp_path, saved_class, own_class)
 
 
 def test_state_of_a_class_with_the_same_options_is_taken(tmp_path: Path) -> None:
     assert another_class(tmp_path, torch.optim.Adam, torch.optim.AdamW).param_groups[0]["lr"] == 0.1
     assert another_class(tmp_path / "r", torch.optim.RAdam, torch.optim.Adam).param_groups[0]["amsgrad"] is False
+
+
+class Counting(torch.optim.Optimizer):
+    """Counts the steps in its groups, as some fused optimizers do."""
+
+    def __init__(self, parameters: Any, lr: float, **newer: Any) -> None:
+        super().__init__(parameters, {"lr": lr, **newer})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["num_steps"] = group.get("num_steps", 0) + 1
+            for parameter in group["params"]:
+                parameter.add_(parameter.grad, alpha=-group["lr"])
+
+
+class NewerCounting(Counting):
+    """A later version of the class, with one more option."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, lr, maximize=False)
+
+
+def test_an_option_that_steps_add_is_no_sign_of_another_class(tmp_path: Path) -> None:
+    own = another_class(tmp_path, Counting, NewerCounting)
+    assert {**own.param_groups[0], "params": []} == {"lr": 0.1, "maximize": False, "num_steps": 2, "params": []}
+
+
+def test_a_hook_of_the_optimizer_may_convert_the_options_of_another_class(tmp_path: Path) -> None:
+    def made(parameters: Any, lr: float) -> torch.optim.Optimizer:
+        own = torch.optim.SGD(parameters, lr)
+        own.register_load_state_dict_post_hook(lambda optimizer: None)
+        return own
+
+    assert another_class(tmp_path, torch.optim.AdamW, made).param_groups[0]["lr"] == 0.1
+
+
+class Wrapper(torch.optim.Optimizer):
+    """Hands everything on to another optimizer, and has no defaults of its own."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        self.base = torch.optim.Adam(parameters, lr)
+
+    @property
+    def param_groups(self) -> Any:
+        return self.base.param_groups
+
+    @property
+    def state(self) -> Any:
+        return self.base.state
+
+    def state_dict(self) -> Any:
+        return self.base.state_dict()
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        self.base.load_state_dict(state_dict)
+
+    def step(self, closure: Any = None) -> Any:
+        return self.base.step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.base.zero_grad(set_to_none)
+
+
+def test_a_wrapper_without_defaults_is_restored_before_and_after_its_first_step(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    own = Wrapper(model.parameters(), 0.1)
+    train(model, own, 1)
+    saved(tmp_path, run_state(model=model, optimizers=own))
+    for num_steps in (0, 2):
+        other = nn.Linear(3, 2)
+        fresh = Wrapper(other.parameters(), 0.2)
+        train(other, fresh, num_steps)
+        restored(tmp_path, run_state(model=other, optimizers=fresh))
+        assert fresh.param_groups[0]["lr"] == 0.1
+        assert torch.equal(fresh.state[other.weight]["exp_avg"], own.state[model.weight]["exp_avg"])
 
 
 def test_a_plain_optimizer_in_the_state_is_restored_as_any_object(tmp_path: Path) -> None:

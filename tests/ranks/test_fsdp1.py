@@ -252,7 +252,7 @@ def test_sharded_state_is_views_of_the_flat_parameters_without_communication(kin
 
 
 def _round_trip(directory: str, source: str, target: str) -> None:
-    # ShardedTensor warns whoever reads its attributes that it is old, of which users of FSDP1 need not hear from us.
+    # The attributes of ShardedTensor warn that the class is deprecated. This package must not read them in users' runs.
     warnings.filterwarnings("error", category=FutureWarning, module="dcp_plugins")
     model, optimizer = built(source)
     train(model, optimizer)

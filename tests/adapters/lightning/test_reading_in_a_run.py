@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
@@ -33,22 +34,22 @@ class Uploader(CSVLogger):
 
 
 class Reader(Callback):
-    """Loads the best checkpoint after it was saved, and saves one more when the fit has ended."""
+    """Loads a checkpoint when the callback names it, and saves one more when the fit has ended."""
 
-    def __init__(self, last: Path) -> None:
-        self.last = last
+    def __init__(self, at_end: Path, attribute: str) -> None:
+        self.at_end, self.attribute = at_end, attribute
         self.found: list[bool] = []
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        best = trainer.checkpoint_callback.best_model_path  # type: ignore[union-attr]
-        if best:
-            self.found.append(digest(Regression.load_from_checkpoint(best).state_dict()) == self.weights)
+        path = getattr(trainer.checkpoint_callback, self.attribute)
+        if path:
+            self.found.append(digest(Regression.load_from_checkpoint(path).state_dict()) == self.weights)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         self.weights = digest(pl_module.state_dict())
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        trainer.save_checkpoint(self.last)
+        trainer.save_checkpoint(self.at_end)
 
 
 def slowly(writer: CompanionWriter, commit: Callable[[], None]) -> None:
@@ -56,10 +57,11 @@ def slowly(writer: CompanionWriter, commit: Callable[[], None]) -> None:
     commit()
 
 
-def run(folder: Path, loggers: Any) -> tuple[Regression, Reader]:
+def run(folder: Path, loggers: Any, save_last: Any = None) -> tuple[Regression, Reader]:
     quiet()
-    module, reader = Regression(), Reader(folder / "end.ckpt")
-    checkpoints = ModelCheckpoint(folder / "run", "{step}", every_n_train_steps=1, save_top_k=1)
+    attribute = "last_model_path" if save_last else "best_model_path"
+    module, reader = Regression(), Reader(folder / "end.ckpt", attribute)
+    checkpoints = ModelCheckpoint(folder / "run", "{step}", every_n_train_steps=1, save_top_k=1, save_last=save_last)
     runner = pl.Trainer(
         accelerator="cpu",
         devices=1,
@@ -80,9 +82,10 @@ def test_loggers_and_callbacks_find_committed_checkpoints_during_a_run(tmp_path:
     module, reader = run(tmp_path, logger)
     assert logger.uploaded == [True, True]
     assert reader.found == [True]
-    assert is_committed(reader.last)
-    assert digest(load_from_checkpoint(Regression, reader.last).state_dict()) == digest(module.state_dict())
+    assert is_committed(reader.at_end)
+    assert digest(load_from_checkpoint(Regression, reader.at_end).state_dict()) == digest(module.state_dict())
 
 
-def test_a_model_loads_from_a_checkpoint_in_flight_when_that_is_committed(tmp_path: Path) -> None:
-    assert run(tmp_path, False)[1].found == [True]
+@pytest.mark.parametrize("save_last", [None, True, "link"])
+def test_a_model_loads_from_a_checkpoint_in_flight_when_that_is_committed(tmp_path: Path, save_last: Any) -> None:
+    assert run(tmp_path, False, save_last)[1].found == [True]

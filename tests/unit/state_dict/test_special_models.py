@@ -114,6 +114,25 @@ def test_a_model_that_judges_its_keys_itself_is_asked_to_be_strict(load: Any) ->
         load(model, {"old.weight": torch.ones(2, 2)})
 
 
+class _Transposed(nn.Module):
+    """Decodes with the encoder's weight, transposed, and loads in its own way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Parameter(torch.zeros(2, 2))
+        self.decoder = nn.Parameter(self.encoder.detach().t())
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, **options: Any) -> Any:
+        return super().load_state_dict(state_dict, strict)
+
+
+def test_a_transposed_view_of_a_weight_is_not_loaded_a_second_time() -> None:
+    model = _Transposed()
+    weight = torch.arange(4.0).reshape(2, 2)
+    set_model_state_dict(model, {"encoder": weight})
+    assert torch.equal(model.encoder, weight)
+
+
 def test_lazy_modules_and_scalars_load_as_torch_loads_them() -> None:
     model = nn.Sequential(nn.LazyLinear(3))
     set_model_state_dict(model, {"0.weight": torch.ones(3, 5), "0.bias": torch.ones(3)})
