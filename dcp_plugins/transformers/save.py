@@ -104,14 +104,16 @@ def save_checkpoint(
     if is_first:
         saver.after_commit(partial(shutil.rmtree, path.with_name(f"{path.name}.replaced"), ignore_errors=True))
         saver.after_commit(partial(_attempt, partial(publish_state, path, text, sync=saver.options.sync_files)))
-    if push:
-        trainer._push_from_checkpoint(str(path))
     limit = trainer.args.save_total_limit
     if is_first and limit is not None and limit > 0:
         keep = [path, *in_use]
         if trainer.state.best_model_checkpoint is not None:
             keep.append(Path(trainer.state.best_model_checkpoint))
         saver.after_commit(partial(_attempt, partial(rotate, run_dir, limit, keep, own=[*own, path])))
+    if push:
+        # The upload lists the run's directory in the background. If a checkpoint vanished meanwhile, the upload would
+        # fail, which the Trainer does not notice.
+        trainer._push_from_checkpoint(str(path))
     if commit_first:
         # Without this barrier, a callback on another rank could read files that rank 0 has not written yet.
         deciding_ranks().barrier()
