@@ -120,7 +120,7 @@ def main() -> None:
         directory = interrupted if ranks == 2 else out / name.replace(" ", "-")
         resumed.append(demo.run(name, ranks, directory, resume=checkpoint))
     if not options.quick:
-        demo.say(f"{3 + len(resumed)}. Time what saves cost on one rank of this machine, with '{demo.strategy}'")
+        demo.say(f"{3 + len(resumed)}. Time what saves cost on one rank with strategy='{demo.strategy}' (two minutes)")
         demo.time_saves(100, 10, 3)
     compare(demo, checkpoint, reference, resumed)
     finish(demo, checkpoint)

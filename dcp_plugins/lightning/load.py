@@ -41,6 +41,7 @@ __all__ = [
     "moved",
     "open_directory",
     "open_file",
+    "set_model",
     "set_optimizer",
 ]
 
@@ -179,7 +180,7 @@ def fill_from_directory(
     # The load has filled the tensors. This call sets the other values, and runs the modules' load hooks.
     for name, module in targets.modules.items():
         set_versions(state[name], versions, name)
-        _set_model(module, state[name], options, targets.hint)
+        set_model(module, state[name], options, targets.hint)
     for name, (module, optimizer) in targets.optimizers.items():
         set_optimizer(module, optimizer, state[name])
 
@@ -188,13 +189,14 @@ def fill_from_file(saved: Mapping[str, Any], targets: Targets, *, strict: bool) 
     """Load modules and optimizers in place from full tensors; each rank takes the parts that it needs."""
     options = StateDictOptions(full_state_dict=True, strict=strict)
     for name, module in targets.modules.items():
-        _set_model(module, saved[name], options, targets.hint)
+        set_model(module, saved[name], options, targets.hint)
     for name, (module, optimizer) in targets.optimizers.items():
         named = by_name(saved[name], module, optimizer)
         set_optimizer(module, optimizer, named, options=StateDictOptions(full_state_dict=True))
 
 
-def _set_model(module: nn.Module, state: Mapping[str, Any], options: StateDictOptions, hint: str) -> None:
+def set_model(module: nn.Module, state: Mapping[str, Any], options: StateDictOptions, hint: str) -> None:
+    """Set a model's state; an error about keys that do not fit ends with the hint."""
     with unwrapped_plan_errors(f"{hint} to load what they share."):
         set_model_state_dict(module, state, options=options)
 
@@ -238,7 +240,7 @@ def fill_raw(
     if isinstance(target, Optimizer):
         set_optimizer(module, target, state)
     else:
-        _set_model(target, state, options, hint)
+        set_model(target, state, options, hint)
 
 
 def meta_of(

@@ -21,7 +21,7 @@ from dcp_plugins.coord import Ranks
 from dcp_plugins.errors import PlanError, listing
 from dcp_plugins.lightning.checkpoint_part import CheckpointPart
 from dcp_plugins.lightning.lazy_state import LazyOptimizerState, LazyState
-from dcp_plugins.lightning.load import Targets, fill_from_directory, fill_from_file, set_optimizer
+from dcp_plugins.lightning.load import Targets, fill_from_directory, fill_from_file, set_model, set_optimizer
 from dcp_plugins.manager import load_state, unwrapped_plan_errors
 from dcp_plugins.manager.agreement import deciding_ranks
 from dcp_plugins.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -127,9 +127,8 @@ class Restoring:
             options = StateDictOptions(full_state_dict=True, strict=False)
             set_model_state_dict(self.module, whole, options=options)
             given.update({key: own[key] for key in whole})
-        with unwrapped_plan_errors(f"{_HINT} to load what they share."):
-            # This call compares the keys and runs the modules' load hooks. It does not copy a tensor onto itself.
-            set_model_state_dict(self.module, given, options=StateDictOptions(strict=strict))
+        # This call compares the keys and runs the modules' load hooks. It does not copy a tensor onto itself.
+        set_model(self.module, given, StateDictOptions(strict=strict), _HINT)
 
     def _demand_alike(self, edited: Mapping[str, Any]) -> None:
         """Raise on every rank if the hooks edited different entries on some ranks: all ranks have to load the same."""

@@ -85,10 +85,10 @@ class InFlight:
 
     def finish_but_last(self) -> None:
         """Let the save that was begun last go on; wait for those before it, and raise what they failed with, once."""
-        last = next(reversed(self._saves), None)
-        earlier = {save: path for save, path in self._saves.items() if save is not last}
+        earlier = dict(self._saves)
+        last = [earlier.popitem()] if earlier else []
         await_saves(earlier)
-        self._saves = {save: path for save, path in self._saves.items() if save is last}
+        self._saves = dict(last)
         _raise_failure_of(earlier)
 
 

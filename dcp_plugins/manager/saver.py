@@ -283,16 +283,14 @@ def unwrapped_plan_errors(hint: str = "") -> Iterator[None]:
     except PlanError as exc:
         raise _advised(exc, hint) from None
     except CheckpointException as exc:
-        failures = [failure for failure, _ in exc.failures.values()]
-        if failures and all(isinstance(failure, PlanError) for failure in failures):
-            raise _advised(failures[0], hint) from None
+        misfits = [failure for failure, _ in exc.failures.values() if isinstance(failure, PlanError)]
+        if misfits and len(misfits) == len(exc.failures):
+            raise _advised(misfits[0], hint) from None
         raise
 
 
-def _advised(failure: BaseException, hint: str) -> BaseException:
-    if not hint or hint in str(failure) or not isinstance(failure, PlanError):
-        return failure
-    return failure.advised(hint)
+def _advised(failure: PlanError, hint: str) -> PlanError:
+    return failure.advised(hint) if hint else failure
 
 
 @contextmanager

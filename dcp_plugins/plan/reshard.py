@@ -49,9 +49,9 @@ class Intersection(NamedTuple):
     """The elements that a saved box and a wanted box have in common: a box itself."""
 
     wanted_index: int
-    """Which of the wanted boxes it is part of."""
+    """The index of the wanted box in the list of them."""
     saved_index: int
-    """Which of the saved boxes it is part of."""
+    """The index of the saved box in the list of them."""
     wanted_offsets: torch.Size
     """Its first corner, relative to the wanted box, in elements."""
     saved_offsets: torch.Size

@@ -27,7 +27,7 @@ def load_module(
     versions: Mapping[str, Any] | None,
     *,
     assign: bool,
-    strict: bool = False,
+    strict: bool,
 ) -> tuple[list[str], list[str]]:
     """Load a state dict with the module's own keys; return missing and unexpected keys.
 
@@ -39,10 +39,10 @@ def load_module(
         strict: Let the model's own ``load_state_dict()`` judge the keys, if it has one: it may raise for them, or do
             without some of them. No keys are returned then.
     """
-    call = state_dict_call(module, "load_state_dict")
     if has_own_load(module):
         if versions is not None:
             state_dict._metadata = versions  # type: ignore[attr-defined]
+        call = state_dict_call(module, "load_state_dict")
         found = call(state_dict, strict=strict, **({"assign": True} if assign else {}))
         if strict:
             return [], []

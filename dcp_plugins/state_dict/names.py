@@ -199,7 +199,7 @@ def state_dict_call(owner: nn.Module | torch.optim.Optimizer, method: str) -> Ca
 
 @dataclass(frozen=True, slots=True)
 class _Traits:
-    """What the walk needs to know about a class of modules; found once for each class, because lookups are slow."""
+    """The facts about a class of modules that the walk needs. It finds them once for each class: lookups are slow."""
 
     wrapped_child: str | None
     """The name under which a wrapper keeps the module that it wraps; None for a class that is no wrapper."""

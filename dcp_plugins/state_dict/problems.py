@@ -43,7 +43,7 @@ class Problems:
         self.losing: list[str] = []
         self.ungrouped: list[str] = []
         self.others: list[str] = []
-        self._advice: list[str] = []
+        self._is_about_groups = False
         self.kept: set[str] = set()
         self._unrecorded: list[str] = []
         self._saved = saved
@@ -92,8 +92,7 @@ class Problems:
     def note_groups(self, problem: str) -> None:
         """Note how the parameter groups differ from the saved ones."""
         self.others.append(problem)
-        if _GROUPS_ADVICE not in self._advice:
-            self._advice.append(_GROUPS_ADVICE)
+        self._is_about_groups = True
 
     def report(self, *, may_warn: bool) -> None:
         """Log and warn of what was found and does not make the state dict unusable."""
@@ -134,9 +133,9 @@ class Problems:
         if len(self.others) > 12:
             lines.append(f"... ({len(self.others) - 12} more)")
         if lines:
-            keeping = [_KEEPING_ADVICE] if self.missing or self.losing or self.ungrouped else []
-            advice = "\n    ".join([*keeping, *self._advice])
-            raise PlanError("\n    ".join(["The optimizer state dict does not fit:", *lines]), advice)
+            advice = [_KEEPING_ADVICE] if self.missing or self.losing or self.ungrouped else []
+            advice += [_GROUPS_ADVICE] if self._is_about_groups else []
+            raise PlanError("\n    ".join(["The optimizer state dict does not fit:", *lines]), "\n    ".join(advice))
 
 
 class EmptyGroups:
