@@ -30,14 +30,14 @@ def swap_accelerate(module: ModuleType, mode: str) -> None:
 
 
 def _finish_saves_before_folders_go() -> None:
-    """Let a temporary folder be deleted when the saves in flight are done: tests delete what is being written."""
+    """Let a temporary folder be deleted only when the saves in flight, and what follows them, are done."""
     clean_up = tempfile.TemporaryDirectory.cleanup
 
     @functools.wraps(clean_up)
     def finished(self: Any) -> None:
-        from dcp_plugins.engine.thread_runner import thread_runner
+        from dcp_plugins.manager.in_flight import wait_for_all
 
-        thread_runner.wait()
+        wait_for_all()
         clean_up(self)
 
     tempfile.TemporaryDirectory.cleanup = finished  # type: ignore[method-assign]
