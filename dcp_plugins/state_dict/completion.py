@@ -42,10 +42,10 @@ def optimizer_template(
     is_flat = not is_nested(values)
     completion = OptimizerCompletion(optimizers, names, is_flat=is_flat, takes_any_form=takes_any_form)
     if is_flat:
-        completion.note_flat(values)
+        completion.keys = _flat_keys_of_state(values, names.tensors)
         return CompletingDict(values, completion)
     state = values[STATE]
-    completion.note(state)
+    completion.keys = _keys_of_state(state, names.tensors)
     return {**values, STATE: CompletingDict(state, completion, completes_parent=True)}
 
 
@@ -82,16 +82,41 @@ class OptimizerCompletion:
         self.keys: OptimizerStateKeys | None = None
         self._is_flat = is_flat
         self._takes_any_form = takes_any_form
-        # `_Owner` has weak references: a state dict that a user keeps must not keep the model in memory.
-        self._parameters: dict[str, _Owner] = {}
-        for optimizer in optimizers:
-            inner = underlying(optimizer)
-            optimizer_ref = weakref.ref(inner)
-            for parameter in (parameter for group in inner.param_groups for parameter in group[PARAMS]):
-                for fqn in names.fqns(parameter):
-                    own = _Owner(names.tensors[fqn], optimizer_ref, names.pieces.get(fqn))
-                    for name in names.spellings(names.tensors[fqn]):
-                        self._parameters[name] = own
+        # Weak references: a state dict that a user keeps must not keep the model in memory. Only a load needs to know
+        # the parameters, so it finds them, and getters, which are called far more often, make no object for each.
+        self._optimizers = [weakref.ref(underlying(optimizer)) for optimizer in optimizers]
+        self._fqns: dict[int, str] = {}  # id(parameter) -> its name.
+        self._spellings: dict[str, list[str]] = {}  # Name -> all names under which a state dict may know the parameter.
+        self._pieces: dict[str, _Owner] = {}  # Name -> what FSDP1 leaves here of the parameter.
+        for optimizer in self._optimizers:
+            self._note_names(optimizer, names)
+
+    def _note_names(self, optimizer: weakref.ref[Optimizer], names: Names) -> None:
+        for parameter in _parameters_of(optimizer()):
+            fqns = names.parameter_names.get(id(parameter), ())
+            if not names.pieces and not names.hidden_names and len(fqns) == 1:
+                self._fqns[id(parameter)] = fqns[0]  # The usual case, and there are thousands.
+                continue
+            for fqn in names.fqns(parameter):
+                self._spellings[fqn] = names.spellings(names.tensors[fqn])
+                if fqn in names.pieces:
+                    self._pieces[fqn] = _Owner(names.tensors[fqn], optimizer, names.pieces[fqn])
+                else:
+                    self._fqns[id(parameter)] = fqn
+
+    def _owners(self) -> dict[str, _Owner]:
+        """Return the parameters that still exist, under every name that a state dict may know them by."""
+        owners = dict(self._pieces)
+        for optimizer in self._optimizers:
+            for parameter in _parameters_of(optimizer()):
+                fqn = self._fqns.get(id(parameter))
+                if fqn is not None:
+                    owners[fqn] = _Owner(parameter, optimizer, None)
+        for fqn in self._fqns.values() - owners.keys():
+            owners[fqn] = _GONE
+        for fqn, spellings in self._spellings.items():
+            owners.update(dict.fromkeys(spellings, owners[fqn]))
+        return owners
 
     def completed(self, template: Mapping[Any, Any], saved: Mapping[Any, Any], notes: Notes) -> Mapping[Any, Any]:
         saved_is_flat = bool(saved) and not is_nested(saved)
@@ -99,11 +124,10 @@ class OptimizerCompletion:
             # The plan of the load then fails, with a message about the two forms.
             return dict(template)
         completion = self._for_saved(saved_is_flat)
+        owners = self._owners()
         if saved_is_flat:
-            made = {
-                key: value for key, value in self._flat(template, saved, completion, notes) if value is not _ELSEWHERE
-            }
-            return CompletingDict(made, completion)
+            completion.keys, entries = _flat(template, saved, owners, notes)
+            return CompletingDict(entries, completion)
         result: dict[Any, Any] = {}
         for key, value in saved.items():
             if key == STATE and isinstance(value, Mapping):
@@ -111,23 +135,12 @@ class OptimizerCompletion:
             result[key] = like_saved(value, template.get(key), _plain_target)
         state = saved.get(STATE)
         own = template.get(STATE)
-        made = self._state(own if isinstance(own, Mapping) else {}, state, notes) if isinstance(state, Mapping) else {}
-        completion.note(state if isinstance(state, Mapping) else {})
+        state = state if isinstance(state, Mapping) else {}
+        made = _nested(own if isinstance(own, Mapping) else {}, state, owners, notes)
+        completion.keys = _keys_of_state(state, owners)
         result[STATE] = CompletingDict(made, completion, completes_parent=True)
         result.setdefault(GROUPS, [])
         return result
-
-    def note(self, state: Mapping[Any, Any]) -> None:
-        """Remember the keys of the state that the state dict has."""
-        shared = frozenset(key for key in state if key not in self._parameters)
-        self.keys = OptimizerStateKeys(frozenset(state) - shared, shared)
-
-    def note_flat(self, values: Mapping[str, Any]) -> None:
-        """Remember the keys of the state that a flat state dict has."""
-        rests = [rest for section, _, rest in (key.partition(".") for key in values) if section == STATE]
-        named = {rest: self._longest_name(rest) for rest in rests}
-        shared = frozenset(rest.partition(".")[0] for rest, name in named.items() if name is None)
-        self.keys = OptimizerStateKeys(frozenset(name for name in named.values() if name is not None), shared)
 
     def _for_saved(self, is_flat: bool) -> OptimizerCompletion:
         made = OptimizerCompletion.__new__(OptimizerCompletion)
@@ -135,51 +148,76 @@ class OptimizerCompletion:
         made._is_flat = is_flat
         return made
 
-    def _state(self, template: Mapping[Any, Any], saved: Mapping[Any, Any], notes: Notes) -> dict[Any, Any]:
-        shared = saved.shared if isinstance(saved, SavedOptimizerState) else ()
-        made: dict[Any, Any] = {}
-        for key, value in saved.items():
-            owner = self._parameters.get(key)
-            if owner is not None:
-                if owner.is_elsewhere:
-                    continue
+
+def _parameters_of(optimizer: Optimizer | None) -> list[torch.Tensor]:
+    """Return the parameters of an optimizer; none of one that no longer exists."""
+    groups = optimizer.param_groups if optimizer is not None else ()
+    return [parameter for group in groups for parameter in group[PARAMS]]
+
+
+def _keys_of_state(state: Mapping[Any, Any], parameters: Mapping[str, Any]) -> OptimizerStateKeys:
+    """Tell which keys of a nested state dict's state name parameters."""
+    had_state = frozenset(parameters.keys() & state.keys())
+    return OptimizerStateKeys(had_state, frozenset(state.keys() - had_state))
+
+
+def _flat_keys_of_state(values: Mapping[str, Any], parameters: Mapping[str, Any]) -> OptimizerStateKeys:
+    """Tell which keys of a flat state dict's state name parameters."""
+    rests = [rest for section, _, rest in (key.partition(".") for key in values) if section == STATE]
+    named = {rest: _longest_name(rest, parameters) for rest in rests}
+    shared = frozenset(rest.partition(".")[0] for rest, name in named.items() if name is None)
+    return OptimizerStateKeys(frozenset(name for name in named.values() if name is not None), shared)
+
+
+def _longest_name(rest: str, parameters: Mapping[str, Any]) -> str | None:
+    """Return the parameter's name that the rest of a flat key begins with."""
+    end = len(rest)
+    while (end := rest.rfind(".", 0, end)) > 0:
+        if rest[:end] in parameters:
+            return rest[:end]
+    return None
+
+
+def _nested(
+    template: Mapping[Any, Any], saved: Mapping[Any, Any], owners: Mapping[str, _Owner], notes: Notes
+) -> dict[Any, Any]:
+    """Return the state of a nested state dict as it was saved, with tensors to load into."""
+    shared = saved.shared if isinstance(saved, SavedOptimizerState) else ()
+    made: dict[Any, Any] = {}
+    for key, value in saved.items():
+        owner = owners.get(key)
+        if owner is not None:
+            if not owner.is_elsewhere:
                 made[key] = like_saved(value, template.get(key), owner.targets(notes))
-            elif str(key) in shared or key in template:
-                made[key] = like_saved(value, template.get(key), _plain_target)
-        return made
-
-    def _flat(
-        self, template: Mapping[Any, Any], saved: Mapping[Any, Any], completion: OptimizerCompletion, notes: Notes
-    ) -> Iterable[tuple[str, Any]]:
-        listed = {key.partition(".")[2].rpartition(".")[0] for key in saved if key.startswith(f"{GROUPS}.")}
-        had_state: set[str] = set()
-        shared: set[str] = set()
-        for key, value in saved.items():
-            section, _, rest = key.partition(".")
-            own = template.get(key)
-            name = self._longest_name(rest)
-            if section == STATE and name is not None:
-                had_state.add(name)
-                owner = self._parameters[name]
-                yield key, _ELSEWHERE if owner.is_elsewhere else like_saved(value, own, owner.targets(notes))
-            elif name is not None or key in template:
-                yield key, like_saved(value, own, _plain_target)
-            elif section == STATE and not any(rest.startswith(f"{fqn}.") for fqn in listed):
-                # No group lists it as a parameter.
-                shared.add(rest.partition(".")[0])
-                yield key, like_saved(value, own, _plain_target)
-        completion.keys = OptimizerStateKeys(frozenset(had_state), frozenset(shared))
-
-    def _longest_name(self, rest: str) -> str | None:
-        end = len(rest)
-        while (end := rest.rfind(".", 0, end)) > 0:
-            if rest[:end] in self._parameters:
-                return rest[:end]
-        return None
+        elif str(key) in shared or key in template:
+            made[key] = like_saved(value, template.get(key), _plain_target)
+    return made
 
 
-_ELSEWHERE = object()
-"""Stands for state of a parameter of which this rank keeps no element."""
+def _flat(
+    template: Mapping[Any, Any], saved: Mapping[Any, Any], owners: Mapping[str, _Owner], notes: Notes
+) -> tuple[OptimizerStateKeys, dict[str, Any]]:
+    """Return what names the state of a flat state dict, and its entries as they were saved, with tensors to fill."""
+    listed = {key.partition(".")[2].rpartition(".")[0] for key in saved if key.startswith(f"{GROUPS}.")}
+    had_state: set[str] = set()
+    shared: set[str] = set()
+    made: dict[str, Any] = {}
+    for key, value in saved.items():
+        section, _, rest = key.partition(".")
+        name = _longest_name(rest, owners)
+        target_of: Callable[[SavedValue, Any], torch.Tensor] = _plain_target
+        if section == STATE and name is not None:
+            had_state.add(name)
+            if owners[name].is_elsewhere:
+                continue
+            target_of = owners[name].targets(notes)
+        elif name is None and key not in template:
+            if section != STATE or any(rest.startswith(f"{fqn}.") for fqn in listed):
+                continue
+            # No group lists it as a parameter.
+            shared.add(rest.partition(".")[0])
+        made[key] = like_saved(value, template.get(key), target_of)
+    return OptimizerStateKeys(frozenset(had_state), frozenset(shared)), made
 
 
 class _Owner:
@@ -187,8 +225,10 @@ class _Owner:
 
     __slots__ = ("_optimizer", "_parameter", "_piece")
 
-    def __init__(self, parameter: torch.Tensor, optimizer: weakref.ref[Optimizer], piece: FlatPiece | None) -> None:
-        self._parameter = weakref.ref(parameter) if piece is None else (lambda: parameter)
+    def __init__(
+        self, parameter: torch.Tensor | None, optimizer: Callable[[], Optimizer | None], piece: FlatPiece | None
+    ) -> None:
+        self._parameter = parameter
         self._optimizer = optimizer
         self._piece = piece
 
@@ -217,7 +257,7 @@ class _Owner:
     def _new(self, saved: SavedValue) -> torch.Tensor:
         assert saved.size is not None
         assert saved.dtype is not None
-        parameter, optimizer = self._parameter(), self._optimizer()
+        parameter, optimizer = self._parameter, self._optimizer()
         if parameter is None or optimizer is None:
             raise PlanError(
                 f"the layout of {saved.fqn} follows from the model and the optimizer, and one of them no longer exists:"
@@ -236,6 +276,10 @@ class _Owner:
         if size == parameter.shape and len(size):
             return torch.empty_like(parameter.detach(), dtype=dtype)
         return torch.empty(size, dtype=dtype)
+
+
+_GONE = _Owner(None, lambda: None, None)
+"""Stands for a parameter that no longer exists."""
 
 
 def _dtype_of(saved: torch.dtype, parameter: torch.Tensor, optimizer: Optimizer, size: torch.Size) -> torch.dtype:
