@@ -37,7 +37,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         item.path.relative_to(adapters).parts[0] for item in session.items if item.path.is_relative_to(adapters)
     }
     modules = {item.module.__name__ for item in session.items if isinstance(item, pytest.Function)}
-    preload(*(f"tests.adapters.{name}.trainers" for name in sorted(frameworks)), *sorted(modules))
+    trainers = [f"tests.adapters.{name}.trainers" for name in sorted(frameworks)]
+    # The first call of torch.compile imports them: half a second for each rank.
+    compilers = ["torch._dynamo.backends.debugging", "torch._dynamo.backends.inductor"]
+    preload(*trainers, *compilers, *sorted(modules))
     # Without this import, each garbage collection in a test would walk all that was imported for the tests.
     importlib.import_module("dcp_plugins.testing.frozen")
 
