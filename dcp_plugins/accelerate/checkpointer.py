@@ -19,6 +19,7 @@ import dcp_plugins as dcp
 from dcp_plugins.accelerate import layout
 from dcp_plugins.accelerate.collect import (
     check_files,
+    diverging_in,
     is_fsdp,
     optimizers_of,
     owner_of,
@@ -37,6 +38,7 @@ from dcp_plugins.manager import Saver, load_state, unwrapped_plan_errors
 from dcp_plugins.manager.agreement import deciding_ranks, on_rank_zero
 from dcp_plugins.manager.record import RECORD_KEY, record_item
 from dcp_plugins.manager.saver import renormed_weights
+from dcp_plugins.plan.flatten import KeyPath
 from dcp_plugins.plan.unloadable import loaded_with
 from dcp_plugins.state_dict import StateDictOptions, set_model_state_dict
 from dcp_plugins.state_dict.owned import restore_optimizer_state
@@ -62,6 +64,7 @@ class Checkpointer:
         self._is_alone = accelerator.num_processes == 1
         self.plugin = plugin
         self._saver = Saver(plugin, no_dist=self._is_alone)
+        self._prepared: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._calls = 0
         self._last_begun = time.monotonic()
 
@@ -113,6 +116,7 @@ class Checkpointer:
                 path,
                 optimizers=optimizers_of(accelerator),
                 changed_by_forward=renormed_weights(accelerator._models),
+                diverging=self._diverging_in(state),
                 writer=PartsWriter(
                     path, parts=parts, sync_files=self.plugin.sync_files, thread_count=self.plugin.thread_count
                 ),
@@ -185,6 +189,13 @@ class Checkpointer:
             # Where stock leaves it to the script to choose the next number, and refuses to save if it forgets.
             configuration = accelerator.project_configuration
             configuration.iteration = max(configuration.iteration, number + 1)
+
+    def note_prepared(self, model: nn.Module) -> None:
+        """Note a model that the accelerator has prepared, with its wrapper."""
+        self._prepared.add(model)
+
+    def _diverging_in(self, state: Mapping[str, Any]) -> list[KeyPath]:
+        return [] if self._is_alone else list(diverging_in(self._accelerator, self._prepared, state))
 
     def _loaded_with(self) -> AbstractContextManager[None]:
         return loaded_with(weights_only=self.plugin.weights_only, safe_globals=self.plugin.safe_globals)

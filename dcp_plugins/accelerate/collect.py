@@ -12,7 +12,7 @@ from __future__ import annotations
 import fnmatch
 import io
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from dcp_plugins.accelerate import layout
 from dcp_plugins.accelerate.layout import Contents
 from dcp_plugins.errors import PlanError, UnsafeCheckpointError, UnsupportedValueError, listing
 from dcp_plugins.format.trust import SafeGlobal
+from dcp_plugins.manager.diverging import Replicas
+from dcp_plugins.plan.flatten import KeyPath
 from dcp_plugins.plan.unloadable import warn_of_unloadable
 from dcp_plugins.plan.values import load_value
 from dcp_plugins.state_dict import StateDictOptions, get_model_state_dict
@@ -50,6 +52,7 @@ _SMALL_FILES = (
 
 __all__ = [
     "check_files",
+    "diverging_in",
     "is_fsdp",
     "optimizers_of",
     "owner_of",
@@ -133,6 +136,25 @@ def state_of(
         state[layout.optimizer_part(index)] = {"optimizer": optimizer_state}
     state[layout.REST] = {str(accelerator.process_index): small_files(accelerator)}
     return state
+
+
+def diverging_in(
+    accelerator: Accelerator, prepared: Iterable[nn.Module], state: Mapping[str, Any]
+) -> Iterator[KeyPath]:
+    """Yield the paths of values that processes may hold with different contents: stock saves the main process's.
+
+    Args:
+        accelerator: With everything that was prepared.
+        prepared: The prepared models in DDP's wrappers, as far as they are known.
+        state: The result of `state_of`.
+    """
+    replicas = Replicas([*accelerator._models, *prepared])
+    for index in range(len(accelerator._models)):
+        part = layout.model_part(index)
+        yield from replicas.diverging_values((part, "model"), state.get(part, {}).get("model", {}))
+    for index, optimizer in enumerate(optimizers_of(accelerator)):
+        if replicas.diverges(optimizer):
+            yield (layout.optimizer_part(index),)
 
 
 def _are_same(weights: Mapping[str, Any], before: Mapping[str, Any]) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 
 from accelerate import Accelerator, checkpointing
 from accelerate.utils import DistributedType
+from torch import nn
 
 from dcp_plugins.accelerate.checkpointer import Checkpointer
 from dcp_plugins.accelerate.plugin import DCPPlugin
@@ -103,6 +104,16 @@ class _Enabled(Accelerator):  # type: ignore[misc]
 
     save_state = _delegated(Checkpointer.save_state)
     load_state = _delegated(Checkpointer.load_state)
+
+    def prepare_model(
+        self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
+    ) -> nn.Module:
+        """Call stock's method, and note DDP's wrapper: the accelerator keeps the model inside it only."""
+        prepared: nn.Module = super().prepare_model(model, device_placement, evaluation_mode)
+        checkpointer = _checkpointer_of(self)
+        assert checkpointer is not None
+        checkpointer.note_prepared(prepared)
+        return prepared
 
     def end_training(self) -> None:
         """Finish the save in flight, then call stock's method; raise a save's failure on every process."""

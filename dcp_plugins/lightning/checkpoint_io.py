@@ -33,6 +33,7 @@ from dcp_plugins.lightning.twin import write_twin
 from dcp_plugins.manager import SaveOptions, Saver, delete_checkpoint, is_committed
 from dcp_plugins.manager.agreement import deciding_ranks
 from dcp_plugins.manager.options import Asynchronous
+from dcp_plugins.plan.flatten import KeyPath
 from dcp_plugins.plan.unloadable import loaded_with
 from dcp_plugins.storage.companion import CompanionWriter
 from dcp_plugins.user_warnings import warn_user
@@ -51,6 +52,7 @@ class _SaveMode:
     asynchronous: Asynchronous = "off"
     optimizers: tuple[Optimizer, ...] = ()
     changed_by_forward: tuple[torch.Tensor, ...] = ()
+    diverging: tuple[KeyPath, ...] = ()
     again: bool = False
 
 
@@ -153,6 +155,7 @@ class DCPCheckpointIO(CheckpointIO):
         *,
         optimizers: Iterable[Optimizer] = (),
         changed_by_forward: Iterable[torch.Tensor] = (),
+        diverging: Iterable[KeyPath] = (),
         again: bool = False,
     ) -> Iterator[None]:
         """Set options of `save_checkpoint` for a block: Lightning defines its signature, which lacks them.
@@ -161,10 +164,11 @@ class DCPCheckpointIO(CheckpointIO):
             asynchronous: How saves are written, unless ``storage_options`` say otherwise.
             optimizers: The optimizers in training: their next step waits until their parameters and state are copied.
             changed_by_forward: Parameters of these optimizers that the forward pass changes.
+            diverging: The paths of values that ranks may hold with different contents: rank 0's are saved.
             again: The tensors are the same as in the last save: make hard links to its files.
         """
         before = self._mode
-        self._mode = _SaveMode(asynchronous, tuple(optimizers), tuple(changed_by_forward), again)
+        self._mode = _SaveMode(asynchronous, tuple(optimizers), tuple(changed_by_forward), tuple(diverging), again)
         try:
             yield
         finally:
@@ -187,8 +191,8 @@ class DCPCheckpointIO(CheckpointIO):
         Args:
             checkpoint: As Lightning's Trainer makes it.
             path: The same on every rank.
-            optimizers: Those that train.
-            changed_by_forward: Parameters of theirs that the forward pass changes.
+            optimizers: As in `saving`.
+            changed_by_forward: As in `saving`.
             storage_options: As in `save_checkpoint`.
 
         Raises:
@@ -230,6 +234,7 @@ class DCPCheckpointIO(CheckpointIO):
         options: SaveOptions | None = None,
         optimizers: Iterable[Optimizer] = (),
         changed_by_forward: Iterable[torch.Tensor] = (),
+        diverging: Iterable[KeyPath] = (),
     ) -> None:
         """Write a checkpoint that is divided already. Called on every rank, with the same path.
 
@@ -239,10 +244,9 @@ class DCPCheckpointIO(CheckpointIO):
             path: The directory.
             options: Of this save; by default those of the constructor. With ``asynchronous`` in them this returns while
                 the writing goes on.
-            optimizers: Those that train.
-            changed_by_forward: Parameters of theirs that the forward pass changes.
+            optimizers: As in `saving`; so are those that follow.
         """
-        mode = _SaveMode("off", tuple(optimizers), tuple(changed_by_forward), again=False)
+        mode = _SaveMode("off", tuple(optimizers), tuple(changed_by_forward), tuple(diverging))
         self._save_parts(parts, rest, path, options=options or self.options, mode=mode, no_dist=self.no_dist)
 
     def _save_parts(
@@ -270,19 +274,15 @@ class DCPCheckpointIO(CheckpointIO):
                 state[layout.META_KEY] = {**item, layout.VERSIONS: encoded_versions(parts)}
             except Exception as exc:  # the writer raises it where the other ranks will hear of it
                 content = exc
-        writer = CompanionWriter(
-            path,
-            name=layout.META_FILE,
-            content=content,
-            sync_files=options.sync_files,
-            thread_count=options.thread_count,
-        )
+        sync, threads = options.sync_files, options.thread_count
+        writer = CompanionWriter(path, name=layout.META_FILE, content=content, sync_files=sync, thread_count=threads)
         with self._loaded_with():
             self._saver.save(
                 state,
                 path,
                 optimizers=mode.optimizers,
                 changed_by_forward=mode.changed_by_forward,
+                diverging=mode.diverging,
                 writer=writer,
             )
 

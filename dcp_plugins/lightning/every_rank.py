@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,8 +42,10 @@ from dcp_plugins.lightning.twin import Fingerprint
 from dcp_plugins.lightning.uploads import any_reads_checkpoints, warn_of_missing_uploads
 from dcp_plugins.manager import SaveOptions, is_committed, remove_if_uncommitted
 from dcp_plugins.manager.agreement import deciding_ranks
+from dcp_plugins.manager.diverging import Replicas
 from dcp_plugins.manager.failed_saves import missing_commit
 from dcp_plugins.manager.saver import renormed_weights
+from dcp_plugins.plan.flatten import KeyPath
 from dcp_plugins.state_dict import get_model_state_dict
 from dcp_plugins.user_warnings import warn_user
 
@@ -89,6 +91,8 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
     _saved: _Saved | None = None
     """The last save in the background: the next save may be of the same step and values."""
     _has_saved_again = False
+    _last_trained: Replicas | None = None
+    """The replicas of the model that was trained last."""
     _step_hook: RemovableHandle | None = None
     _interruption_timeout_seconds = 30.0
     """How long a rank that an exception has interrupted waits for the others to be interrupted, too."""
@@ -185,11 +189,28 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
         if self._trainer is not None:
             adapt_links(self._trainer.checkpoint_callbacks)
         changed_by_forward = renormed_weights([self._stateful_module])
-        with plugin.saving(asynchronous, optimizers=self.optimizers, changed_by_forward=changed_by_forward):
+        with plugin.saving(
+            asynchronous,
+            optimizers=self.optimizers,
+            changed_by_forward=changed_by_forward,
+            diverging=self._diverging_in(parts),
+        ):
             plugin.save_checkpoint(checkpoint, path, storage_options)
         if fingerprint is not None:
             self._saved = _Saved(path, rest["global_step"], options, fingerprint)
         self._delete_after_commit(aside)
+
+    def _diverging_in(self, parts: Mapping[str, Any]) -> Iterator[KeyPath]:
+        """Yield the paths of values that ranks may hold with different contents, of which stock saves rank 0's."""
+        if self.checkpoint_io.no_dist:
+            return
+        assert self.model is not None
+        replicas = Replicas([self.model]) or self._last_trained or Replicas([])
+        model_key, *optimizer_keys = parts
+        yield from replicas.diverging_values((model_key,), parts[model_key])
+        for key, optimizer in zip(optimizer_keys, self.optimizers, strict=False):
+            if replicas.diverges(optimizer):
+                yield (key,)
 
     def _make_room(self, path: Path) -> tuple[Path, Path | None]:
         plugin = self.checkpoint_io
@@ -289,6 +310,9 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
         finally:
             self._saved, self._has_saved_again = None, False
             self._opened = None
+            if self.model is not None:
+                # Stock's method takes the model out of DDP's wrapper. The final checkpoint may be saved after that.
+                self._last_trained = Replicas([self.model]) or self._last_trained
             if self._step_hook is not None:
                 self._step_hook.remove()
                 self._step_hook = None

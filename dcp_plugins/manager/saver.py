@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from dcp_plugins.contract import Metadata
+from dcp_plugins.contract import Metadata, SavePlanner
 from dcp_plugins.engine import AsyncCheckpointerType, AsyncSaveResponse, await_staging_before_step, save
 from dcp_plugins.engine.async_save import begin_save
 from dcp_plugins.engine.thread_runner import thread_runner
@@ -25,6 +25,8 @@ from dcp_plugins.manager.agreement import deciding_ranks, is_alone
 from dcp_plugins.manager.failed_saves import forget_failure, note_failure
 from dcp_plugins.manager.in_flight import InFlight, wait_for_all
 from dcp_plugins.manager.options import SaveOptions
+from dcp_plugins.plan.diverging import DivergingSavePlanner
+from dcp_plugins.plan.flatten import KeyPath
 from dcp_plugins.staging import BlockingAsyncStager, HandoverStager, OverlappedStager
 from dcp_plugins.storage import FileSystemWriter
 
@@ -90,6 +92,7 @@ class Saver:
         *,
         optimizers: Iterable[Optimizer] = (),
         changed_by_forward: Iterable[torch.Tensor] = (),
+        diverging: Collection[KeyPath] = (),
         writer: FileSystemWriter | None = None,
         blocking: bool | None = None,
         queue: bool = False,
@@ -107,6 +110,7 @@ class Saver:
             optimizers: Those whose parameters and state are in the state dict. Others than in the last save cost a new
                 allocation of staging memory.
             changed_by_forward: Parameters of theirs that the forward pass changes.
+            diverging: The paths of values that ranks may hold with different contents, as in `DivergingSavePlanner`.
             writer: Writes to ``path``; None makes one by the options.
             blocking: True saves in the foreground, False in the background, whatever the options say (in a thread, if
                 they say "off").
@@ -124,12 +128,13 @@ class Saver:
         self.finish(but_last=queue and in_background)
         if writer is None:
             writer = _Writer(path, sync_files=self.options.sync_files, thread_count=self.options.thread_count)
+        planner = DivergingSavePlanner(diverging)
         forget_failure(path)
         try:
             if in_background:
-                self._begin(state_dict, path, writer, list(optimizers), list(changed_by_forward))
+                self._begin(state_dict, path, writer, planner, list(optimizers), list(changed_by_forward))
             else:
-                self._save(state_dict, writer)
+                self._save(state_dict, writer, planner)
                 self.newest = path
         except Exception as exc:
             note_failure(path, exc)
@@ -168,11 +173,12 @@ class Saver:
         finally:
             self._free_stagers()
 
-    def _save(self, state_dict: dict[str, Any], writer: FileSystemWriter) -> None:
+    def _save(self, state_dict: dict[str, Any], writer: FileSystemWriter, planner: SavePlanner) -> None:
         with expected_warnings():
             save(
                 state_dict,
                 storage_writer=writer,
+                planner=planner,
                 process_group=self.process_group,
                 no_dist=is_alone(no_dist=self.no_dist),
             )
@@ -182,6 +188,7 @@ class Saver:
         state_dict: dict[str, Any],
         path: Path,
         writer: FileSystemWriter,
+        planner: SavePlanner,
         optimizers: list[Optimizer],
         changed_by_forward: list[torch.Tensor],
     ) -> None:
@@ -197,6 +204,7 @@ class Saver:
                 begun = begin_save(
                     state_dict,
                     storage_writer=writer,
+                    planner=planner,
                     process_group=self.process_group,
                     no_dist=alone,
                     kind=kind,

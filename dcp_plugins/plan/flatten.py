@@ -42,15 +42,22 @@ class KeyPaths(FlattenMapping):
 
     Attributes:
         saved_mappings: By path; without the dicts that have only string keys and are not empty.
+        diverging: The fqns of values that ranks may hold with different contents. They are not saved.
     """
 
-    def __init__(self, paths: Mapping[str, KeyPath] = {}, saved_mappings: Mapping[KeyPath, SavedMapping] = {}) -> None:
+    def __init__(
+        self,
+        paths: Mapping[str, KeyPath] = {},
+        saved_mappings: Mapping[KeyPath, SavedMapping] = {},
+        diverging: frozenset[str] = frozenset(),
+    ) -> None:
         super().__init__(paths)
+        self.diverging = diverging
         self.saved_mappings: dict[KeyPath, SavedMapping] = dict(saved_mappings)
         self._originals: dict[KeyPath, dict[str, Any]] = {}
 
     def __reduce__(self) -> Any:
-        return KeyPaths, (dict(self), self.saved_mappings)
+        return KeyPaths, (dict(self), self.saved_mappings, self.diverging)
 
     def unite(self, saved_mappings: Mapping[KeyPath, SavedMapping]) -> None:
         """Add the mappings of another rank. A mapping that both have keeps its kind and gets the keys of both."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Collection
 
 from dcp_plugins.contract import MetadataIndex, SavePlan, WriteItem
 from dcp_plugins.pace import giving_way
@@ -18,7 +19,9 @@ def item_nbytes(item: WriteItem) -> int:
     return item.bytes_io_data.nbytes if item.bytes_io_data is not None else 0
 
 
-def assign_replicas(plans: list[SavePlan], *, to_lowest_rank: bool = False) -> list[SavePlan]:
+def assign_replicas(
+    plans: list[SavePlan], *, to_lowest_rank: bool = False, diverging: Collection[str] = ()
+) -> list[SavePlan]:
     """Return plans in which every item stands once, balanced by bytes over the ranks that hold it.
 
     What only one rank holds is counted first; then the replicated items, largest first, each go to the holder with the
@@ -27,6 +30,7 @@ def assign_replicas(plans: list[SavePlan], *, to_lowest_rank: bool = False) -> l
     Args:
         plans: The local plans, indexed by rank, with replicated items listed by every holder.
         to_lowest_rank: Give each replicated item to its lowest holder instead.
+        diverging: The fqns of values that ranks may hold with different contents: their lowest holder writes them.
     """
     if len(plans) == 1:
         return plans
@@ -40,7 +44,7 @@ def assign_replicas(plans: list[SavePlan], *, to_lowest_rank: bool = False) -> l
     load_bytes = [0] * len(plans)
     replicated = []
     for index, ranks in giving_way(holders.items()):
-        if len(ranks) == 1 or to_lowest_rank:
+        if len(ranks) == 1 or to_lowest_rank or index.fqn in diverging:
             writer[index] = ranks[0]
             load_bytes[ranks[0]] += item_nbytes(items[index])
         else:

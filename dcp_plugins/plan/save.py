@@ -88,7 +88,8 @@ class DefaultSavePlanner(SavePlanner):
         return plan
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        all_plans = assign_replicas(all_plans, to_lowest_rank=self.dedup_save_to_lowest_rank)
+        diverging = frozenset[str]().union(*(getattr(plan.planner_data, "diverging", ()) for plan in all_plans))
+        all_plans = assign_replicas(all_plans, to_lowest_rank=self.dedup_save_to_lowest_rank, diverging=diverging)
         global_plan, metadata = create_default_global_save_plan(all_plans)
         if self.flatten_state_dict:
             merged = KeyPaths()

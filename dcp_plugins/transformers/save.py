@@ -9,7 +9,7 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ from transformers.trainer_utils import SaveStrategy
 
 from dcp_plugins.manager import OptimizerState, RandomState, Saver, is_committed
 from dcp_plugins.manager.agreement import deciding_ranks
+from dcp_plugins.manager.diverging import Replicas
 from dcp_plugins.manager.saver import renormed_weights
+from dcp_plugins.plan.flatten import KeyPath
 from dcp_plugins.plan.unloadable import warn_of_unloadable
 from dcp_plugins.plan.values import dump_value
 from dcp_plugins.state_dict import get_model_state_dict
@@ -91,13 +93,15 @@ def save_checkpoint(
     text = deciding_ranks().settle("prepare", lambda: _prepare(trainer, path, saver) if is_first else "")
     writers.write(trainer, path, hf_weights=hf_weights)
     optimizer = None if trainer.args.save_only_model else bare_optimizer(trainer)
+    state = _state_of(trainer, optimizer, text if is_first else None)
     saver.save(
-        _state_of(trainer, optimizer, text if is_first else None),
+        state,
         path,
         # An optimizer with a `train` method (a schedule-free one) also changes parameters between steps, when training
         # goes on after an evaluation. Its state and parameters are copied before training goes on.
         optimizers=[] if optimizer is None or hasattr(optimizer, "train") else [optimizer],
         changed_by_forward=renormed_weights([model_of(trainer)]),
+        diverging=list(_diverging_in(trainer, optimizer, state)),
         # The Trainer begins an upload on this thread, and the upload reads the files.
         blocking=True if push or commit_first or not trainer.is_in_train else None,
     )
@@ -161,6 +165,16 @@ def _note_best(trainer: Trainer, run_dir: Path, path: Path) -> None:
         "look", lambda: None, lambda _: is_committed(best) or is_stock(best)
     ):
         state.best_model_checkpoint = str(best)
+
+
+def _diverging_in(trainer: Trainer, optimizer: Optimizer | None, state: dict[str, Any]) -> Iterator[KeyPath]:
+    """Yield the paths of values that ranks may hold with different contents: the stock Trainer saves rank 0's."""
+    if deciding_ranks().world_size == 1:
+        return
+    replicas = Replicas([trainer.model_wrapped])
+    yield from replicas.diverging_values((MODEL,), state[MODEL])
+    if optimizer is not None and replicas.diverges(optimizer):
+        yield (OPTIMIZER,)
 
 
 def _state_of(trainer: Trainer, optimizer: Optimizer | None, text: str | None) -> dict[str, Any]:

@@ -126,6 +126,7 @@ class SavesOnEveryRank(SavesThroughDCP, Strategy):
             options=plugin.options_for(storage_options, self._asynchronous),
             optimizers=optimizers,
             changed_by_forward=list(renormed_weights(modules.values())),
+            diverging=[] if plugin.no_dist else list(entries.diverging_in(parts, modules.values())),
         )
         if aside is not None and self.is_global_zero:
             plugin.after_commit(aside.unlink)

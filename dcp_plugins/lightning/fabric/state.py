@@ -7,7 +7,7 @@ non-tensor part of the checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ from torch.optim import Optimizer
 
 from dcp_plugins.lightning.layout import META_KEY
 from dcp_plugins.lightning.optimizer_state import optimizer_state_of
+from dcp_plugins.manager.diverging import Replicas
+from dcp_plugins.plan.flatten import KeyPath
 from dcp_plugins.state_dict import get_model_state_dict
 
 __all__ = ["Entries", "Filters", "divide", "is_stateful", "naming_module"]
@@ -44,6 +46,20 @@ class Entries:
             parts[name] = optimizer_state_of(module, optimizer)
         rest = {name: value.state_dict() if is_stateful(value) else value for name, value in self.rest.items()}
         return _filtered(parts, filters), _filtered(rest, filters)
+
+    def diverging_in(self, parts: Mapping[str, Any], modules: Iterable[nn.Module]) -> Iterator[KeyPath]:
+        """Yield the paths of values that ranks may hold with different contents, of which stock saves rank 0's.
+
+        Args:
+            parts: The result of `state_dicts`.
+            modules: All modules that are trained, in DDP's wrappers.
+        """
+        replicas = Replicas(modules)
+        for name in self.modules:
+            yield from replicas.diverging_values((name,), parts.get(name, {}))
+        for name, (_, optimizer) in self.optimizers.items():
+            if replicas.diverges(optimizer):
+                yield (name,)
 
 
 def divide(state: Mapping[str, Any], known: Iterable[nn.Module]) -> Entries:
