@@ -48,7 +48,7 @@ class DCPSingleDeviceStrategy(CheckpointsOnEveryRank, SingleDeviceStrategy):
 
 
 class DCPDDPStrategy(CheckpointsOnEveryRank, DDPStrategy):
-    """The flag ``dcp_ddp``: ``DDPStrategy`` with its options; each rank writes a share of the replicated state."""
+    """The flag ``dcp_ddp``: ``DDPStrategy`` with its options; each rank writes a share of the parameters."""
 
 
 class DCPFSDP2Strategy(CheckpointsOnEveryRank, ModelParallelStrategy):

@@ -67,7 +67,7 @@ class DCPSingleDeviceStrategy(SavesOnEveryRank, SingleDeviceStrategy):
 
 
 class DCPDDPStrategy(SavesOnEveryRank, DDPStrategy):
-    """The flag ``dcp_ddp``: ``DDPStrategy`` with its options; each rank writes a share of the replicated state."""
+    """The flag ``dcp_ddp``: ``DDPStrategy`` with its options; each rank writes a share of the parameters."""
 
     _returns_tensors = True
 
