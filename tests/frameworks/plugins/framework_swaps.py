@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import io
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -81,25 +83,28 @@ def _swap_flags(kind: type, strategies: ModuleType, package: str, mode: str) -> 
         make(self, *args, **options)
         # A test that gives a strategy object or a `CheckpointIO` keeps it.
         flag = flags.get(type(self.strategy))
-        if flag is None or not isinstance(options.get("strategy", "auto"), str) or self.checkpoint_io is not None:
+        has_own_io = self.checkpoint_io is not None or self.strategy._checkpoint_io is not None
+        if flag is None or not isinstance(options.get("strategy", "auto"), str) or has_own_io:
             return
         ours: Any = importlib.import_module(package)  # Its import registers the flags.
         start_method = getattr(self.strategy, "_start_method", "popen")
+        of_ddp = getattr(self.strategy, "_ddp_kwargs", {})
         swapped: Any = flag if mode == "sync" else f"{flag}_async"
-        if start_method != "popen":
-            swapped = ours.DCPDDPStrategy(asynchronous=mode == "async", start_method=start_method)
+        if start_method != "popen" or of_ddp:
+            swapped = ours.DCPDDPStrategy(asynchronous=mode == "async", start_method=start_method, **of_ddp)
         make(self, *args, **{**options, "strategy": swapped})
 
     kind.__init__ = made  # type: ignore[misc]
 
 
 def _open_directories() -> None:
-    """Let the tests open our directories, and find files there: they do both with stock's checkpoints."""
+    """Let the tests open our directories, find files there, and replace them by a file, as with stock's checkpoints."""
     from lightning.fabric.utilities import cloud_io
 
     os.path.isfile = _finding_directories(os.path.isfile)
     Path.is_file = _finding_directories(Path.is_file)  # type: ignore[method-assign]
     torch.load = _opening_directories(torch.load)
+    torch.save = _replacing_directories(torch.save)
     # Lightning's own modules have imported the function before; only the tests get this one.
     cloud_io._load = _opening_directories(cloud_io._load)
 
@@ -125,6 +130,21 @@ def _opening_directories(load: Callable[..., Any]) -> Callable[..., Any]:
         return load(file, *args, **options)
 
     return opened
+
+
+def _replacing_directories(save: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(save)
+    def replaced(value: Any, file: Any, *args: Any, **options: Any) -> None:
+        if not (isinstance(file, (str, os.PathLike)) and os.path.isdir(file)):
+            save(value, file, *args, **options)
+            return
+        # The values may be read from the directory while they are saved.
+        buffer = io.BytesIO()
+        save(value, buffer, *args, **options)
+        shutil.rmtree(file)
+        Path(file).write_bytes(buffer.getvalue())
+
+    return replaced
 
 
 def _after_init(kind: type, swap: Callable[[Any], None]) -> None:
