@@ -31,6 +31,8 @@ class DivergingSavePlanner(DefaultSavePlanner):
     ) -> None:
         super().set_up_planner(state_dict, storage_meta, is_coordinator)
         assert isinstance(self.mappings, KeyPaths)
+        if not self._diverging:
+            return
         depths = sorted({len(path) for path in self._diverging})
         self.mappings.diverging = frozenset(
             fqn for fqn, path in self.mappings.items() if any(path[:depth] in self._diverging for depth in depths)
