@@ -23,6 +23,7 @@ from dcp_plugins.lightning import layout
 from dcp_plugins.lightning.checkpoint_part import CheckpointPart, Reader
 from dcp_plugins.lightning.lazy_state import LazyOptimizerState, LazyState
 from dcp_plugins.lightning.module_versions import set_versions
+from dcp_plugins.lightning.optimizer_state import consolidates
 from dcp_plugins.manager import is_committed, load_state, unwrapped_plan_errors
 from dcp_plugins.manager.failed_saves import missing_commit
 from dcp_plugins.manager.in_flight import wait_for_all
@@ -173,7 +174,8 @@ def fill_from_directory(
     state: dict[str, Any] = {
         name: own_model_state(module, options=options, hint=hint) for name, module in targets.modules.items()
     }
-    for name, (module, optimizer) in targets.optimizers.items():
+    in_place = {name: pair for name, pair in targets.optimizers.items() if not consolidates(pair[1])}
+    for name, (module, optimizer) in in_place.items():
         state[name] = own_optimizer_state(module, optimizer)
     with unwrapped_plan_errors():
         load_state(state, storage_reader=reader, no_dist=no_dist, weights_only=weights_only, safe_globals=safe_globals)
@@ -181,8 +183,12 @@ def fill_from_directory(
     for name, module in targets.modules.items():
         set_versions(state[name], versions, name)
         set_model(module, state[name], options, targets.hint)
-    for name, (module, optimizer) in targets.optimizers.items():
+    for name, (module, optimizer) in in_place.items():
         set_optimizer(module, optimizer, state[name])
+    for name in targets.optimizers.keys() - in_place.keys():
+        # Such an optimizer takes the whole state, and keeps the share of this rank.
+        part = CheckpointPart(reader, name, weights_only=weights_only, safe_globals=safe_globals)
+        targets.optimizers[name][1].load_state_dict(dict(LazyOptimizerState(part)))
 
 
 def fill_from_file(saved: Mapping[str, Any], targets: Targets, *, strict: bool) -> None:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from dcp_plugins.state_dict.numbered import in_unsharded_order
+from dcp_plugins.state_dict.numbered import by_name, in_unsharded_order
 from dcp_plugins.state_dict.owned import own_optimizer_state
 
-__all__ = ["optimizer_state_of"]
+__all__ = ["consolidates", "optimizer_state_of"]
+
+
+def consolidates(optimizer: Optimizer) -> bool:
+    """Tell whether an optimizer divides its state by ranks, and collects it on one, as ``ZeroRedundancyOptimizer``."""
+    return hasattr(optimizer, "consolidate_state_dict")
 
 
 def optimizer_state_of(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
@@ -21,5 +27,12 @@ def optimizer_state_of(module: nn.Module, optimizer: Optimizer) -> dict[str, Any
     Args:
         module: What names the parameters.
         optimizer: All of its parameters are the module's.
+
+    Returns:
+        The state, or this rank's shards of it. If the optimizer collects its state on rank 0, other ranks have none.
     """
-    return in_unsharded_order(own_optimizer_state(module, optimizer), module, optimizer)
+    if not consolidates(optimizer):
+        return in_unsharded_order(own_optimizer_state(module, optimizer), module, optimizer)
+    collecting: Any = optimizer
+    collecting.consolidate_state_dict()
+    return {} if dist.get_rank() else dict(by_name(optimizer.state_dict(), module, optimizer))

@@ -22,6 +22,7 @@ from dcp_plugins.errors import PlanError, listing
 from dcp_plugins.lightning.checkpoint_part import CheckpointPart
 from dcp_plugins.lightning.lazy_state import LazyOptimizerState, LazyState
 from dcp_plugins.lightning.load import Targets, fill_from_directory, fill_from_file, set_model, set_optimizer
+from dcp_plugins.lightning.optimizer_state import consolidates
 from dcp_plugins.manager import load_state, unwrapped_plan_errors
 from dcp_plugins.manager.agreement import deciding_ranks
 from dcp_plugins.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -207,7 +208,7 @@ class Restoring:
         found: dict[str, int] = {}
         for number, (optimizer, state) in enumerate(pairs):
             part = state.part if isinstance(state, LazyOptimizerState) else None
-            if part is None or part not in self.opened.optimizers:
+            if part is None or part not in self.opened.optimizers or consolidates(optimizer):
                 continue
             if part.name not in found and state.has_own_state and self._has_saved_names(optimizer, state):
                 found[part.name] = number
