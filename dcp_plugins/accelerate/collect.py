@@ -37,6 +37,7 @@ from dcp_plugins.plan.values import load_value
 from dcp_plugins.state_dict import StateDictOptions, get_model_state_dict
 from dcp_plugins.state_dict.names import names_of
 from dcp_plugins.state_dict.owned import own_model_state, own_optimizer_state
+from dcp_plugins.storage.regular import read_regular
 
 _HOW_TO_TRUST = (
     "weights_only=False in DCPPlugin or its section of the YAML file, or load_kwargs={'weights_only': False}"
@@ -262,7 +263,7 @@ def _rewrite(accelerator: Accelerator, folder: Path, target: Path, safe_globals:
         try:
             state = load_value(
                 path.name,
-                io.BytesIO(path.read_bytes()),
+                io.BytesIO(read_regular(folder, path.name)),
                 weights_only=True,
                 safe_globals=safe_globals,
                 map_location="cpu",

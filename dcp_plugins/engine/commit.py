@@ -10,6 +10,7 @@ from dcp_plugins.contract import Metadata, StorageWriter
 from dcp_plugins.coord import Ranks, Sealed
 from dcp_plugins.errors import UnsupportedValueError
 from dcp_plugins.events import record
+from dcp_plugins.storage.writer import FileSystemWriter
 from dcp_plugins.user_warnings import warn_user
 
 __all__ = ["commit", "commit_alone"]
@@ -42,7 +43,12 @@ def commit(writer: StorageWriter, ranks: Ranks, metadata: Metadata | None, write
 def commit_alone(writer: StorageWriter, metadata: Metadata, *results: Any) -> Metadata:
     """Publish metadata and the results of all that was written; before this nothing is there, after it everything."""
     with record("commit"):
-        writer.finish(metadata=metadata, results=list(results))
+        try:
+            writer.finish(metadata=metadata, results=list(results))
+        except BaseException:
+            if isinstance(writer, FileSystemWriter):
+                writer.abandon(results)
+            raise
     return metadata
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from dcp_plugins.collector import collector_paused
 from dcp_plugins.contract import Metadata
+from dcp_plugins.format.data_mark import MARKED, note_marked_files
 from dcp_plugins.format.metadata_pickle import PickleWriter
 from dcp_plugins.format.metadata_reader import read_pickle, read_trusted_pickle
 from dcp_plugins.format.metadata_trailer import JSON, add_trailer, split_trailer
@@ -103,6 +104,8 @@ def decode_with_extras(data: bytes | bytearray | memoryview, source: str, *, tru
         attach(metadata, trailer.extras[EXTRA])
         # Decoded here, so that a malformed record fails when the metadata is read, not in the middle of a load.
         saved_mappings_of(metadata)
+    if trailer.extras.get(MARKED) is True:
+        note_marked_files(metadata)
     newer_version = trailer.version if trailer.is_newer else None
     return Decoded(metadata, trailer.extras, has_trailer=True, newer_version=newer_version)
 

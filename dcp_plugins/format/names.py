@@ -8,14 +8,13 @@ A save never writes to a name that a committed checkpoint may already use, so ea
     <name>.<save id>.tmp                  any of the above before its rename
 
 Reclaiming litter deletes files by their names, so recognition is strict: what does not match to the letter is not ours.
+Other names, such as those of stock torch's data files, are deleted only if metadata that was replaced referred to them.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import uuid
-from pathlib import Path
 
 from dcp_plugins.errors import UnsafeCheckpointError
 
@@ -25,30 +24,29 @@ __all__ = [
     "check_relative",
     "check_save_id",
     "data_file_name",
+    "is_data_name",
     "is_stock_data_name",
     "is_stock_temporary_name",
     "is_temporary_name",
     "metadata_name",
     "metadata_rank",
     "new_save_id",
-    "safe_join",
     "save_id_of",
     "temporary_name",
 ]
 
 METADATA_NAME = ".metadata"
 DATA_SUFFIX = ".distcp"
-_DATA_SUFFIXES = (DATA_SUFFIX, ".safetensors")
 
 # Torch's writer spells a uuid4 with hyphens, new_save_id without; both are ids, nothing else is.
 _ID = r"(?:[0-9a-f]{32}|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})"
 _PREFIX = r"[A-Za-z0-9_][A-Za-z0-9_.]*"
-_SUFFIX = "|".join(re.escape(suffix) for suffix in _DATA_SUFFIXES)
 
 _SAVE_ID = re.compile(_ID)
 _DATA_PREFIX = re.compile(_PREFIX)
-_OWN_DATA = re.compile(rf"{_PREFIX}-({_ID})(?:{_SUFFIX})")
-_OWN_TEMPORARY = re.compile(rf"[^/\\\0]+\.({_ID})\.tmp")
+_OWN_DATA = re.compile(rf"__[0-9]+_[0-9]+-({_ID}){re.escape(DATA_SUFFIX)}")
+_OWN_TEMPORARY = re.compile(rf"(?:__[0-9]+)?\.metadata\.({_ID})\.tmp")
+_TEMPORARY = re.compile(rf"[^/\\\0]+\.({_ID})\.tmp")
 _STOCK_DATA = re.compile(r"__[0-9]+_[0-9]+\.distcp")
 _STOCK_TEMPORARY = re.compile(r"(?:__[0-9]+)?\.metadata\.tmp")
 _RANK_METADATA = re.compile(r"__(0|[1-9][0-9]*)\.metadata")
@@ -74,17 +72,18 @@ def check_save_id(save_id: str) -> str:
     return save_id
 
 
-def data_file_name(prefix: str, index: int, save_id: str, suffix: str = DATA_SUFFIX) -> str:
-    """Name the ``index``-th data file of the rank whose storage prefix is ``prefix`` (``__<rank>_``)."""
+def data_file_name(prefix: str, index: int, save_id: str) -> str:
+    """Name the ``index``-th data file of the rank whose storage prefix is ``prefix`` (``__<rank>_``).
+
+    What a killed save leaves is recognised with that prefix only.
+    """
     if _DATA_PREFIX.fullmatch(prefix) is None:
         raise ValueError(
             f"prefix of a data file must be letters, digits, '_' and '.', not starting with '.', got {prefix!r}"
         )
     if index < 0:
         raise ValueError(f"index of a data file must not be negative, got {index}")
-    if suffix not in _DATA_SUFFIXES:
-        raise ValueError(f"suffix of a data file must be one of {', '.join(_DATA_SUFFIXES)}, got {suffix!r}")
-    return f"{prefix}{index}-{check_save_id(save_id)}{suffix}"
+    return f"{prefix}{index}-{check_save_id(save_id)}{DATA_SUFFIX}"
 
 
 def metadata_name(rank: int | None = None) -> str:
@@ -111,13 +110,21 @@ def temporary_name(name: str, save_id: str) -> str:
 
 def is_temporary_name(name: str) -> bool:
     """Tell whether ``name`` is one that ``temporary_name`` gives."""
-    return _OWN_TEMPORARY.fullmatch(name) is not None
+    return _TEMPORARY.fullmatch(name) is not None
 
 
 def save_id_of(name: str) -> str | None:
-    """Return the id of the save that made a file called ``name``, data or temporary; ``None`` for any other name."""
+    """Return the id of the save that made a file called ``name``, data or metadata before its rename.
+
+    ``None`` for every other name: such a file may be somebody else's.
+    """
     match = _OWN_DATA.fullmatch(name) or _OWN_TEMPORARY.fullmatch(name)
     return match.group(1) if match is not None else None
+
+
+def is_data_name(name: str) -> bool:
+    """Tell whether ``name`` may be that of a data file, whoever wrote it."""
+    return name.endswith(DATA_SUFFIX)
 
 
 def is_stock_data_name(name: str) -> bool:
@@ -163,35 +170,3 @@ def _why_unsafe(relative: object) -> str | None:
     if any(part in ("", ".", "..") for part in relative.split("/")):
         return "has an empty, '.' or '..' part"
     return None
-
-
-def safe_join(root: Path, relative: str) -> Path:
-    """Return ``root / relative`` if that is inside ``root``, symbolic links followed.
-
-    A link out of ``root`` is refused, except into the ``blobs`` of the same Hugging Face cache entry, whose snapshots
-    are made of such links. The links are looked at now: who can change the directory later can still redirect a name.
-
-    Raises:
-        UnsafeCheckpointError: The spelling (see ``check_relative``) or a link leads outside.
-    """
-    path = root / check_relative(relative)
-    # The common case costs no walk up the directory tree: a plain name that is no link cannot lead anywhere else.
-    if "/" not in relative and not path.is_symlink():
-        return path
-    real_root = os.path.realpath(root)
-    real = os.path.realpath(path)
-    if real.startswith(os.path.join(real_root, "")) or _is_hub_blob(real_root, real):
-        return path
-    raise UnsafeCheckpointError(
-        f"file {relative!r} of the checkpoint in {root} is reached through a symbolic link to {real}, outside the "
-        "checkpoint's directory; if you trust it, copy the checkpoint with links followed (cp -rL) and load the copy"
-    )
-
-
-def _is_hub_blob(real_root: str, real: str) -> bool:
-    """Tell whether ``real`` is a blob of the cache entry of which ``real_root`` is (part of) a snapshot."""
-    parts = Path(real_root).parts
-    if "snapshots" not in parts:
-        return False
-    last = len(parts) - 1 - parts[::-1].index("snapshots")
-    return os.path.dirname(real) == os.path.join(*parts[:last], "blobs") if last > 0 else False

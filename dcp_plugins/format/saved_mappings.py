@@ -38,7 +38,8 @@ KeyPath = tuple[str | int, ...]
 EXTRA = "containers"
 """The name of the record among the extras of ``.metadata``."""
 
-_ATTRIBUTE = "_dcp_plugins_containers"
+_OURS = "_dcp_plugins_"
+_ATTRIBUTE = f"{_OURS}containers"
 _FACTORIES: dict[str, Any] = {
     kind.__name__: kind for kind in (list, dict, set, tuple, int, float, str, bool, OrderedDict)
 }
@@ -135,8 +136,8 @@ def encoded_of(metadata: Metadata) -> list[Any] | None:
 
 
 def fields_of(metadata: Metadata) -> dict[str, Any]:
-    """Return torch's fields of metadata, without the record."""
-    return {name: value for name, value in vars(metadata).items() if name != _ATTRIBUTE}
+    """Return torch's fields of metadata, without what this package has attached."""
+    return {name: value for name, value in vars(metadata).items() if not name.startswith(_OURS)}
 
 
 def saved_mappings_of(metadata: Metadata) -> dict[KeyPath, SavedMapping] | None:

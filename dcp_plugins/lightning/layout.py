@@ -39,6 +39,7 @@ from dcp_plugins.manager import is_committed, remove_if_uncommitted
 from dcp_plugins.plan.unloadable import warn_of_unloadable
 from dcp_plugins.plan.values import dump_value, load_value
 from dcp_plugins.storage.companion import replaced_name
+from dcp_plugins.storage.regular import read_regular
 from dcp_plugins.user_warnings import warn_user
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "meta_item",
     "optimizer_key",
     "parts_of",
+    "read_meta_file",
     "remove_uncommitted",
     "saved_step",
 ]
@@ -193,6 +195,11 @@ def meta_file(path: Path) -> Path:
     return aside if aside.is_file() and not (path / META_FILE).is_file() else path / META_FILE
 
 
+def read_meta_file(path: Path) -> bytes:
+    """Return the contents of that file."""
+    return read_regular(path, meta_file(path).name)
+
+
 def meta_item(meta: dict[str, Any], encoded: bytes) -> dict[str, Any]:
     """Make the part of the DCP state dict that holds the non-tensor part."""
     item: dict[str, Any] = {PICKLE: encoded}
@@ -219,7 +226,7 @@ def saved_step(path: str | os.PathLike[str]) -> int:
     name = f"{META_KEY}.{_STEP}"
     if isinstance(reader.read_metadata().state_dict_metadata.get(name), BytesStorageMetadata):
         return int(dcp.load_from_keys(name, storage_reader=reader)[META_KEY][_STEP])
-    step = _step_of(decode_meta(meta_file(path).read_bytes(), weights_only=True, path=path))
+    step = _step_of(decode_meta(read_meta_file(path), weights_only=True, path=path))
     if step is None:
         raise PlanError(
             f"The checkpoint {path} does not say at which step it was saved. With Fabric, save the number of steps"

@@ -253,5 +253,5 @@ def meta_of(
     item: Mapping[str, Any] | None, path: Path, weights_only: bool, safe_globals: Iterable[SafeGlobal] = ()
 ) -> dict[str, Any]:
     """Deserialise the non-tensor part, from the item in DCP's data or, where there is none, from ``meta.pt``."""
-    data = layout.meta_file(path).read_bytes() if item is None else item[layout.PICKLE]
+    data = layout.read_meta_file(path) if item is None else item[layout.PICKLE]
     return layout.decode_meta(data, weights_only=weights_only, path=path, safe_globals=safe_globals)

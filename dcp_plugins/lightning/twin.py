@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 import dcp_plugins as dcp
 from dcp_plugins.contract import StorageInfo, WriteResult
+from dcp_plugins.format.data_mark import MARK_BYTES, mark
 from dcp_plugins.format.names import data_file_name
 from dcp_plugins.plan import flatten_state_dict
 from dcp_plugins.plan.values import dump_value
@@ -87,6 +88,7 @@ def write_twin(source: Path, writer: CompanionWriter, values: Mapping[str, Any])
     """
     make_directory(writer.path, sync=writer.sync_files)
     metadata = dcp.FileSystemReader(source).read_metadata()
+    writer.name_files_of(metadata)
     own = data_file_name("__0_", 0, writer.save_id)
     results = []
     with LocalStore(writer.path).create(own) as opened, DataFile(opened, sync=writer.sync_files) as file:
@@ -95,6 +97,7 @@ def write_twin(source: Path, writer: CompanionWriter, values: Mapping[str, Any])
                 offset, length = file.write_bytes(dump_value(values[index.fqn]))
                 info = StorageInfo(own, offset, length)
             results.append(WriteResult(index, info.length, info))
+        file.write(mark(writer.save_id), MARK_BYTES)
     for name in {result.storage_data.relative_path for result in results} - {own}:
         _link(source / name, writer.path / name, sync=writer.sync_files)
     writer.finish(metadata, [results])

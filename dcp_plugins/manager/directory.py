@@ -24,10 +24,14 @@ from dcp_plugins.errors import (
     UnsafeCheckpointError,
     listing,
 )
+from dcp_plugins.format.data_mark import has_marked_files
 from dcp_plugins.format.metadata import decode_with_extras
-from dcp_plugins.format.names import METADATA_NAME, metadata_rank, safe_join
+from dcp_plugins.format.names import METADATA_NAME, metadata_rank
 from dcp_plugins.manager.failed_saves import missing_commit
-from dcp_plugins.storage.local import litter, sync_directory
+from dcp_plugins.storage.litter import is_name_of_a_save
+from dcp_plugins.storage.local import sync_directory
+from dcp_plugins.storage.marks import check_mark_of
+from dcp_plugins.storage.regular import open_regular, read_regular
 from dcp_plugins.user_warnings import warn_user
 
 __all__ = [
@@ -97,9 +101,9 @@ def delete_checkpoint(path: _PathLike) -> None:
 
 
 def verify_checkpoint(path: _PathLike) -> None:
-    """Check that a checkpoint is whole: its metadata can be read, and every data file is there with its size.
+    """Check that a checkpoint is whole: its metadata can be read, and each data file is there, of its size and save.
 
-    No data is read: a flipped bit in a data file is found by the load, which compares checksums.
+    The data is not read: a flipped bit in a data file is found by the load, which compares checksums.
 
     Raises:
         CheckpointNotFoundError: It has never been committed.
@@ -108,7 +112,7 @@ def verify_checkpoint(path: _PathLike) -> None:
     path = Path(path)
     source = path / METADATA_NAME
     try:
-        content = source.read_bytes()
+        content = read_regular(path, METADATA_NAME)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as exc:
         raise CheckpointNotFoundError(f"expected a committed checkpoint in {path}, but {missing_commit(path)}") from exc
     decoded = decode_with_extras(content, str(source))
@@ -120,15 +124,26 @@ def verify_checkpoint(path: _PathLike) -> None:
             ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
     problems = []
     for name in sorted(sizes.keys() | ends.keys()):
-        file = safe_join(path, name)
-        if not file.is_file():
+        try:
+            fd, status = open_regular(path, name)
+        except (FileNotFoundError, NotADirectoryError):
             problems.append(f"{name} is missing")
             continue
-        found = file.stat().st_size
-        if name in sizes and found != sizes[name]:
-            problems.append(f"{name} has {found} bytes, it was written with {sizes[name]}")
-        elif found < ends.get(name, 0):
-            problems.append(f"{name} has {found} bytes, the metadata names bytes up to {ends[name]}")
+        except IsADirectoryError:
+            problems.append(f"{name} is a directory, not a file")
+            continue
+        found = status.st_size
+        try:
+            if name in sizes and found != sizes[name]:
+                problems.append(f"{name} has {found} bytes, it was written with {sizes[name]}")
+            elif found < ends.get(name, 0):
+                problems.append(f"{name} has {found} bytes, the metadata names bytes up to {ends[name]}")
+            else:
+                check_mark_of(fd, found, name, required=has_marked_files(decoded.metadata))
+        except CorruptCheckpointError as exc:
+            problems.append(str(exc))
+        finally:
+            os.close(fd)
     if problems:
         raise CorruptCheckpointError(f"{path}: data files do not fit the metadata: {listing(problems)}")
 
@@ -187,7 +202,7 @@ def remove_if_uncommitted(path: _PathLike, also: Collection[str] = ()) -> bool:
     # A save without collectives is committed too, by the metadata of each rank.
     if any(name == METADATA_NAME or metadata_rank(name) is not None for name in names):
         return False
-    if set(names) - set(also) - set(litter(path, ())):
+    if not all(name in also or is_name_of_a_save(name) for name in names):
         return False
     shutil.rmtree(path)
     log.info("Removed %s, left by a save that was never committed", path)

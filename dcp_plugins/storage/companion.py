@@ -6,14 +6,19 @@ import a framework.
 
 from __future__ import annotations
 
+import logging
 import os
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, ClassVar
 
 from dcp_plugins.contract import Metadata, WriteResult
-from dcp_plugins.storage.local import sync_directory
+from dcp_plugins.storage.local import naming, sync_directory
 from dcp_plugins.storage.writer import FileSystemWriter
 
 __all__ = ["CompanionWriter", "replaced_name"]
+
+logger = logging.getLogger(__name__)
 
 
 def replaced_name(name: str) -> str:
@@ -56,24 +61,42 @@ class CompanionWriter(FileSystemWriter):
         super().set_up_storage_writer(is_coordinator, *args, **kwargs)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        assert isinstance(self._content, bytes)
-        final = self.path / self._name
+        # In this order no instant pairs the companion of one save with the .metadata of another. The one before is put
+        # aside until then: whoever reads a checkpoint that has nothing but the companion finds it there.
+        final, replaced = self.path / self._name, self.path / replaced_name(self._name)
         # A fixed name: what a kill leaves is overwritten by the next save, and the commit does not reclaim it.
         fresh = self.path / f"{self._name}.new"
-        with fresh.open("wb") as stream:
+        is_aside = False
+        try:
+            self._write(fresh)
+            if final.exists():
+                final.replace(replaced)
+                is_aside = True
+            if self.sync_files:
+                sync_directory(self.path)
+            super().finish(metadata, results)
+        except BaseException:
+            # Nothing is committed: the companion of the checkpoint that stays goes back to its place.
+            with suppress(OSError):
+                if is_aside:
+                    replaced.replace(final)
+            with suppress(OSError):
+                fresh.unlink(missing_ok=True)
+            raise
+        try:
+            fresh.replace(final)
+            replaced.unlink(missing_ok=True)
+            if self.sync_files:
+                sync_directory(self.path)
+        except OSError:
+            logger.warning(
+                "%s is complete, but for %s, which the next save writes anew", self.path, final, exc_info=True
+            )
+
+    def _write(self, path: Path) -> None:
+        assert isinstance(self._content, bytes)
+        with naming(path), path.open("wb") as stream:
             stream.write(self._content)
             stream.flush()
             if self.sync_files:
                 os.fsync(stream.fileno())
-        # In this order no instant pairs the companion of one save with the .metadata of another. The one before is put
-        # aside until then: whoever reads a checkpoint that has nothing but the companion finds it there.
-        replaced = self.path / replaced_name(self._name)
-        if final.exists():
-            final.replace(replaced)
-        if self.sync_files:
-            sync_directory(self.path)
-        super().finish(metadata, results)
-        fresh.replace(final)
-        replaced.unlink(missing_ok=True)
-        if self.sync_files:
-            sync_directory(self.path)

@@ -17,6 +17,7 @@ from typing import Any
 
 from dcp_plugins.contract import FileSystemBase, StorageInfo
 from dcp_plugins.errors import CorruptCheckpointError, StorageWriteError
+from dcp_plugins.format.data_mark import MARK_BYTES
 from dcp_plugins.format.names import check_relative, new_save_id, temporary_name
 from dcp_plugins.storage.arrays import OpenFile
 from dcp_plugins.storage.file_system import FileSystem
@@ -83,7 +84,7 @@ class FsStore:
         if not self.exists(name):
             raise FileNotFoundError(f"{self._at(name)} does not exist")
 
-    def publish(self, name: str, content: bytes, temporary: str, *, sync: bool) -> None:
+    def publish(self, name: str, content: bytes, temporary: str, *, sync: bool) -> bool:
         """Write the content under a temporary name, and rename that.
 
         Where the rename replaces the old file in one step, either content is there at every instant. Where it refuses
@@ -99,6 +100,7 @@ class FsStore:
         except BaseException:
             self._discard(temporary)
             raise
+        return True
 
     def _discard(self, temporary: str) -> None:
         try:
@@ -131,10 +133,10 @@ class FsStore:
         self.remove([aside])
 
     def sizes(self, names: Collection[str], infos: Iterable[StorageInfo]) -> dict[str, int]:
-        # A file ends where its last item ends. Asking the file system would take a request for each file.
+        # The mark follows a file's last item. Asking the file system would take a request for each file.
         ends = dict.fromkeys(sorted(names), 0)
         for info in infos:
-            ends[info.relative_path] = max(ends[info.relative_path], info.offset + info.length)
+            ends[info.relative_path] = max(ends[info.relative_path], info.offset + info.length + MARK_BYTES)
         return ends
 
     def remove(self, names: Iterable[str], *, sync: bool = False) -> None:

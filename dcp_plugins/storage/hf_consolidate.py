@@ -16,6 +16,7 @@ from dcp_plugins.format.safetensors_header import TensorEntry, attributes_for, f
 from dcp_plugins.geometry import Box, covers
 from dcp_plugins.storage.arrays import ScratchPool, read_box
 from dcp_plugins.storage.local import make_directory, remove_files, sync_directory
+from dcp_plugins.storage.regular import open_regular
 from dcp_plugins.storage.safetensors_file import NewFile, NewTensor, Piece, assembled, read_header, write_files
 
 __all__ = ["consolidate"]
@@ -117,7 +118,7 @@ def _described(source: Path, names: Collection[str]) -> dict[str, _Whole]:
 
 def _fill(path: Path, fqn: str, entry: TensorEntry, pool: ScratchPool, target: torch.Tensor, box: Box) -> None:
     # Opened for each block: a descriptor for every rank's file would be too many at once.
-    fd = os.open(path, os.O_RDONLY)
+    fd, _ = open_regular(path.parent, path.name)
     try:
         where = f"{path} ({fqn})"
         read_box(fd, entry.start, entry.shape, entry.dtype, box.offsets, box.sizes, target, pool=pool, where=where)

@@ -10,6 +10,7 @@ from typing import Any
 
 from dcp_plugins.errors import CorruptCheckpointError
 from dcp_plugins.format.safetensors_header import INDEX_NAME
+from dcp_plugins.storage.regular import read_regular
 
 __all__ = ["Index", "encode_index", "read_index"]
 
@@ -41,9 +42,7 @@ def read_index(directory: Path) -> Index:
     """
     path = directory / INDEX_NAME
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise CorruptCheckpointError(f"{path}: expected an index of {_MAX_BYTES} bytes at most")
-        content: Any = json.loads(path.read_bytes())
+        content: Any = json.loads(read_regular(directory, INDEX_NAME, max_bytes=_MAX_BYTES))
         files, attributes = content["weight_map"], content.get("metadata") or {}
         if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
             raise ValueError("weight_map must map names to names of files")

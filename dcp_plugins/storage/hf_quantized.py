@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +11,9 @@ import torch
 from dcp_plugins.contract import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 from dcp_plugins.errors import CorruptCheckpointError, UnsupportedValueError
 from dcp_plugins.geometry import Box
-from dcp_plugins.storage.arrays import read_box
 from dcp_plugins.storage.hf_reader import ArrayRead, HuggingFaceStorageReader, StoredArray
 from dcp_plugins.storage.host_blocks import BLOCK_BYTES, row_blocks
+from dcp_plugins.storage.open_files import OpenFiles
 from dcp_plugins.storage.safetensors_file import box_of_index
 
 __all__ = ["QuantizedHuggingFaceStorageReader"]
@@ -135,7 +134,7 @@ class QuantizedHuggingFaceStorageReader(HuggingFaceStorageReader):
     def _direct_place(self, read: ArrayRead) -> tuple[int, int] | None:
         return None if read.item.storage_index.fqn in self._quantized else super()._direct_place(read)
 
-    def _read_one(self, read: ArrayRead, files: dict[str, int]) -> None:
+    def _read_one(self, read: ArrayRead, files: OpenFiles[Any]) -> None:
         quantized = self._quantized.get(read.item.storage_index.fqn)
         if quantized is None:
             super()._read_one(read, files)
@@ -153,7 +152,7 @@ class QuantizedHuggingFaceStorageReader(HuggingFaceStorageReader):
             offsets = tuple(base + inner for base, inner in zip(corner, block.offsets, strict=True))
             read.target[block.slices()].copy_(dequantized(quantized, Box(offsets, block.sizes), files))
 
-    def _read_scaled(self, quantized: _Quantized, box: Box, files: dict[str, int]) -> torch.Tensor:
+    def _read_scaled(self, quantized: _Quantized, box: Box, files: OpenFiles[Any]) -> torch.Tensor:
         """Return a box of a weight; its scales are those of the blocks that the box touches."""
         edge = self.block_size
         first = [offset // edge for offset in box.offsets[-2:]]
@@ -171,7 +170,7 @@ class QuantizedHuggingFaceStorageReader(HuggingFaceStorageReader):
         # In float32 whatever the target: not every dtype of numbers can be multiplied.
         return (numbers.to(torch.float32) * scales[..., rows[:, None], columns]).to(self.target_dtype)
 
-    def _read_mxfp4(self, quantized: _Quantized, box: Box, files: dict[str, int]) -> torch.Tensor:
+    def _read_mxfp4(self, quantized: _Quantized, box: Box, files: OpenFiles[Any]) -> torch.Tensor:
         """Return a box of a weight, in coordinates of its numbers; the groups that it touches are read."""
         group_bytes = quantized.shape[-1]
         group_values = group_bytes * _VALUES_PER_BYTE
@@ -187,7 +186,7 @@ class QuantizedHuggingFaceStorageReader(HuggingFaceStorageReader):
         start = box.offsets[-1] - first * group_values
         return scaled[..., start : start + box.sizes[-1]]
 
-    def _read_part_of(self, fqn: str, box: Box, files: dict[str, int]) -> torch.Tensor:
+    def _read_part_of(self, fqn: str, box: Box, files: OpenFiles[Any]) -> torch.Tensor:
         """Return a box of a tensor as it is stored, from whatever files hold its parts."""
         parts = self._parts[fqn]
         result = torch.empty(box.sizes, dtype=parts[0][1].dtype)
@@ -198,22 +197,8 @@ class QuantizedHuggingFaceStorageReader(HuggingFaceStorageReader):
                 continue
             inner = common.relative_to(place)
             target = result[common.relative_to(box).slices()]
-            with ExitStack() as stack:
-                fd = files.get(array.relative_path)
-                if fd is None:
-                    fd = self._open_arrays([array], stack)[array.relative_path]
-                where = f"{self.path / array.relative_path} ({fqn})"
-                read_box(
-                    fd,
-                    array.start,
-                    array.shape,
-                    array.dtype,
-                    inner.offsets,
-                    inner.sizes,
-                    target,
-                    pool=self._pool,
-                    where=where,
-                )
+            where = f"{array.relative_path} ({fqn})"
+            self._read_box(array, inner.offsets, inner.sizes, target, where, files)
             missing -= common.numel
         if missing:
             raise CorruptCheckpointError(f"{self.path}: {missing} elements of {fqn} at {box} are in no file, or in two")

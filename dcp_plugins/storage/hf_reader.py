@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.futures import Future
@@ -32,8 +33,10 @@ from dcp_plugins.storage.arrays import ScratchPool, direct_range, read_box, read
 from dcp_plugins.storage.hf_index import read_index
 from dcp_plugins.storage.hf_writer import require_local_fs, require_local_path
 from dcp_plugins.storage.local import is_local_path
+from dcp_plugins.storage.open_files import OpenFiles
 from dcp_plugins.storage.reader import FileSystemReader, resolve_target
-from dcp_plugins.storage.safetensors_file import read_header
+from dcp_plugins.storage.regular import FileIdentity, open_regular
+from dcp_plugins.storage.safetensors_file import identified_header
 from dcp_plugins.storage.threads import run_all, split_by_bytes
 
 __all__ = ["ArrayRead", "HuggingFaceStorageReader", "StoredArray"]
@@ -53,6 +56,8 @@ class StoredArray(HFStorageInfo):
     """First byte in the file."""
     end: int = 0
     """One past the last byte."""
+    file: FileIdentity | None = None
+    """The file whose header said so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +71,13 @@ class ArrayRead:
     @property
     def where(self) -> str:
         return f"{self.info.relative_path} ({self.item.storage_index.fqn})"
+
+
+class _OpenArrays(NamedTuple):
+    """An open file."""
+
+    fd: int
+    size: int
 
 
 class HuggingFaceStorageReader(FileSystemReader):
@@ -84,8 +96,8 @@ class HuggingFaceStorageReader(FileSystemReader):
         require_local_path(path)
         super().__init__(path, thread_count=thread_count)
         self._pool = ScratchPool()
-        # By file, of the files in entries of torch's own class.
-        self._headers: dict[str, Header] = {}
+        # By file. Only the coordinator has those of all files; others have those in entries of torch's own class.
+        self._headers: dict[str, tuple[Header, FileIdentity]] = {}
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin a new load, from another directory if one is given."""
@@ -102,8 +114,8 @@ class HuggingFaceStorageReader(FileSystemReader):
             CorruptCheckpointError: A file is damaged, or the files do not belong together.
         """
         require_local_fs(self)
-        headers = self._read_headers()
-        chosen = self._of_one_save(headers)
+        self._headers = self._read_headers()
+        chosen = self._of_one_save({name: header for name, (header, _) in self._headers.items()})
         entries, places = self._chunks(chosen)
         metadata = Metadata(state_dict_metadata=dict(entries), storage_data=places)
         saves = {found[0] for header in chosen.values() if (found := save_of(header)) is not None}
@@ -112,7 +124,7 @@ class HuggingFaceStorageReader(FileSystemReader):
         )
         return metadata
 
-    def _read_headers(self) -> dict[str, Header]:
+    def _read_headers(self) -> dict[str, tuple[Header, FileIdentity]]:
         try:
             names = sorted(name for name in os.listdir(self.path) if name.endswith(SUFFIX))
         except (FileNotFoundError, NotADirectoryError) as exc:
@@ -120,7 +132,7 @@ class HuggingFaceStorageReader(FileSystemReader):
         if not names:
             raise CheckpointNotFoundError(f"no checkpoint in {self.path}: it has no {SUFFIX} file")
         lanes = [names[lane :: self.thread_count] for lane in range(min(self.thread_count, len(names)))]
-        found = run_all(lambda lane: [(name, read_header(self.path / name)) for name in lane], lanes)
+        found = run_all(lambda lane: [(name, identified_header(self.path / name)) for name in lane], lanes)
         return dict(sorted(pair for lane in found for pair in lane))
 
     def _of_one_save(self, headers: dict[str, Header]) -> dict[str, Header]:
@@ -157,7 +169,7 @@ class HuggingFaceStorageReader(FileSystemReader):
             for fqn, place in placements(header, str(self.path / name)).items():
                 stored = header.tensors[fqn]
                 index = MetadataIndex(fqn, torch.Size(place.offsets))
-                array = StoredArray(name, torch.Size(stored.shape), stored.dtype, stored.start, stored.end)
+                array = self._stored_array(name, stored)
                 known = places.get(index)
                 if known is not None and known.shape == array.shape and known.dtype == array.dtype:
                     # Ranks that save without collectives each write what is replicated. Where an index says which
@@ -202,8 +214,12 @@ class HuggingFaceStorageReader(FileSystemReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         items = [item for item in plan.items if 0 not in item.lengths]
-        with ExitStack() as stack:
-            files = self._open_arrays([self._stored(item) for item in items], stack)
+        arrays = [self._stored(item) for item in items]
+        with OpenFiles(self._array_opener(arrays)) as files:
+            # Before anything is read.
+            for array in {array.relative_path: array for array in sorted(arrays, key=lambda each: each.end)}.values():
+                with files.opened(array.relative_path) as opened:
+                    self._check_end(opened, array)
             if getattr(planner, "resolves_views", False):
                 self._read_all([self._array_read(item, planner) for item in items], files)
             else:
@@ -229,10 +245,9 @@ class HuggingFaceStorageReader(FileSystemReader):
     def _located(self, item: ReadItem, info: HFStorageInfo) -> StoredArray:
         """Return where a chunk lies in its file, from the file's header: torch's entries, of a subclass, lack it."""
         path = self.path / info.relative_path
-        header = self._headers.get(info.relative_path)
-        if header is None:
-            header = self._headers[info.relative_path] = read_header(path)
-        stored = header.tensors.get(item.storage_index.fqn)
+        if info.relative_path not in self._headers:
+            self._headers[info.relative_path] = identified_header(path)
+        stored = self._headers[info.relative_path][0].tensors.get(item.storage_index.fqn)
         if stored is None:
             raise CorruptCheckpointError(f"{path} has no tensor {item.storage_index.fqn!r}, which its entry promises")
         ends = [start + length for start, length in zip(item.storage_offsets, item.lengths, strict=True)]
@@ -241,38 +256,65 @@ class HuggingFaceStorageReader(FileSystemReader):
                 f"{path}: {item.storage_index.fqn} has shape {tuple(stored.shape)} in the file, the plan reads "
                 f"{tuple(item.lengths)} at {tuple(item.storage_offsets)}"
             )
-        return StoredArray(info.relative_path, torch.Size(stored.shape), stored.dtype, stored.start, stored.end)
+        return self._stored_array(info.relative_path, stored)
 
     def _array_read(self, item: ReadItem, planner: LoadPlanner) -> ArrayRead:
         return ArrayRead(item, self._stored(item), resolve_target(item, planner))
 
-    def _open_arrays(self, arrays: Sequence[StoredArray], stack: ExitStack) -> dict[str, int]:
-        """Open the files that hold ``arrays``; checks that they are as long as their headers said."""
-        needed: dict[str, int] = {}
-        for info in arrays:
-            needed[info.relative_path] = max(needed.get(info.relative_path, 0), info.end)
-        files: dict[str, int] = {}
-        for name, end in sorted(needed.items()):
-            fd = os.open(self.path / name, os.O_RDONLY)
-            stack.callback(os.close, fd)
-            size = os.fstat(fd).st_size
-            if size < end:
-                raise CorruptCheckpointError(
-                    f"{self.path / name} has {size} bytes, its header named {end}: it was truncated since"
-                )
-            files[name] = fd
-        return files
+    def _stored_array(self, name: str, entry: TensorEntry) -> StoredArray:
+        identity = self._headers[name][1]
+        return StoredArray(name, torch.Size(entry.shape), entry.dtype, entry.start, entry.end, identity)
 
-    def _read_all(self, reads: list[ArrayRead], files: dict[str, int]) -> None:
+    def _array_opener(self, arrays: Iterable[StoredArray]) -> Callable[[str], AbstractContextManager[_OpenArrays]]:
+        """Return what opens a file and checks that it is the one whose header was read."""
+        known = {array.relative_path: array.file for array in arrays}
+
+        @contextmanager
+        def open_file(name: str) -> Iterator[_OpenArrays]:
+            # The name is of this directory's list, or a path that a subclass of the user's gives.
+            path = self.path / name
+            fd, found = open_regular(path.parent, path.name)
+            try:
+                identity = FileIdentity.of(found)
+                if name in self._headers:
+                    is_same = identity == self._headers[name][1]
+                else:
+                    # Another machine may number the devices and files of a shared directory in a way of its own.
+                    is_same = (expected := known.get(name)) is None or identity[2:] == expected[2:]
+                if not is_same:
+                    raise CorruptCheckpointError(
+                        f"{path} was replaced or written to while the checkpoint was being loaded; load it "
+                        "again when no save into its directory is under way"
+                    )
+                yield _OpenArrays(fd, found.st_size)
+            finally:
+                os.close(fd)
+
+        return open_file
+
+    def _check_end(self, opened: _OpenArrays, array: StoredArray) -> None:
+        if opened.size < array.end:
+            raise CorruptCheckpointError(
+                f"{self.path / array.relative_path} has {opened.size} bytes, its header named {array.end}: it was "
+                "truncated since"
+            )
+
+    def _read_all(self, reads: list[ArrayRead], files: OpenFiles[_OpenArrays]) -> None:
         """Fill all targets, several threads sharing them by their bytes."""
         reads.sort(key=lambda read: (read.info.relative_path, read.info.start))
         parts = split_by_bytes(reads, [read.target.nbytes for read in reads], self.thread_count)
         run_all(lambda part: self._read_part(part, files), parts)
 
-    def _read_part(self, reads: Sequence[ArrayRead], files: dict[str, int]) -> None:
-        """Fill targets in the files' order; ranges that follow each other are read with one system call."""
+    def _read_part(self, reads: Sequence[ArrayRead], files: OpenFiles[_OpenArrays]) -> None:
+        """Fill targets in the files' order."""
+        for name, of_file in itertools.groupby(reads, key=lambda read: read.info.relative_path):
+            with files.opened(name) as opened:
+                self._read_from(opened.fd, of_file, files)
+
+    def _read_from(self, fd: int, reads: Iterable[ArrayRead], files: OpenFiles[_OpenArrays]) -> None:
+        """Fill targets from one file; ranges that follow each other are read with one system call."""
         buffers: list[Any] = []
-        fd, start, end, where = -1, 0, 0, ""
+        start, end, where = 0, 0, ""
 
         def flush() -> None:
             nonlocal buffers
@@ -285,10 +327,9 @@ class HuggingFaceStorageReader(FileSystemReader):
             if place is None:
                 self._read_one(read, files)
                 continue
-            follows = place[0] == end and files[read.info.relative_path] == fd
-            if not follows or len(buffers) >= _MAX_BATCH_READS or end - start >= _MAX_BATCH_BYTES:
+            if place[0] != end or len(buffers) >= _MAX_BATCH_READS or end - start >= _MAX_BATCH_BYTES:
                 flush()
-                fd, start, where = files[read.info.relative_path], place[0], read.where
+                start, where = place[0], read.where
             buffers.append(as_buffer(read.target))
             end = place[1]
         flush()
@@ -299,20 +340,33 @@ class HuggingFaceStorageReader(FileSystemReader):
         place = direct_range(info.shape, info.dtype, item.storage_offsets, item.lengths, read.target)
         return None if place is None else (info.start + place[0], info.start + place[0] + place[1])
 
-    def _read_one(self, read: ArrayRead, files: dict[str, int]) -> None:
+    def _read_one(self, read: ArrayRead, files: OpenFiles[_OpenArrays]) -> None:
         """Fill one target, converting what is stored if need be; for subclasses to override with ``_direct_place``."""
-        item, info = read.item, read.info
-        read_box(
-            files[info.relative_path],
-            info.start,
-            info.shape,
-            info.dtype,
-            item.storage_offsets,
-            item.lengths,
-            read.target,
-            pool=self._pool,
-            where=f"{self.path}: {read.where}",
-        )
+        self._read_box(read.info, read.item.storage_offsets, read.item.lengths, read.target, read.where, files)
+
+    def _read_box(
+        self,
+        array: StoredArray,
+        offsets: Sequence[int],
+        lengths: Sequence[int],
+        target: torch.Tensor,
+        where: str,
+        files: OpenFiles[_OpenArrays],
+    ) -> None:
+        """Fill a tensor with a box of a stored array."""
+        with files.opened(array.relative_path) as opened:
+            self._check_end(opened, array)
+            read_box(
+                opened.fd,
+                array.start,
+                array.shape,
+                array.dtype,
+                offsets,
+                lengths,
+                target,
+                pool=self._pool,
+                where=f"{self.path}: {where}",
+            )
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from torch.futures import Future
@@ -32,7 +31,14 @@ from dcp_plugins.storage.file_system import FileSystem
 from dcp_plugins.storage.hf_consolidate import consolidate
 from dcp_plugins.storage.hf_index import encode_index, read_index
 from dcp_plugins.storage.hf_layout import RankFiles, new_tensor, placement, split_by_file
-from dcp_plugins.storage.local import is_local_path, make_directory, publish, remove_files, sync_directory
+from dcp_plugins.storage.litter import warn_of_litter
+from dcp_plugins.storage.local import (
+    is_local_path,
+    make_directory,
+    publish,
+    remove_files,
+    sync_directory,
+)
 from dcp_plugins.storage.planned import item_bytes
 from dcp_plugins.storage.reader import FileSystemReader
 from dcp_plugins.storage.safetensors_file import NewFile, read_header, write_files
@@ -41,8 +47,6 @@ from dcp_plugins.storage.writer import FileSystemWriter
 from dcp_plugins.user_warnings import warn_user
 
 __all__ = ["HuggingFaceStorageWriter", "require_local_fs", "require_local_path"]
-
-logger = logging.getLogger(__name__)
 
 
 class HuggingFaceStorageWriter(FileSystemWriter):
@@ -267,8 +271,8 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         total_bytes = sum(sizes.values())
         encoded = encode_index(dict(sorted(sizes)), total_bytes, self.save_id)
         temporary = directory / temporary_name(INDEX_NAME, self.save_id)
-        publish(directory / INDEX_NAME, encoded, temporary, sync=self.sync_files)
-        self._clear(directory, {*names, INDEX_NAME})
+        if publish(directory / INDEX_NAME, encoded, temporary, sync=self.sync_files):
+            self._clear(directory, {*names, INDEX_NAME})
 
     def _clear(self, directory: Path, kept: Collection[str]) -> None:
         """Delete what killed saves left, and the files of older saves that this one has no name in common with."""
@@ -278,14 +282,12 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         try:
             # Sorted, so that the index comes last and is judged by the files that are left.
             names = sorted(os.listdir(directory), key=lambda name: (name == INDEX_NAME, name))
-            for name in names:
-                if _is_obsolete(directory, name, kept):
-                    remove_files(directory, [name])
-        except (OSError, CorruptCheckpointError):
-            # The new checkpoint is committed: litter that stays must not make its save look failed.
-            logger.warning(
-                "could not delete what %s no longer needs; the next save tries again", directory, exc_info=True
-            )
+            remove_files(directory, (name for name in names if _is_obsolete(directory, name, kept)))
+        except (OSError, CorruptCheckpointError) as exc:
+            warn_of_litter(directory, exc)
+
+    def data_files(self, results: Iterable[WriteResult]) -> set[str]:
+        return {temporary_name(result.storage_data.relative_path, self.save_id) for result in results}
 
     def retire_whole(self) -> None:
         """Nothing to do: no metadata of a whole checkpoint stands before single ranks' files here."""
@@ -345,7 +347,7 @@ def _is_obsolete(directory: Path, name: str, kept: Collection[str]) -> bool:
         return False
     try:
         header = read_header(directory / name)
-    except (CorruptCheckpointError, UnsupportedValueError, FileNotFoundError):
+    except (CorruptCheckpointError, UnsupportedValueError, OSError):
         return False
     # Files that neither we nor torch's writer made are not ours to delete, whatever they are called.
     return save_of(header) is not None or "DCP_SHARDING_INFO" in header.attributes

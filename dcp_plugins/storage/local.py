@@ -1,18 +1,15 @@
-"""Local directories: durable publication of a file, and the litter that killed saves leave."""
+"""Local directories: writing into files, and their durable publication."""
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-
-from dcp_plugins.format.names import is_stock_data_name, is_stock_temporary_name, is_temporary_name, save_id_of
 
 __all__ = [
     "is_local_path",
-    "litter",
-    "litter_among",
     "make_directory",
     "naming",
     "publish",
@@ -20,6 +17,9 @@ __all__ = [
     "sync_directory",
     "write_all",
 ]
+
+
+logger = logging.getLogger(__name__)
 
 
 def is_local_path(checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -77,14 +77,20 @@ def sync_directory(path: Path) -> None:
         os.close(fd)
 
 
-def publish(path: Path, content: bytes, temporary: Path, *, sync: bool) -> None:
+def publish(path: Path, content: bytes, temporary: Path, *, sync: bool) -> bool:
     """Give ``path`` the content in one atomic step: a reader sees the old file or the new one, never a part.
+
+    Nothing raises after that step: what it publishes is there. Where the directory cannot be synced then, a warning is
+    logged.
 
     Args:
         path: The final name; replaced if it exists.
         temporary: A name in the same directory that nobody else uses; gone afterwards, on failure too.
         sync: Sync the content before the rename, and the directory before and after: everything that was written
             into the directory earlier is durable when the new name appears.
+
+    Returns:
+        Whether the new name survives a loss of power, as far as was asked for. If not, keep what it replaces.
     """
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
@@ -99,38 +105,29 @@ def publish(path: Path, content: bytes, temporary: Path, *, sync: bool) -> None:
             sync_directory(path.parent)
         temporary.replace(path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # The caller needs the first error.
+            temporary.unlink(missing_ok=True)
         raise
     if sync:
-        sync_directory(path.parent)
-
-
-def litter(path: Path, referenced: Collection[str]) -> list[str]:
-    """Return the names in a checkpoint's directory that only a save, ours or torch's, can have made and nobody needs.
-
-    Args:
-        path: The directory.
-        referenced: Names that committed metadata refers to.
-    """
-    return litter_among(os.listdir(path), referenced)
-
-
-def litter_among(names: Iterable[str], referenced: Collection[str]) -> list[str]:
-    """Return the litter among the names of a directory, see ``litter``."""
-    return sorted(
-        name
-        for name in names
-        if name not in referenced
-        and (
-            save_id_of(name) is not None
-            or is_temporary_name(name)
-            or is_stock_data_name(name)
-            or is_stock_temporary_name(name)
-        )
-    )
+        try:
+            sync_directory(path.parent)
+        except OSError:
+            logger.warning("%s is complete, but a loss of power now might undo its last step", path, exc_info=True)
+            return False
+    return True
 
 
 def remove_files(path: Path, names: Iterable[str]) -> None:
-    """Delete files; one that is gone already is no error."""
+    """Delete files; one that is gone already is no error, and after any other error the rest is deleted all the same.
+
+    Raises:
+        OSError: The first error.
+    """
+    failure: OSError | None = None
     for name in names:
-        (path / name).unlink(missing_ok=True)
+        try:
+            (path / name).unlink(missing_ok=True)
+        except OSError as exc:
+            failure = failure or exc
+    if failure is not None:
+        raise failure

@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from dcp_plugins.contract import Metadata, MetadataIndex, StorageInfo, WriteItem, WriteResult
 from dcp_plugins.errors import CheckpointError, CorruptCheckpointError
+from dcp_plugins.format.data_mark import MARKED, has_marked_files
 from dcp_plugins.format.metadata import decode_extras, decode_with_extras, encode
 from dcp_plugins.format.names import METADATA_NAME, temporary_name
 from dcp_plugins.format.saved_mappings import attach, encoded_of
-from dcp_plugins.storage.local import litter, make_directory, publish, remove_files, sync_directory
+from dcp_plugins.storage.litter import OldNames, litter
+from dcp_plugins.storage.local import make_directory, publish, remove_files, sync_directory
+from dcp_plugins.storage.regular import read_regular
 from dcp_plugins.storage.store import Store
 from dcp_plugins.storage.writer import FileSystemWriter
 
@@ -71,13 +74,13 @@ class PartsWriter(FileSystemWriter):
                     sync_directory(self.path / part)
         super().finish(metadata, results)
 
-    def _reclaim(self, store: Store, referenced: set[str], names: Collection[str]) -> None:
-        super()._reclaim(store, referenced, names)
+    def _reclaim(self, store: Store, referenced: set[str], old: OldNames) -> None:
+        super()._reclaim(store, referenced, old)
         for part in self.parts:
             folder = self.path / part
             if folder.is_dir():
                 kept = {name.removeprefix(f"{part}/") for name in referenced if name.startswith(f"{part}/")}
-                remove_files(folder, litter(folder, kept))
+                remove_files(folder, litter(os.listdir(folder), kept))
 
 
 def publish_view(path: Path, part: str, *, sync_files: bool = False) -> None:
@@ -86,7 +89,7 @@ def publish_view(path: Path, part: str, *, sync_files: bool = False) -> None:
     In it the part's own name is missing from all keys. It follows the commit and may be written anew at any time.
     """
     source = path / METADATA_NAME
-    decoded = decode_with_extras(source.read_bytes(), str(source))
+    decoded = decode_with_extras(read_regular(path, METADATA_NAME), str(source))
     save_id = decoded.extras.get("save_id")
     if not isinstance(save_id, str):
         raise CorruptCheckpointError(f"{source} names no save: expected a checkpoint that PartsWriter wrote")
@@ -97,6 +100,7 @@ def publish_view(path: Path, part: str, *, sync_files: bool = False) -> None:
         extras={
             _VIEW_OF: save_id,
             "save_id": save_id,
+            MARKED: has_marked_files(decoded.metadata),
             "files": {name: (path / part / name).stat().st_size for name in names},
         },
     )
@@ -108,7 +112,7 @@ def is_view(part: Path) -> bool:
     """Tell whether the ``.metadata`` in a directory only follows that of the directory above it."""
     source = part / METADATA_NAME
     try:
-        return _VIEW_OF in decode_extras(source.read_bytes(), str(source))
+        return _VIEW_OF in decode_extras(read_regular(part, METADATA_NAME), str(source))
     except CorruptCheckpointError:
         return True  # what is damaged is a trailer, which only we write
 
@@ -117,7 +121,7 @@ def is_foreign(part: Path) -> bool:
     """Tell whether the ``.metadata`` in a part's directory is a checkpoint's of its own, whole, and no view."""
     source = part / METADATA_NAME
     try:
-        return _VIEW_OF not in decode_with_extras(source.read_bytes(), str(source)).extras
+        return _VIEW_OF not in decode_with_extras(read_regular(part, METADATA_NAME), str(source)).extras
     except CheckpointError:
         return False
 

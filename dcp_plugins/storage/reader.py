@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import os
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.futures import Future
@@ -24,17 +25,20 @@ from dcp_plugins.contract import (
     StorageReader,
     TensorStorageMetadata,
 )
-from dcp_plugins.errors import CheckpointNotFoundError, CorruptCheckpointError, listing
+from dcp_plugins.errors import CheckpointNotFoundError, CorruptCheckpointError, UnsafeCheckpointError, listing
 from dcp_plugins.format.container import SMALL_CONTAINER_BYTES, Layout, parse_layout, record_checksums
+from dcp_plugins.format.data_mark import has_marked_files
 from dcp_plugins.format.metadata import decode_with_extras
 from dcp_plugins.format.metadata_trailer import TRAILER_VERSION
 from dcp_plugins.format.names import METADATA_NAME, metadata_name, new_save_id
 from dcp_plugins.format.subclasses import is_plain
-from dcp_plugins.storage.arrays import OpenFile, read_bytes
+from dcp_plugins.storage.arrays import OpenFile, ScratchPool, read_bytes
 from dcp_plugins.storage.file_system import FileSystem
 from dcp_plugins.storage.fs_store import store_of
 from dcp_plugins.storage.loaded import fill_from_loaded, load_container
 from dcp_plugins.storage.local import is_local_path
+from dcp_plugins.storage.marks import check_mark_of
+from dcp_plugins.storage.open_files import OpenFiles
 from dcp_plugins.storage.reads import DataFileReader, TensorRead
 from dcp_plugins.storage.store import Store
 from dcp_plugins.storage.threads import default_thread_count, run_all, split_by_bytes
@@ -42,6 +46,14 @@ from dcp_plugins.storage.transforms import ExtensionRegistry, decode_stream
 from dcp_plugins.user_warnings import warn_user
 
 __all__ = ["FileSystemReader", "resolve_target"]
+
+
+class _DataFile(NamedTuple):
+    """An open data file."""
+
+    file: OpenFile
+    size: int
+    reader: DataFileReader
 
 
 class FileSystemReader(StorageReader):
@@ -174,56 +186,72 @@ class FileSystemReader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        with ExitStack() as stack:
-            located = [(item, self._info(item)) for item in plan.items]
-            files = self._open_files(located, stack)
-            layouts: dict[Any, Layout] = {}
-            readers = {
-                name: DataFileReader(file, verify=self.verify_checksums, layouts=layouts)
-                for name, file in files.items()
-            }
+        located = [(item, self._info(item)) for item in plan.items]
+        with OpenFiles(self._opener()) as files:
+            self._check_files(located, files)
             reads: list[TensorRead] = []
             at_once = getattr(planner, "resolves_views", False)
             for item, info in located:
                 if item.type is LoadItemType.BYTE_IO:
-                    planner.load_bytes(item, io.BytesIO(self._read_bytes(files[info.relative_path], info, item)))
+                    with files.opened(info.relative_path) as opened:
+                        content = self._read_bytes(opened.file, info, item)
+                    planner.load_bytes(item, io.BytesIO(content))
                 elif 0 in item.lengths:
                     continue
                 elif getattr(info, "transform_descriptors", None):
-                    self._read_transformed(files[info.relative_path], info, item, planner)
+                    with files.opened(info.relative_path) as opened:
+                        self._read_transformed(opened.file, info, item, planner)
                 elif at_once:
                     reads.append(self._tensor_read(item, info, planner))
                 else:
                     # A planner of unknown habits gets what the interface promises: resolve, read, commit, one by one.
                     read = self._tensor_read(item, info, planner)
-                    readers[info.relative_path].read([read])
+                    with files.opened(info.relative_path) as opened:
+                        opened.reader.read([read])
                     planner.commit_tensor(item, read.target)
-            self._read_tensors(reads, readers)
+            self._read_tensors(reads, files)
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
-    def _open_files(self, located: list[tuple[ReadItem, StorageInfo]], stack: ExitStack) -> dict[str, OpenFile]:
-        """Open every file the plan needs, and check all ranges against the files before anything is read."""
+    def _opener(self) -> Callable[[str], AbstractContextManager[_DataFile]]:
+        """Return what opens a data file."""
+        store = store_of(self.fs, self.path)
+        layouts: dict[Any, Layout] = {}
+        pool = ScratchPool()
+
+        @contextmanager
+        def open_file(name: str) -> Iterator[_DataFile]:
+            with store.open(name) as (file, size):
+                reader = DataFileReader(file, verify=self.verify_checksums, layouts=layouts, pool=pool)
+                yield _DataFile(file, size, reader)
+
+        return open_file
+
+    def _check_files(self, located: list[tuple[ReadItem, StorageInfo]], files: OpenFiles[_DataFile]) -> None:
+        """Check, before anything is read, that the save wrote the files and that they hold all ranges of the plan."""
+        are_marked = self.metadata is not None and has_marked_files(self.metadata)
         needed: dict[str, int] = {}
         for _, info in located:
             end = info.offset + info.length
             if end > needed.get(info.relative_path, 0) or info.relative_path not in needed:
                 needed[info.relative_path] = end
-        store = store_of(self.fs, self.path)
-        files: dict[str, OpenFile] = {}
         problems = []
         for name, end in sorted(needed.items()):
             try:
-                files[name], size = stack.enter_context(store.open(name))
+                with files.opened(name) as opened:
+                    if opened.size < end:
+                        problems.append(f"{name} has {opened.size} bytes, the metadata names bytes up to {end}")
+                    else:
+                        check_mark_of(opened.file, opened.size, name, required=are_marked)
             except FileNotFoundError:
                 problems.append(f"{name} is missing")
-                continue
-            if size < end:
-                problems.append(f"{name} has {size} bytes, the metadata names bytes up to {end}")
+            except UnsafeCheckpointError:
+                raise
+            except CorruptCheckpointError as exc:
+                problems.append(str(exc))
         if problems:
             raise CorruptCheckpointError(f"{self.path}: data files do not fit the metadata: {listing(problems)}")
-        return files
 
     def _info(self, item: ReadItem) -> StorageInfo:
         info = self.storage_data.get(item.storage_index)
@@ -254,7 +282,7 @@ class FileSystemReader(StorageReader):
                     return tuple(chunk.sizes), entry.properties.dtype
         raise CorruptCheckpointError(f"{self.path}: the metadata has no chunk of {index.fqn} at offset {index.offset}")
 
-    def _read_tensors(self, reads: list[TensorRead], readers: dict[str, DataFileReader]) -> None:
+    def _read_tensors(self, reads: list[TensorRead], files: OpenFiles[_DataFile]) -> None:
         reads.sort(key=lambda read: (read.info.relative_path, read.info.offset))
         serves_threads = store_of(self.fs, self.path).serves_threads or self._asks_for_threads
         thread_count = self.thread_count if serves_threads else 1
@@ -265,7 +293,8 @@ class FileSystemReader(StorageReader):
             for end in range(1, len(part) + 1):
                 name = part[start].info.relative_path
                 if end == len(part) or part[end].info.relative_path != name:
-                    readers[name].read(part[start:end])
+                    with files.opened(name) as opened:
+                        opened.reader.read(part[start:end])
                     start = end
 
         run_all(read_part, parts)

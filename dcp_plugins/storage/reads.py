@@ -72,13 +72,14 @@ class DataFileReader:
         file: Open for reading. Every read names its position, so it can be shared.
         verify: Check the CRC-32 of each record that is read whole.
         layouts: Layouts learnt from containers of foreign writers, by (dtype, shape, length); shared between files.
+        pool: Host memory that reads pass through; shared between files.
     """
 
-    def __init__(self, file: OpenFile, *, verify: bool, layouts: dict[Any, Layout]) -> None:
+    def __init__(self, file: OpenFile, *, verify: bool, layouts: dict[Any, Layout], pool: ScratchPool) -> None:
         self._file = file
         self._verify = verify
         self._layouts = layouts
-        self._scratch = ScratchPool()
+        self._scratch = pool
 
     def read(self, reads: Sequence[TensorRead]) -> None:
         """Fill all targets; ``reads`` are in the order of their offsets."""

@@ -16,9 +16,19 @@ from dcp_plugins.format.safetensors_header import Header, TensorEntry, build_hea
 from dcp_plugins.geometry import Box
 from dcp_plugins.storage.arrays import write_at
 from dcp_plugins.storage.host_blocks import BLOCK_BYTES, host_blocks, row_blocks, scratch
+from dcp_plugins.storage.regular import FileIdentity, open_regular
 from dcp_plugins.storage.threads import run_all, split_by_bytes
 
-__all__ = ["NewFile", "NewTensor", "Piece", "assembled", "box_of_index", "read_header", "write_files"]
+__all__ = [
+    "NewFile",
+    "NewTensor",
+    "Piece",
+    "assembled",
+    "box_of_index",
+    "identified_header",
+    "read_header",
+    "write_files",
+]
 
 # What is collected before a system call; IOV_MAX is 1024 on Linux.
 _MAX_PENDING_BUFFERS = 1000
@@ -161,7 +171,12 @@ def read_header(path: Path) -> Header:
     Raises:
         CorruptCheckpointError: It is no safetensors file, or not all of one.
     """
-    fd = os.open(path, os.O_RDONLY)
+    return identified_header(path)[0]
+
+
+def identified_header(path: Path) -> tuple[Header, FileIdentity]:
+    """Do as `read_header`, and return also what tells whether the file is the same when it is opened again."""
+    fd, found = open_regular(path.parent, path.name)
     try:
 
         def read(start: int, nbytes: int) -> bytes:
@@ -170,6 +185,6 @@ def read_header(path: Path) -> Header:
                 content += more
             return content
 
-        return parse_header(read, os.fstat(fd).st_size, str(path))
+        return parse_header(read, found.st_size, str(path)), FileIdentity.of(found)
     finally:
         os.close(fd)

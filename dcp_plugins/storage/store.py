@@ -15,9 +15,9 @@ from typing import Any, Protocol
 
 from dcp_plugins.contract import StorageInfo
 from dcp_plugins.format.metadata import decode
-from dcp_plugins.format.names import safe_join
 from dcp_plugins.storage.arrays import OpenFile
 from dcp_plugins.storage.local import make_directory, naming, publish, remove_files, sync_directory, write_all
+from dcp_plugins.storage.regular import open_regular, read_regular
 
 __all__ = ["LocalStore", "NewFile", "Store", "files_named_by"]
 
@@ -61,14 +61,17 @@ class Store(Protocol):
 
         Raises:
             FileNotFoundError: There is none.
-            UnsafeCheckpointError: The name leads out of the checkpoint.
+            UnsafeCheckpointError: The name leads out of the checkpoint, or to what is no file.
         """
 
     def create(self, name: str) -> AbstractContextManager[NewFile]:
         """Open a new file for writing."""
 
-    def publish(self, name: str, content: bytes, temporary: str, *, sync: bool) -> None:
-        """Write a file under a temporary name and rename it, in one step as far as this store can."""
+    def publish(self, name: str, content: bytes, temporary: str, *, sync: bool) -> bool:
+        """Write a file under a temporary name and rename it, in one step as far as this store can.
+
+        Nothing raises after that step. If it returns False, keep what the file replaces: a loss of power might undo it.
+        """
 
     def sizes(self, names: Collection[str], infos: Iterable[StorageInfo]) -> dict[str, int]:
         """Return the size of each file in bytes; ``infos`` describe the items that were written into the files."""
@@ -110,13 +113,13 @@ class LocalStore:
         return os.listdir(self._path)
 
     def read(self, name: str) -> bytes:
-        return (self._path / name).read_bytes()
+        return read_regular(self._path, name)
 
     @contextmanager
     def open(self, name: str) -> Iterator[tuple[OpenFile, int]]:
-        fd = os.open(safe_join(self._path, name), os.O_RDONLY)
+        fd, found = open_regular(self._path, name)
         try:
-            yield fd, os.fstat(fd).st_size
+            yield fd, found.st_size
         finally:
             os.close(fd)
 
@@ -131,9 +134,9 @@ class LocalStore:
         finally:
             os.close(fd)
 
-    def publish(self, name: str, content: bytes, temporary: str, *, sync: bool) -> None:
+    def publish(self, name: str, content: bytes, temporary: str, *, sync: bool) -> bool:
         with self._naming_deletion():
-            publish(self._path / name, content, self._path / temporary, sync=sync)
+            return publish(self._path / name, content, self._path / temporary, sync=sync)
 
     def sizes(self, names: Collection[str], infos: Iterable[StorageInfo]) -> dict[str, int]:
         # Ask the files: a file of another rank may not be visible on this machine, which must not stay unnoticed.

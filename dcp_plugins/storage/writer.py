@@ -8,7 +8,7 @@ import itertools
 import logging
 import operator
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -32,6 +32,7 @@ from dcp_plugins.contract import (
     WriteResult,
 )
 from dcp_plugins.errors import CheckpointExistsError, StorageWriteError
+from dcp_plugins.format.data_mark import MARK_BYTES, MARKED, has_marked_files, mark
 from dcp_plugins.format.metadata import MetadataEncoder
 from dcp_plugins.format.names import (
     METADATA_NAME,
@@ -47,7 +48,8 @@ from dcp_plugins.storage.datafile import DataFile
 from dcp_plugins.storage.detour import small_on_host
 from dcp_plugins.storage.file_system import FileSystem
 from dcp_plugins.storage.fs_store import store_of
-from dcp_plugins.storage.local import is_local_path, litter_among
+from dcp_plugins.storage.litter import OldNames, old_names, warn_of_litter
+from dcp_plugins.storage.local import is_local_path
 from dcp_plugins.storage.planned import Run, check_against_plan, in_runs, resolved_together, runs_of
 from dcp_plugins.storage.store import Store, files_named_by
 from dcp_plugins.storage.threads import SharedWork, default_thread_count, run_all, split_by_bytes
@@ -129,6 +131,7 @@ class FileSystemWriter(StorageWriter):
         self.serialization_format = serialization_format
         self.extensions = tuple(_extensions or ())
         self.save_id = new_save_id()
+        self._names_marked_files = True
         self.rank: int | None = None
         self.use_collectives = True
         self._written: list[str] = []
@@ -203,6 +206,10 @@ class FileSystemWriter(StorageWriter):
     def encode_with(self, encoder: MetadataEncoder) -> None:
         """Have the next commit use what an encoder remembers of metadata with the same entries, and add to it."""
         self._encoder = encoder
+
+    def name_files_of(self, metadata: Metadata) -> None:
+        """Let the next commit name files that another save wrote, which may not have marked them."""
+        self._names_marked_files = has_marked_files(metadata)
 
     def _turns(
         self, items: list[WriteItem], planner: SavePlanner
@@ -279,6 +286,7 @@ class FileSystemWriter(StorageWriter):
                 results += [
                     WriteResult(item.index, info.length, info) for item, info in zip(run.items, infos, strict=True)
                 ]
+            file.write(mark(self.save_id), MARK_BYTES)
         return results
 
     def _append_run(self, file: DataFile, run: Run, planner: SavePlanner) -> list[tuple[int, int]]:
@@ -332,46 +340,52 @@ class FileSystemWriter(StorageWriter):
         encoder, self._encoder = self._encoder, MetadataEncoder()
         store = store_of(self.fs, self.path)
         files = store.sizes(referenced, metadata.storage_data.values())
-        content = encoder.encode(metadata, extras={"save_id": self.save_id, "files": files})
-        # A store that cannot list: only the old metadata, which is replaced below, names the files to reclaim.
-        replaced = None if store.can_list else self._replaced_files(store, name)
-        store.publish(name, content, temporary_name(name, self.save_id), sync=self.sync_files)
+        extras = {"save_id": self.save_id, "files": files, MARKED: self._names_marked_files}
+        content = encoder.encode(metadata, extras=extras)
+        old = old_names(store, name, self.path)
+        is_durable = store.publish(name, content, temporary_name(name, self.save_id), sync=self.sync_files)
+        if not is_durable:
+            return
         try:
-            self._reclaim(store, referenced, store.names() if replaced is None else replaced)
+            self._reclaim(store, referenced, old)
         # A file system of the user's may raise any error.
-        except Exception:
-            # The new checkpoint is committed: litter that stays must not make its save look failed.
-            logger.warning(
-                "could not delete what %s no longer needs; the next save tries again", self.path, exc_info=True
-            )
+        except Exception as exc:
+            warn_of_litter(self.path, exc)
 
-    def _replaced_files(self, store: Store, name: str) -> Collection[str]:
-        try:
-            return files_named_by(store, name)
-        # The save replaces damaged metadata: it must not fail because the metadata cannot be read.
-        except Exception:
-            logger.warning("could not read what %s in %s refers to: its files stay", name, self.path, exc_info=True)
-            return ()
-
-    def _reclaim(self, store: Store, referenced: set[str], names: Collection[str]) -> None:
+    def _reclaim(self, store: Store, referenced: set[str], old: OldNames) -> None:
         """Delete what no committed metadata names. Without collectives the other ranks' files are theirs."""
         if self.use_collectives:
             # The metadata of single ranks, from saves without collectives, is outdated by the whole one.
-            outdated = [name for name in names if metadata_rank(name) is not None]
-            store.remove([*outdated, *litter_among(names, referenced)])
+            outdated = [name for name in old.present if metadata_rank(name) is not None]
+            store.remove([*outdated, *old.obsolete(referenced)])
         else:
             own = f"__{self.rank}_"
             kept = referenced | files_named_by(store, METADATA_NAME)
-            store.remove([name for name in litter_among(names, kept) if name.startswith(own)])
+            store.remove(name for name in old.obsolete(kept) if name.startswith(own))
 
-    def abandon(self) -> None:
-        """Delete the data files of a save that failed; what was committed before is not touched."""
+    def abandon(self, results: Iterable[list[WriteResult]] = ()) -> None:
+        """Delete the data files of a save that failed; what is committed is not touched.
+
+        Args:
+            results: After a commit that failed: what all ranks have written for it.
+        """
         written, self._written = self._written, []
         try:
-            store_of(self.fs, self.path).remove(written)
+            store = store_of(self.fs, self.path)
+            of_all = self.data_files(result for of_rank in results for result in of_rank)
+            if of_all:
+                # A network may report that a rename has failed which was done.
+                of_all -= files_named_by(store, metadata_name(None if self.use_collectives else self.rank))
+            else:
+                of_all = set(written)
+            store.remove(sorted(of_all))
         # The caller needs the error that made the save fail, not this one.
         except Exception:
             logger.warning("could not delete the files of a failed save in %s", self.path, exc_info=True)
+
+    def data_files(self, results: Iterable[WriteResult]) -> set[str]:
+        """Return the files that were written, as they are called before the commit."""
+        return {result.storage_data.relative_path for result in results}
 
     def retire_whole(self) -> None:
         """After all ranks of a save without collectives have committed: the whole checkpoint that was here is old.

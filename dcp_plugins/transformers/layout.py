@@ -35,6 +35,7 @@ from dcp_plugins.manager import (
     verify_checkpoint,
 )
 from dcp_plugins.storage.local import sync_directory
+from dcp_plugins.storage.regular import read_regular
 from dcp_plugins.user_warnings import warn_user
 
 __all__ = [
@@ -285,7 +286,7 @@ def _verify(path: Path) -> None:
         return
     state = path / TRAINER_STATE_NAME
     try:
-        json.loads(state.read_text(encoding="utf-8"))
+        json.loads(read_regular(path, TRAINER_STATE_NAME))
     except ValueError as exc:
         raise CorruptCheckpointError(f"{state} is damaged: {exc}") from exc
 

@@ -146,7 +146,7 @@ def test_truncated_and_missing_files_are_found_before_anything_is_filled(tmp_pat
     target = {"a": torch.zeros(1000), "b": torch.zeros(300_000), "n": None}
     for cut in (0, 1, start, start + 500, start + length // 2, len(good) - 1):
         path.write_bytes(good[:cut])
-        with pytest.raises(dcp.CheckpointException, match=f"{path.name} has {cut} bytes, the metadata names bytes up"):
+        with pytest.raises(dcp.CheckpointException, match=f"{path.name} (has {cut} bytes, the metadata|does not end)"):
             dcp.load(target, checkpoint_id=tmp_path / "c")
     path.unlink()
     with pytest.raises(dcp.CheckpointException, match=f"{path.name} is missing"):

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import pickle
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import torch.distributed.checkpoint as stock
 
 import dcp_plugins as dcp
 from dcp_plugins.errors import CorruptCheckpointError, UnloadableValueWarning, UnsafeCheckpointError
+from dcp_plugins.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from dcp_plugins.manager import verify_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:Detected an existing")
 
@@ -192,6 +195,45 @@ def test_a_link_out_of_the_directory_is_refused(tmp_path):
     data.rename(tmp_path / "outside.distcp")
     data.symlink_to(tmp_path / "outside.distcp")
     _load_fails(folder, {"w": torch.zeros(3)}, UnsafeCheckpointError)
+
+
+def _in_place_of(path: Path, kind: str) -> None:
+    """Put something that is no file of the checkpoint under a file's name."""
+    if kind == "link":
+        path.rename(path.parent.parent / "outside")
+        path.symlink_to(path.parent.parent / "outside")
+        return
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "link"])
+@pytest.mark.parametrize("name", [".metadata", "*.distcp"])
+def test_a_load_and_a_check_refuse_what_is_no_file_of_the_checkpoint_at_once(tmp_path, name, kind):
+    folder = tmp_path / "c"
+    dcp.save({"w": torch.ones(3)}, checkpoint_id=folder)
+    _in_place_of(next(folder.glob(name)), kind)
+    _load_fails(folder, {"w": torch.zeros(3)}, UnsafeCheckpointError)
+    with pytest.raises(UnsafeCheckpointError):
+        verify_checkpoint(folder)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "link"])
+@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "model.safetensors.index.json"])
+def test_a_safetensors_load_refuses_what_is_no_file_of_the_checkpoint_at_once(tmp_path, name, kind):
+    folder = tmp_path / "c"
+    writer = HuggingFaceStorageWriter(folder, fqn_to_index_mapping={"w": 1, "b": 2})
+    dcp.save({"w": torch.ones(3), "b": torch.ones(2)}, storage_writer=writer)
+    # Two files with one tensor: the index decides.
+    copied = folder / "model-00003-of-00003.safetensors"
+    shutil.copy(folder / "model-00001-of-00002.safetensors", copied)
+    _in_place_of(folder / name, kind)
+    with pytest.raises(dcp.CheckpointException) as info:
+        dcp.load({"w": torch.zeros(3)}, storage_reader=HuggingFaceStorageReader(folder))
+    assert isinstance(info.value.failures[0][0], UnsafeCheckpointError)
 
 
 HUGE = 2**50

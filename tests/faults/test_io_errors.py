@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import dcp_plugins as dcp
+from dcp_plugins.storage.companion import CompanionWriter
 from dcp_plugins.testing.faults import Fault, inject, inject_from_environment, record_steps
 from dcp_plugins.testing.ranks import run_ranks
 from tests.faults.checks import assert_holds, assert_no_litter, assert_recovers, save_state, seed_held
@@ -28,10 +29,12 @@ def test_an_error_at_any_step_of_an_overwriting_save_is_raised_and_leaves_a_whol
         folder = tmp_path / str(nth)
         save_state(folder, 1)
         with inject(Fault(nth=nth, error=errno.EIO, lasting=nth <= rename), folder):
-            if step == "unlink":
-                # Committed already: litter that stays is no reason to call the save failed.
+            if nth > rename:
+                # Committed already: neither litter that stays nor a doubt of the disk's is reason to call it failed.
+                caplog.clear()
                 save_state(folder, 2)
-                assert "could not delete" in caplog.text
+                expected = "could not delete" if step == "unlink" else "a loss of power now might undo its last step"
+                assert expected in caplog.text
             else:
                 with pytest.raises(dcp.CheckpointException, match="injected") as caught:
                     save_state(folder, 2)
@@ -150,3 +153,22 @@ def test_faults_are_described_by_the_environment_too(tmp_path, monkeypatch):
     for text, reason in (("write:0:raise", "operation"), ("open:0:burn", "action"), ("open", "operation:nth:action")):
         with pytest.raises(ValueError, match=reason):
             Fault.parse(text)
+
+
+@pytest.mark.parametrize("nth", [0, 1])
+def test_a_commit_that_fails_leaves_the_files_of_the_checkpoint_before_and_no_others(tmp_path, nth):
+    """With a companion file beside it, as stock Lightning's ``meta.pt``; the first rename puts the old one aside."""
+    folder = tmp_path / "c"
+
+    def save(content: bytes) -> None:
+        writer = CompanionWriter(folder, name="meta.pt", content=content)
+        dcp.save({"w": torch.full((8,), float(len(content)))}, storage_writer=writer)
+
+    save(b"1")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with inject(Fault("rename", nth, error=errno.ENOSPC), folder), pytest.raises(dcp.CheckpointException):
+        save(b"22")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    with inject(Fault("rename", 2, error=errno.ENOSPC), folder):
+        save(b"22")
+    assert dcp.load_from_keys("w", checkpoint_id=folder)["w"].tolist() == [2.0] * 8

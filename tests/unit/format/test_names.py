@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import os
 import uuid
-from pathlib import Path
 
 import pytest
 
@@ -40,21 +38,10 @@ def test_a_data_file_is_named_after_rank_index_and_save() -> None:
     assert names.check_relative(name) == name
 
 
-@pytest.mark.parametrize(
-    ("prefix", "index", "suffix"),
-    [
-        ("../", 0, ".distcp"),
-        ("", 0, ".distcp"),
-        (".hidden", 0, ".distcp"),
-        ("a/b_", 0, ".distcp"),
-        ("__0_", -1, ".distcp"),
-        ("__0_", 0, ".py"),
-        ("__0_", 0, ""),
-    ],
-)
-def test_names_that_would_not_be_recognised_are_not_made(prefix: str, index: int, suffix: str) -> None:
+@pytest.mark.parametrize(("prefix", "index"), [("../", 0), ("", 0), (".hidden", 0), ("a/b_", 0), ("__0_", -1)])
+def test_names_that_are_hidden_or_lead_elsewhere_are_not_made(prefix: str, index: int) -> None:
     with pytest.raises(ValueError, match="of a data file must"):
-        names.data_file_name(prefix, index, SAVE_ID, suffix)
+        names.data_file_name(prefix, index, SAVE_ID)
 
 
 @pytest.mark.parametrize(
@@ -71,6 +58,11 @@ def test_names_that_would_not_be_recognised_are_not_made(prefix: str, index: int
         f"__0_0-{SAVE_ID.upper()}.distcp",
         f"__0_0_{SAVE_ID}.distcp",
         f"notes {SAVE_ID}.distcp",
+        f"dataset-{SAVE_ID}.distcp",
+        f"adapter-{SAVE_ID}.safetensors",
+        f"__0_0-{SAVE_ID}.safetensors",
+        f"thesis.{SAVE_ID}.tmp",
+        f"my.metadata.{SAVE_ID}.tmp",
         f"sub/__0_0-{SAVE_ID}.distcp",
         f"sub/x.{SAVE_ID}.tmp",
         f".{SAVE_ID}.tmp",
@@ -83,9 +75,9 @@ def test_a_file_that_is_not_ours_has_no_save_id(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [".metadata", "__12.metadata", "meta.pt", f"__0_0-{'a' * 32}.distcp"])
-def test_a_temporary_name_is_recognised_with_its_own_save_id(name: str) -> None:
+def test_a_temporary_name_is_recognised_and_that_of_metadata_has_the_id_of_its_save(name: str) -> None:
     temporary = names.temporary_name(name, SAVE_ID)
-    assert names.save_id_of(temporary) == SAVE_ID
+    assert names.save_id_of(temporary) == (SAVE_ID if name.endswith(".metadata") else None)
     assert names.is_temporary_name(temporary)
     assert not names.is_temporary_name(name)
 
@@ -118,8 +110,8 @@ def test_names_of_stock_torch_are_recognised() -> None:
 
 
 @pytest.mark.parametrize("relative", ["__0_0.distcp", "a b.distcp", "sub/x", "..x", "x..", "ünï", ".metadata"])
-def test_a_name_inside_the_directory_is_joined(tmp_path: Path, relative: str) -> None:
-    assert names.safe_join(tmp_path, relative) == tmp_path / relative
+def test_a_name_inside_the_directory_is_taken(relative: str) -> None:
+    assert names.check_relative(relative) == relative
 
 
 @pytest.mark.parametrize(
@@ -147,61 +139,12 @@ def test_a_name_inside_the_directory_is_joined(tmp_path: Path, relative: str) ->
         "a\\b",
     ],
 )
-def test_a_name_that_leaves_the_directory_is_unsafe(tmp_path: Path, relative: str) -> None:
+def test_a_name_that_leaves_the_directory_is_unsafe(relative: str) -> None:
     with pytest.raises(UnsafeCheckpointError, match="file name .* in the checkpoint's metadata"):
-        names.safe_join(tmp_path, relative)
+        names.check_relative(relative)
 
 
 @pytest.mark.parametrize("relative", [None, b"x", 3])
-def test_a_name_that_is_no_string_is_unsafe(tmp_path: Path, relative: object) -> None:
+def test_a_name_that_is_no_string_is_unsafe(relative: object) -> None:
     with pytest.raises(UnsafeCheckpointError, match="not a string"):
-        names.safe_join(tmp_path, relative)  # type: ignore[arg-type]
-
-
-def test_a_link_out_of_the_directory_is_unsafe(tmp_path: Path) -> None:
-    root = tmp_path / "checkpoint"
-    root.mkdir()
-    (tmp_path / "secret").write_text("s")
-    (tmp_path / "checkpoint-2").mkdir()
-    (root / "file").symlink_to(tmp_path / "secret")
-    (root / "folder").symlink_to(tmp_path)
-    (root / "sibling").symlink_to(tmp_path / "checkpoint-2")
-    for relative in ("file", "folder/secret", "sibling/x", "sibling"):
-        with pytest.raises(UnsafeCheckpointError, match="symbolic link"):
-            names.safe_join(root, relative)
-
-
-def test_links_that_stay_inside_and_a_linked_root_are_followed(tmp_path: Path) -> None:
-    root = tmp_path / "checkpoint"
-    (root / "sub").mkdir(parents=True)
-    (root / "sub" / "data").write_text("d")
-    (root / "alias").symlink_to(root / "sub" / "data")
-    link = tmp_path / "latest"
-    link.symlink_to(root)
-    assert names.safe_join(link, "alias").read_text() == "d"
-    assert names.safe_join(link, "sub/data").read_text() == "d"
-
-
-def test_snapshots_of_the_hugging_face_cache_may_link_to_its_blobs(tmp_path: Path) -> None:
-    entry = tmp_path / "models--a--b"
-    root = entry / "snapshots" / "0abc" / "step-10"
-    root.mkdir(parents=True)
-    (entry / "blobs").mkdir()
-    (entry / "blobs" / "f00d").write_text("d")
-    (root / "__0_0.distcp").symlink_to(Path("..", "..", "..", "blobs", "f00d"))
-    assert names.safe_join(root, "__0_0.distcp").read_text() == "d"
-    (root / "other").symlink_to(entry / "refs")
-    with pytest.raises(UnsafeCheckpointError):
-        names.safe_join(root, "other")
-
-
-def test_a_cache_whose_blobs_lie_elsewhere_is_unsafe(tmp_path: Path) -> None:
-    entry = tmp_path / "entry"
-    root = entry / "snapshots" / "0abc"
-    root.mkdir(parents=True)
-    (tmp_path / "secret").write_text("s")
-    (entry / "blobs").symlink_to(tmp_path)
-    (root / "x").symlink_to(Path("..", "..", "blobs", "secret"))
-    with pytest.raises(UnsafeCheckpointError):
-        names.safe_join(root, "x")
-    assert os.path.exists(root / "x")
+        names.check_relative(relative)  # type: ignore[arg-type]

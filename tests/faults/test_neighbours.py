@@ -1,0 +1,80 @@
+"""A save deletes what saves have left in its directory, and nothing else."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as stock
+
+import dcp_plugins as dcp
+from dcp_plugins.hf_storage import HuggingFaceStorageWriter
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:Detected an existing")
+
+ID, LONG_ID = "0123456789abcdef" * 2, "01234567-89ab-cdef-0123-456789abcdef"
+
+
+def _save(folder: Path, number: float = 1.0) -> None:
+    dcp.save({"w": torch.full((8,), number)}, checkpoint_id=folder)
+
+
+@pytest.mark.parametrize("save_id", [ID, LONG_ID], ids=["short", "long"])
+def test_files_that_are_called_nearly_as_a_saves_files_are_left_alone(tmp_path, save_id):
+    names = (
+        f"adapter-{save_id}.safetensors",
+        f"thesis.{save_id}.tmp",
+        f"dataset-{save_id}.distcp",
+        f"my report v2.{save_id}.tmp",
+        f"model.safetensors.{save_id}.tmp.bak",
+        "__0_0.distcp",
+        "__0_0.distcp.bak",
+        "notes.distcp",
+        ".metadata.tmp",
+    )
+    for name in names:
+        (tmp_path / name).write_text("the user's")
+    for _ in range(2):
+        _save(tmp_path)
+        dcp.save({"w": torch.ones(8)}, storage_writer=HuggingFaceStorageWriter(tmp_path))
+        dcp.save({"w": torch.ones(8)}, checkpoint_id=tmp_path, use_collectives=False)
+    assert {name: (tmp_path / name).read_text() for name in names} == dict.fromkeys(names, "the user's")
+
+
+def test_the_files_of_a_stock_checkpoint_go_when_it_is_replaced_and_those_beside_it_stay(tmp_path):
+    stock.save({"w": torch.ones(8)}, checkpoint_id=tmp_path)
+    (tmp_path / "__7_7.distcp").write_text("the user's")
+    assert (tmp_path / "__0_0.distcp").exists()
+    _save(tmp_path)
+    assert not (tmp_path / "__0_0.distcp").exists()
+    assert (tmp_path / "__7_7.distcp").read_text() == "the user's"
+
+
+def test_replaced_metadata_cannot_name_files_of_others_for_deletion(tmp_path):
+    folder = tmp_path / "c"
+    stock.save({"w": torch.ones(8)}, checkpoint_id=folder)
+    (tmp_path / "outside.distcp").write_text("the user's")
+    (folder / "thesis.txt").write_text("the user's")
+    for name in ("../outside.distcp", "thesis.txt"):
+        metadata = pickle.loads((folder / ".metadata").read_bytes())
+        for info in metadata.storage_data.values():
+            info.relative_path = name
+        (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+        _save(folder)
+        stock.save({"w": torch.ones(8)}, checkpoint_id=folder)
+    assert (tmp_path / "outside.distcp").read_text() == (folder / "thesis.txt").read_text() == "the user's"
+
+
+def test_a_name_that_cannot_be_deleted_does_not_keep_the_others_and_is_logged_once(tmp_path, caplog):
+    _save(tmp_path)
+    (tmp_path / f".metadata.{ID}.tmp").mkdir()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            _save(tmp_path)
+    assert len(list(tmp_path.glob("*.distcp"))) == 1
+    (said,) = [record for record in caplog.records if "no longer needs" in record.getMessage()]
+    assert os.fspath(tmp_path) in said.getMessage()
