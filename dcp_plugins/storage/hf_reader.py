@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,19 +215,26 @@ class HuggingFaceStorageReader(FileSystemReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         items = [item for item in plan.items if 0 not in item.lengths]
         arrays = [self._stored(item) for item in items]
-        with OpenFiles(self._array_opener(arrays)) as files:
+        longest: dict[str, StoredArray] = {}
+        for array in arrays:
+            name = array.relative_path
+            if name not in longest or array.end > longest[name].end:
+                longest[name] = array
+        with OpenFiles(self._array_opener(longest)) as files:
             # Before anything is read.
-            for array in {array.relative_path: array for array in sorted(arrays, key=lambda each: each.end)}.values():
-                with files.opened(array.relative_path) as opened:
+            for name, array in longest.items():
+                with files.opened(name) as opened:
                     self._check_end(opened, array)
+            reads = (
+                ArrayRead(item, array, resolve_target(item, planner)) for item, array in zip(items, arrays, strict=True)
+            )
             if getattr(planner, "resolves_views", False):
-                self._read_all([self._array_read(item, planner) for item in items], files)
+                self._read_all(list(reads), files)
             else:
                 # A planner of unknown habits gets what the interface promises: resolve, read, commit, one by one.
-                for item in items:
-                    read = self._array_read(item, planner)
+                for read in reads:
                     self._read_one(read, files)
-                    planner.commit_tensor(item, read.target)
+                    planner.commit_tensor(read.item, read.target)
         done: Future[None] = Future()
         done.set_result(None)
         return done
@@ -258,16 +265,12 @@ class HuggingFaceStorageReader(FileSystemReader):
             )
         return self._stored_array(info.relative_path, stored)
 
-    def _array_read(self, item: ReadItem, planner: LoadPlanner) -> ArrayRead:
-        return ArrayRead(item, self._stored(item), resolve_target(item, planner))
-
     def _stored_array(self, name: str, entry: TensorEntry) -> StoredArray:
         identity = self._headers[name][1]
         return StoredArray(name, torch.Size(entry.shape), entry.dtype, entry.start, entry.end, identity)
 
-    def _array_opener(self, arrays: Iterable[StoredArray]) -> Callable[[str], AbstractContextManager[_OpenArrays]]:
-        """Return what opens a file and checks that it is the one whose header was read."""
-        known = {array.relative_path: array.file for array in arrays}
+    def _array_opener(self, arrays: Mapping[str, StoredArray]) -> Callable[[str], AbstractContextManager[_OpenArrays]]:
+        """Return what opens a file and checks that it is the one whose header was read; ``arrays`` has one of each."""
 
         @contextmanager
         def open_file(name: str) -> Iterator[_OpenArrays]:
@@ -280,7 +283,8 @@ class HuggingFaceStorageReader(FileSystemReader):
                     is_same = identity == self._headers[name][1]
                 else:
                     # Another machine may number the devices and files of a shared directory in a way of its own.
-                    is_same = (expected := known.get(name)) is None or identity[2:] == expected[2:]
+                    expected = arrays[name].file if name in arrays else None
+                    is_same = expected is None or identity[2:] == expected[2:]
                 if not is_same:
                     raise CorruptCheckpointError(
                         f"{path} was replaced or written to while the checkpoint was being loaded; load it "

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import errno
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Generic, TypeVar
 
@@ -18,13 +17,25 @@ F = TypeVar("F")
 _MAX_OPEN = 256
 
 
-@dataclass
 class _Entry(Generic[F]):
-    """An open file."""
+    """An open file; a context manager, of any number of users at a time, that gives it."""
 
-    manager: AbstractContextManager[F]
-    file: F
-    num_users: int
+    __slots__ = ("_lock", "file", "manager", "num_users")
+
+    def __init__(self, manager: AbstractContextManager[F], lock: threading.Lock) -> None:
+        self.manager = manager
+        self.file = manager.__enter__()
+        self.num_users = 0
+        self._lock = lock
+
+    def __enter__(self) -> F:
+        return self.file
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._lock:
+            self.num_users -= 1
 
 
 class OpenFiles(Generic[F]):
@@ -54,26 +65,20 @@ class OpenFiles(Generic[F]):
             while self._close_one():
                 pass
 
-    @contextmanager
-    def opened(self, name: str) -> Iterator[F]:
-        """Give the file of a name, open until the end of the ``with`` at least."""
+    def opened(self, name: str) -> AbstractContextManager[F]:
+        """Return what gives the file of a name, open until the end of the ``with`` at least; to be used once."""
         with self._lock:
             entry = self._entries.pop(name, None) or self._open(name)
             self._entries[name] = entry
             entry.num_users += 1
-        try:
-            yield entry.file
-        finally:
-            with self._lock:
-                entry.num_users -= 1
+        return entry
 
     def _open(self, name: str) -> _Entry[F]:
         while len(self._entries) >= self._max_open and self._close_one():
             pass
         while True:
-            manager = self._open_file(name)
             try:
-                return _Entry(manager, manager.__enter__(), 0)
+                return _Entry(self._open_file(name), self._lock)
             except OSError as exc:
                 # The process has used up its descriptors, or the machine has.
                 if exc.errno not in (errno.EMFILE, errno.ENFILE) or not self._close_one():

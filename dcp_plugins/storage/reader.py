@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch.futures import Future
@@ -46,14 +45,6 @@ from dcp_plugins.storage.transforms import ExtensionRegistry, decode_stream
 from dcp_plugins.user_warnings import warn_user
 
 __all__ = ["FileSystemReader", "resolve_target"]
-
-
-class _DataFile(NamedTuple):
-    """An open data file."""
-
-    file: OpenFile
-    size: int
-    reader: DataFileReader
 
 
 class FileSystemReader(StorageReader):
@@ -187,48 +178,40 @@ class FileSystemReader(StorageReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         located = [(item, self._info(item)) for item in plan.items]
-        with OpenFiles(self._opener()) as files:
+        layouts: dict[Any, Layout] = {}
+        pool = ScratchPool()
+
+        def read(file: OpenFile, reads: list[TensorRead]) -> None:
+            DataFileReader(file, verify=self.verify_checksums, layouts=layouts, pool=pool).read(reads)
+
+        with OpenFiles(store_of(self.fs, self.path).open) as files:
             self._check_files(located, files)
             reads: list[TensorRead] = []
             at_once = getattr(planner, "resolves_views", False)
             for item, info in located:
                 if item.type is LoadItemType.BYTE_IO:
-                    with files.opened(info.relative_path) as opened:
-                        content = self._read_bytes(opened.file, info, item)
+                    with files.opened(info.relative_path) as (file, _):
+                        content = self._read_bytes(file, info, item)
                     planner.load_bytes(item, io.BytesIO(content))
                 elif 0 in item.lengths:
                     continue
                 elif getattr(info, "transform_descriptors", None):
-                    with files.opened(info.relative_path) as opened:
-                        self._read_transformed(opened.file, info, item, planner)
+                    with files.opened(info.relative_path) as (file, _):
+                        self._read_transformed(file, info, item, planner)
                 elif at_once:
                     reads.append(self._tensor_read(item, info, planner))
                 else:
                     # A planner of unknown habits gets what the interface promises: resolve, read, commit, one by one.
-                    read = self._tensor_read(item, info, planner)
-                    with files.opened(info.relative_path) as opened:
-                        opened.reader.read([read])
-                    planner.commit_tensor(item, read.target)
-            self._read_tensors(reads, files)
+                    one = self._tensor_read(item, info, planner)
+                    with files.opened(info.relative_path) as (file, _):
+                        read(file, [one])
+                    planner.commit_tensor(item, one.target)
+            self._read_tensors(reads, files, read)
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
-    def _opener(self) -> Callable[[str], AbstractContextManager[_DataFile]]:
-        """Return what opens a data file."""
-        store = store_of(self.fs, self.path)
-        layouts: dict[Any, Layout] = {}
-        pool = ScratchPool()
-
-        @contextmanager
-        def open_file(name: str) -> Iterator[_DataFile]:
-            with store.open(name) as (file, size):
-                reader = DataFileReader(file, verify=self.verify_checksums, layouts=layouts, pool=pool)
-                yield _DataFile(file, size, reader)
-
-        return open_file
-
-    def _check_files(self, located: list[tuple[ReadItem, StorageInfo]], files: OpenFiles[_DataFile]) -> None:
+    def _check_files(self, located: list[tuple[ReadItem, StorageInfo]], files: OpenFiles[tuple[OpenFile, int]]) -> None:
         """Check, before anything is read, that the save wrote the files and that they hold all ranges of the plan."""
         are_marked = self.metadata is not None and has_marked_files(self.metadata)
         needed: dict[str, int] = {}
@@ -239,11 +222,11 @@ class FileSystemReader(StorageReader):
         problems = []
         for name, end in sorted(needed.items()):
             try:
-                with files.opened(name) as opened:
-                    if opened.size < end:
-                        problems.append(f"{name} has {opened.size} bytes, the metadata names bytes up to {end}")
+                with files.opened(name) as (file, size):
+                    if size < end:
+                        problems.append(f"{name} has {size} bytes, the metadata names bytes up to {end}")
                     else:
-                        check_mark_of(opened.file, opened.size, name, required=are_marked)
+                        check_mark_of(file, size, name, required=are_marked)
             except FileNotFoundError:
                 problems.append(f"{name} is missing")
             except UnsafeCheckpointError:
@@ -282,7 +265,12 @@ class FileSystemReader(StorageReader):
                     return tuple(chunk.sizes), entry.properties.dtype
         raise CorruptCheckpointError(f"{self.path}: the metadata has no chunk of {index.fqn} at offset {index.offset}")
 
-    def _read_tensors(self, reads: list[TensorRead], files: OpenFiles[_DataFile]) -> None:
+    def _read_tensors(
+        self,
+        reads: list[TensorRead],
+        files: OpenFiles[tuple[OpenFile, int]],
+        read: Callable[[OpenFile, list[TensorRead]], None],
+    ) -> None:
         reads.sort(key=lambda read: (read.info.relative_path, read.info.offset))
         serves_threads = store_of(self.fs, self.path).serves_threads or self._asks_for_threads
         thread_count = self.thread_count if serves_threads else 1
@@ -293,8 +281,8 @@ class FileSystemReader(StorageReader):
             for end in range(1, len(part) + 1):
                 name = part[start].info.relative_path
                 if end == len(part) or part[end].info.relative_path != name:
-                    with files.opened(name) as opened:
-                        opened.reader.read(part[start:end])
+                    with files.opened(name) as (file, _):
+                        read(file, part[start:end])
                     start = end
 
         run_all(read_part, parts)
