@@ -166,16 +166,28 @@ def uncommitted_steps(root: _PathLike, names: StepNames = StepNames()) -> list[i
     return [step for step in _steps(Path(root), names) if not is_committed(Path(root, names.name(step)))]
 
 
-def good_steps(root: _PathLike, names: StepNames = StepNames()) -> Iterator[int]:
-    """Yield the steps whose checkpoints are committed and whole, the newest first; warn of each one skipped."""
-    for step in reversed(_steps(Path(root), names)):
-        path = Path(root, names.name(step))
-        try:
-            verify_checkpoint(path)
-        except (CheckpointError, OSError) as exc:
-            warn_user(f"Skipped {path}, which is no good checkpoint: {exc}")
-            continue
-        yield step
+def good_steps(root: _PathLike, names: StepNames = StepNames(), seen: set[int] | None = None) -> Iterator[int]:
+    """Yield the steps whose checkpoints are committed and whole, the newest first; warn of each one skipped.
+
+    Another process may delete checkpoints and commit new ones meanwhile: the directory is listed anew at the end.
+
+    Args:
+        root: Where the directories of the steps are.
+        names: How they are called.
+        seen: Steps to leave out; each step that is looked at is added.
+    """
+    seen = set() if seen is None else seen
+    while fresh := [step for step in _steps(Path(root), names) if step not in seen]:
+        for step in reversed(fresh):
+            seen.add(step)
+            path = Path(root, names.name(step))
+            try:
+                verify_checkpoint(path)
+            except (CheckpointError, OSError) as exc:
+                if path.is_dir():
+                    warn_user(f"Skipped {path}, which is no good checkpoint: {exc}")
+                continue
+            yield step
 
 
 def newest_good(root: _PathLike, names: StepNames = StepNames()) -> Path | None:

@@ -286,11 +286,11 @@ class CheckpointManager:
         """
         self._saver.wait()
         ranks = self._ranks()
-        candidates = good_steps(self.root, self.names)
+        seen: set[int] = set()
         skipped = ""
         while True:
             with self._cleaner.pinned():
-                chosen = on_rank_zero(ranks, "choose", partial(self._choose, step, candidates, skipped))
+                chosen = on_rank_zero(ranks, "choose", partial(self._choose, step, seen, skipped))
                 if chosen is None:
                     return None
                 try:
@@ -299,7 +299,8 @@ class CheckpointManager:
                     if step is not None or not is_damage(exc):
                         raise
                     # All ranks have this exception, so all of them go on to the next.
-                    skipped = f"Skipped {self.path(chosen)}, whose data is damaged: {exc}"
+                    is_there = self.path(chosen).is_dir()
+                    skipped = f"Skipped {self.path(chosen)}, whose data is damaged: {exc}" if is_there else ""
                     continue
             self._last_step = chosen
             return chosen
@@ -377,8 +378,8 @@ class CheckpointManager:
                 listing(later),
             )
 
-    def _choose(self, step: int | None, candidates: Iterator[int], skipped: str) -> int | None:
-        """Return the step to load. Runs on rank 0."""
+    def _choose(self, step: int | None, seen: set[int], skipped: str) -> int | None:
+        """Return the step to load, one that was not seen before if none is asked for. Runs on rank 0."""
         if skipped:
             warn_user(skipped)
         if step is not None:
@@ -386,16 +387,17 @@ class CheckpointManager:
                 raise self._not_found(step)
             verify_checkpoint(self.path(step))
             return step
-        chosen = next(candidates, None)
-        if chosen is not None:
-            return chosen
-        committed = self.all_steps()
-        if committed:
-            raise CorruptCheckpointError(
-                f"{self.root}: every committed checkpoint is damaged: steps {listing(committed)}. The warnings say what"
-                " each lacks. To start anew, move them away"
-            )
-        return None
+        while True:
+            chosen = next(good_steps(self.root, self.names, seen), None)
+            committed = self.all_steps()
+            if chosen is not None or not committed:
+                return chosen
+            # A step that was committed since then is no reason to call the others all there is.
+            if seen.issuperset(committed):
+                raise CorruptCheckpointError(
+                    f"{self.root}: every committed checkpoint is damaged: steps {listing(committed)}. The warnings say"
+                    " what each lacks. To start anew, move them away"
+                )
 
     def _load(self, state: dict[str, Any], step: int) -> None:
         # If it is being deleted at this moment, by another process, the load finds out on all ranks together.

@@ -15,6 +15,7 @@ from dcp_plugins.manager import (
     StepNames,
     committed_steps,
     delete_checkpoint,
+    good_steps,
     is_committed,
     newest_good,
     remove_if_uncommitted,
@@ -65,6 +66,17 @@ def test_a_damaged_checkpoint_is_skipped_and_told_what_it_lacks(tmp_path: Path) 
         warnings.simplefilter("always")
         assert newest_good(tmp_path) == tmp_path / "step_1"
     assert [str(warning.message).split(",")[0][-6:] for warning in caught] == ["step_4", "step_3", "step_2"]
+
+
+def test_steps_that_another_process_commits_and_deletes_meanwhile_are_taken_and_not_called_damaged(tmp_path):
+    for step in (1, 2):
+        save(tmp_path / f"step_{step}")
+    steps = good_steps(tmp_path)
+    assert next(steps) == 2
+    for step in (1, 2):
+        delete_checkpoint(tmp_path / f"step_{step}")
+    save(tmp_path / "step_3")
+    assert list(steps) == [3]
 
 
 def test_a_checkpoint_of_stock_torch_is_verified_by_what_its_metadata_needs(tmp_path: Path) -> None:

@@ -209,6 +209,31 @@ def test_a_run_does_not_begin_anew_beside_damaged_checkpoints(tmp_path: Path) ->
         CheckpointManager(tmp_path, options=SYNC).restore(target())
 
 
+class RunBeside:
+    """Commits the next step and deletes the first when a load, which has chosen that, asks for the state."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def state_dict(self) -> dict[str, Any]:
+        if not is_committed(self.folder / "step_2"):
+            with CheckpointManager(self.folder, options=SYNC) as other:
+                other.save(2, {**value(2), "beside": {"x": 2}})
+            shutil.rmtree(self.folder / "step_1")
+        return {"x": 0}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert state == {"x": 2}
+
+
+def test_a_restore_beside_a_run_that_deletes_what_it_replaces_finds_a_checkpoint(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path, options=SYNC) as manager:
+        manager.save(1, {**value(1), "beside": {"x": 1}})
+    state = {**target(), "beside": RunBeside(tmp_path)}
+    assert CheckpointManager(tmp_path, options=SYNC).restore(state) == 2
+    assert torch.equal(state["weight"], value(2)["weight"])
+
+
 def test_what_does_not_fit_is_no_damage(tmp_path: Path) -> None:
     manager = CheckpointManager(tmp_path, options=SYNC)
     for step in (1, 2):
