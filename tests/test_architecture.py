@@ -25,6 +25,7 @@ FLOORS: dict[str, float] = {
     "dcp_plugins.collector": 0,
     "dcp_plugins.forks": 0,
     "dcp_plugins.pace": 0,
+    "dcp_plugins.processes": 0,
     "dcp_plugins.user_warnings": 0,
     "dcp_plugins.config": 0,
     "dcp_plugins.format": 1,

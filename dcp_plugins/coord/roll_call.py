@@ -17,11 +17,12 @@ import threading
 import time
 import weakref
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
+
+from dcp_plugins.processes import is_running, machine, start_of
 
 __all__ = ["Exchanges", "Missing", "exchanges_of", "store_of"]
 
@@ -140,9 +141,9 @@ class _RollCall:
             if record is None:
                 continue
             process = json.loads(record)
-            if process["machine"] != _machine():
+            if process["machine"] != machine():
                 continue
-            if _is_running(process["pid"], process["started"]):
+            if is_running(process["pid"], process["started"]):
                 self._running.add(rank)
             else:
                 self._running.discard(rank)
@@ -179,36 +180,4 @@ def store_of(group: dist.ProcessGroup) -> dist.Store | None:
 
 def _own_record() -> dict[str, Any]:
     pid = os.getpid()
-    return {"pid": pid, "started": _start_of(pid), "machine": _machine(), "host": os.uname().nodename}
-
-
-def _machine() -> str:
-    """Return the scope of process ids: the boot of a machine, and the pid namespace on it."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot}/{Path('/proc/self/ns/pid').stat().st_ino}"
-    except OSError:
-        return os.uname().nodename
-
-
-def _start_of(pid: int) -> str | None:
-    """Return when a process began, in ticks since the boot; None if it has ended, or cannot be asked."""
-    try:
-        # The fields follow the name, which may hold anything: state is the first, the start the twentieth.
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else fields[19]
-
-
-def _is_running(pid: int, started: str | None) -> bool:
-    if started is not None:
-        # The number alone may be another process's by now.
-        return _start_of(pid) == started
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    return {"pid": pid, "started": start_of(pid), "machine": machine(), "host": os.uname().nodename}

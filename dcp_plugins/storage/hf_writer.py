@@ -286,6 +286,13 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         except (OSError, CorruptCheckpointError) as exc:
             warn_of_litter(directory, exc)
 
+    @staticmethod
+    def id_in_name(name: str) -> str | None:
+        if not is_temporary_name(name):
+            return None
+        base, save_id, _ = name.rsplit(".", 2)
+        return save_id if base == INDEX_NAME or is_conventional_name(base) else None
+
     def data_files(self, results: Iterable[WriteResult]) -> set[str]:
         return {temporary_name(result.storage_data.relative_path, self.save_id) for result in results}
 

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Iterable
+import time
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
-from dcp_plugins.format.names import is_data_name, is_stock_data_name, is_stock_temporary_name, save_id_of
-from dcp_plugins.storage.store import Store, files_named_by
+from dcp_plugins.errors import CheckpointError
+from dcp_plugins.format.names import (
+    METADATA_NAME,
+    is_data_name,
+    is_stock_data_name,
+    is_stock_temporary_name,
+    may_be_running,
+    metadata_rank,
+    save_id_of,
+)
+from dcp_plugins.storage.local import remove_files
+from dcp_plugins.storage.store import LocalStore, Store, files_named_by
 
-__all__ = ["OldNames", "is_name_of_a_save", "litter", "old_names", "warn_of_litter"]
+__all__ = ["OldNames", "is_name_of_a_save", "litter", "old_names", "reclaim_dead", "warn_of_litter"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +53,42 @@ def warn_of_litter(path: os.PathLike[str] | str, failure: Exception) -> None:
 
 
 _told: set[str] = set()
+
+
+def reclaim_dead(path: Path, folders: Iterable[str], id_of: Callable[[str], str | None]) -> None:
+    """Before a save, delete what saves of processes that have ended left in its directory: it may need the room.
+
+    A process of this machine has ended if no process with its id and start runs. Of a process elsewhere the files tell:
+    it has ended if it has not written to them for a day. Nothing raises: what cannot be deleted stays.
+
+    Args:
+        path: The checkpoint's directory.
+        folders: Those in it that hold files of saves, "" for itself.
+        id_of: Returns the save's id if a file, by its name, was certainly made by a save of ours.
+    """
+    try:
+        dead = {
+            os.path.join(folder, name)
+            for folder in folders
+            if (path / folder).is_dir()
+            for name in os.listdir(path / folder)
+            if (save_id := id_of(name)) is not None and _has_ended(save_id, path / folder / name)
+        }
+        if dead:
+            store = LocalStore(path)
+            # Those of a committed checkpoint are mostly of processes that have ended, too.
+            committed = [name for name in store.names() if name == METADATA_NAME or metadata_rank(name) is not None]
+            remove_files(path, sorted(dead.difference(*(files_named_by(store, name) for name in committed))))
+    except (OSError, CheckpointError) as exc:
+        warn_of_litter(path, exc)
+
+
+def _has_ended(save_id: str, file: Path) -> bool:
+    running = may_be_running(save_id)
+    return time.time() - file.lstat().st_mtime > _SILENCE_SECONDS if running is None else not running
+
+
+_SILENCE_SECONDS = 24 * 3600.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,6 +55,7 @@ class PartsWriter(FileSystemWriter):
     ) -> None:
         super().__init__(path, sync_files=sync_files, thread_count=thread_count)
         self.parts = tuple(parts)
+        self.all_folders = ("", *self.parts)
 
     def folders(self, items: list[WriteItem]) -> Iterable[tuple[str, list[WriteItem]]]:
         groups: dict[str, list[WriteItem]] = {}

@@ -40,6 +40,7 @@ from dcp_plugins.format.names import (
     metadata_name,
     metadata_rank,
     new_save_id,
+    save_id_of,
     temporary_name,
 )
 from dcp_plugins.pace import elsewhere, give_way
@@ -48,10 +49,11 @@ from dcp_plugins.storage.datafile import DataFile
 from dcp_plugins.storage.detour import small_on_host
 from dcp_plugins.storage.file_system import FileSystem
 from dcp_plugins.storage.fs_store import store_of
-from dcp_plugins.storage.litter import OldNames, old_names, warn_of_litter
+from dcp_plugins.storage.litter import OldNames, old_names, reclaim_dead, warn_of_litter
 from dcp_plugins.storage.local import is_local_path
 from dcp_plugins.storage.planned import Run, check_against_plan, in_runs, resolved_together, runs_of
-from dcp_plugins.storage.store import Store, files_named_by
+from dcp_plugins.storage.room import check_room
+from dcp_plugins.storage.store import LocalStore, Store, files_named_by
 from dcp_plugins.storage.threads import SharedWork, default_thread_count, run_all, split_by_bytes
 from dcp_plugins.storage.transforms import encode_stream
 from dcp_plugins.user_warnings import warn_user
@@ -152,6 +154,8 @@ class FileSystemWriter(StorageWriter):
         if self._written:
             # Reused without reset: a second save must not write to the first one's names.
             self.reset()
+        if is_coordinator and isinstance(store_of(self.fs, self.path), LocalStore):
+            reclaim_dead(self.path, self.all_folders, self.id_in_name)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         store = store_of(self.fs, self.path)
@@ -216,7 +220,7 @@ class FileSystemWriter(StorageWriter):
     ) -> Iterator[tuple[list[WriteItem], Callable[[], None]]]:
         """Yield what to write one after the other, and what to do when each is written."""
         if self._first is None:
-            yield items, _nothing
+            yield items, lambda: None
             return
         (is_first, written), self._first = self._first, None
         first: list[WriteItem] = []
@@ -229,7 +233,12 @@ class FileSystemWriter(StorageWriter):
             data = planner.resolve_data(item)
             (first if not isinstance(data, torch.Tensor) or is_first(data) else second).append(item)
         yield first, written
-        yield second, _nothing
+        yield second, lambda: None
+
+    all_folders: tuple[str, ...] = ("",)
+    """The folders that items may be divided among."""
+    id_in_name = staticmethod(save_id_of)
+    """Returns the id of the save that made a file, if its name says that a save of this kind did."""
 
     def folders(self, items: list[WriteItem]) -> Iterable[tuple[str, list[WriteItem]]]:
         """Divide this rank's items among folders of the checkpoint's directory, which is the folder ""."""
@@ -240,6 +249,8 @@ class FileSystemWriter(StorageWriter):
     ) -> list[WriteResult]:
         """Write runs of items into files of one folder, each thread into its own."""
         store = store_of(self.fs, self.path)
+        if isinstance(store, LocalStore) and not self.extensions:
+            check_room(self.path, sum(sizes_bytes))
         thread_count = self.thread_count if store.serves_threads or self._asks_for_threads else 1
         shares: list[list[Run]]
         if self.single_file_per_rank:
@@ -407,7 +418,3 @@ class FileSystemWriter(StorageWriter):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         return is_local_path(checkpoint_id)
-
-
-def _nothing() -> None:
-    """Follow what nothing follows."""

@@ -93,7 +93,7 @@ def test_the_next_save_writes_a_trailer_of_this_version(checkpoint):
         dcp.save(state(), checkpoint_id=checkpoint, no_dist=True)
     decoded = decode_with_extras((checkpoint / ".metadata").read_bytes(), "test")
     assert decoded.newer_version is None
-    assert set(decoded.extras) == {"save_id", "files", "containers"}
+    assert set(decoded.extras) == {"save_id", "files", "marked_files", "containers"}
 
 
 def _load(folder: str) -> int:

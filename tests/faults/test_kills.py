@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import warnings
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import dcp_plugins as dcp
+from dcp_plugins.format.names import new_save_id, save_id_of
 from dcp_plugins.testing.faults import Fault, inject, record_steps
 from dcp_plugins.testing.ranks import run_ranks
 from tests.faults.checks import assert_holds, assert_no_litter, assert_recovers, save_state, seed_held, state_of
@@ -47,6 +50,38 @@ def test_a_save_killed_at_any_step_leaves_the_previous_checkpoint_or_the_new_one
             committed = nth > rename or (nth == rename and action == "tear")
             assert_holds(folder, 2 if committed else 1)
             assert_recovers(folder)
+
+
+def test_what_a_killed_save_has_left_is_deleted_before_the_next_one_writes(tmp_path):
+    rename = _steps_of_an_overwriting_save(tmp_path / "recorded").index("rename")
+    save_state(tmp_path / "c", 1)
+    run_ranks(1, _save_under, str(tmp_path / "c"), 2, Fault(None, rename, "kill"), expect_deaths=True)
+    assert len(list((tmp_path / "c").glob("*.distcp"))) == 2
+    with record_steps(tmp_path / "c") as steps:
+        save_state(tmp_path / "c", 3)
+    kinds = [step.split()[0] for step in steps]
+    assert kinds.index("unlink") < kinds.index("writev")
+    assert_holds(tmp_path / "c", 3)
+    assert_no_litter(tmp_path / "c")
+
+
+def test_what_a_running_process_or_another_machine_writes_is_not_deleted_before_a_save(tmp_path):
+    save_state(tmp_path / "c", 1)
+    (own,) = (tmp_path / "c").glob("*.distcp")
+    save_id = save_id_of(own.name)
+    assert save_id is not None
+    running = own.with_name(f"__1_0-{new_save_id()}.distcp")
+    elsewhere = [f"{(int(save_id[0], 16) + number) % 16:x}{save_id[1:]}" for number in (1, 2)]
+    fresh, old = (own.with_name(f"__2_0-{name}.distcp") for name in elsewhere)
+    for file in (running, fresh, old):
+        file.write_bytes(b"")
+    os.utime(old, (1e9, 1e9))
+    with inject(Fault("rename", 0, error=errno.EIO), tmp_path / "c"), pytest.raises(dcp.CheckpointException):
+        save_state(tmp_path / "c", 2)
+    assert running.exists()
+    assert fresh.exists()
+    assert not old.exists(), "another machine's, silent for years"
+    assert_holds(tmp_path / "c", 1)
 
 
 def test_a_first_save_killed_at_any_step_before_the_commit_is_no_checkpoint(tmp_path):

@@ -1,0 +1,45 @@
+"""Which process did something, and whether it still runs."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from pathlib import Path
+
+__all__ = ["is_running", "machine", "start_of"]
+
+
+@lru_cache(1)
+def machine() -> str:
+    """Return the scope of process ids: the boot of a machine, and the pid namespace on it."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot}/{Path('/proc/self/ns/pid').stat().st_ino}"
+    except OSError:
+        return os.uname().nodename
+
+
+def start_of(pid: int) -> str | None:
+    """Return when a process began, in ticks since the boot; None if it has ended, or cannot be asked."""
+    try:
+        # The fields follow the name, which may hold anything: state is the first, the start the twentieth.
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
+
+
+def is_running(pid: int, started: str | None) -> bool:
+    """Tell whether the process on this machine that began at ``started`` still runs; one that cannot be asked does."""
+    found = start_of(pid)
+    if found is not None and started is not None:
+        # The number alone may be another process's by now.
+        return found == started
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    # It is there, but has ended if its parent alone knows of it.
+    return found is not None or not Path(f"/proc/{pid}/stat").exists()
