@@ -65,12 +65,15 @@ def new_save_id() -> str:
     They say which process made it, so that what a killed save has left can be told from what a running one writes: 8
     digits of the machine, 6 of the process id, 8 of when the process began, and 10 that count from a random number.
     """
-    pid = os.getpid()
-    number = next(_numbers) & 0xFF_FFFF_FFFF
-    return f"{_machine_digits(machine())}{pid & 0xFF_FFFF:06x}{_start_digits(start_of(pid))}{number:010x}"
+    return f"{_process_digits(os.getpid())}{next(_numbers) & 0xFF_FFFF_FFFF:010x}"
 
 
 _numbers = itertools.count(random.SystemRandom().getrandbits(40))
+
+
+@lru_cache(1)
+def _process_digits(pid: int) -> str:
+    return f"{_machine_digits(machine())}{pid & 0xFF_FFFF:06x}{_start_digits(start_of(pid))}"
 
 
 @lru_cache(1)
@@ -86,6 +89,8 @@ def may_be_running(save_id: str) -> bool | None:
     """Tell whether the process that made an id still runs; None if that was on another machine or is not known."""
     if "-" in save_id or save_id[:8] != _machine_digits(machine()):
         return None
+    if save_id.startswith(_process_digits(os.getpid())):
+        return True
     pid = int(save_id[8:14], 16)
     started = start_of(pid)
     if started is not None:
