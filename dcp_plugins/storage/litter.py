@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,13 +68,15 @@ def reclaim_dead(path: Path, folders: Iterable[str], id_of: Callable[[str], str 
         id_of: Returns the save's id if a file, by its name, was certainly made by a save of ours.
     """
     try:
-        dead = {
-            os.path.join(folder, name)
-            for folder in folders
-            if (path / folder).is_dir()
-            for name in os.listdir(path / folder)
-            if (save_id := id_of(name)) is not None and _has_ended(save_id, path / folder / name)
-        }
+        dead: set[str] = set()
+        for folder in folders:
+            with suppress(FileNotFoundError):
+                where = os.path.join(path, folder)
+                dead.update(
+                    os.path.join(folder, name)
+                    for name in os.listdir(where)
+                    if (save_id := id_of(name)) is not None and _has_ended(save_id, where, name)
+                )
         if dead:
             store = LocalStore(path)
             # Those of a committed checkpoint are mostly of processes that have ended, too.
@@ -83,9 +86,11 @@ def reclaim_dead(path: Path, folders: Iterable[str], id_of: Callable[[str], str 
         warn_of_litter(path, exc)
 
 
-def _has_ended(save_id: str, file: Path) -> bool:
+def _has_ended(save_id: str, folder: str, name: str) -> bool:
     running = may_be_running(save_id)
-    return time.time() - file.lstat().st_mtime > _SILENCE_SECONDS if running is None else not running
+    if running is not None:
+        return not running
+    return time.time() - Path(folder, name).lstat().st_mtime > _SILENCE_SECONDS
 
 
 _SILENCE_SECONDS = 24 * 3600.0
