@@ -30,6 +30,7 @@ __all__ = [
     "check_save_id",
     "data_file_name",
     "is_data_name",
+    "is_of_another_process",
     "is_stock_data_name",
     "is_stock_temporary_name",
     "is_temporary_name",
@@ -83,6 +84,12 @@ def _machine_digits(name: str) -> str:
 
 def _start_digits(started: str | None) -> str:
     return f"{int(started or 0) & 0xFFFF_FFFF:08x}"
+
+
+def is_of_another_process(save_id: str) -> bool:
+    """Tell whether another process of this machine, such as the parent of this one, made an id."""
+    digits = _process_digits(os.getpid())
+    return save_id[:8] == digits[:8] and not save_id.startswith(digits)
 
 
 def may_be_running(save_id: str) -> bool | None:

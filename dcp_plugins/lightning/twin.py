@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 import dcp_plugins as dcp
 from dcp_plugins.contract import StorageInfo, WriteResult
-from dcp_plugins.format.data_mark import MARK_BYTES, mark
+from dcp_plugins.format.data_mark import MARK_BYTES, has_marked_files, mark
 from dcp_plugins.format.names import data_file_name
 from dcp_plugins.plan import flatten_state_dict
 from dcp_plugins.plan.values import dump_value
@@ -88,7 +88,7 @@ def write_twin(source: Path, writer: CompanionWriter, values: Mapping[str, Any])
     """
     make_directory(writer.path, sync=writer.sync_files)
     metadata = dcp.FileSystemReader(source).read_metadata()
-    writer.name_files_of(metadata)
+    writer.names_marked_files = has_marked_files(metadata)
     own = data_file_name("__0_", 0, writer.save_id)
     results = []
     with LocalStore(writer.path).create(own) as opened, DataFile(opened, sync=writer.sync_files) as file:

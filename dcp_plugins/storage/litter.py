@@ -69,19 +69,23 @@ def reclaim_dead(path: Path, folders: Iterable[str], id_of: Callable[[str], str 
     """
     try:
         dead: set[str] = set()
+        committed: list[str] = []
         for folder in folders:
             with suppress(FileNotFoundError):
                 where = os.path.join(path, folder)
-                dead.update(
-                    os.path.join(folder, name)
-                    for name in os.listdir(where)
-                    if (save_id := id_of(name)) is not None and _has_ended(save_id, where, name)
-                )
+                for name in os.listdir(where):
+                    if (save_id := id_of(name)) is not None and _has_ended(save_id, where, name):
+                        dead.add(os.path.join(folder, name))
+                    elif name == METADATA_NAME or metadata_rank(name) is not None:
+                        committed.append(os.path.join(folder, name))
         if dead:
-            store = LocalStore(path)
-            # Those of a committed checkpoint are mostly of processes that have ended, too.
-            committed = [name for name in store.names() if name == METADATA_NAME or metadata_rank(name) is not None]
-            remove_files(path, sorted(dead.difference(*(files_named_by(store, name) for name in committed))))
+            # Files of committed checkpoints are mostly of processes that have ended, too.
+            kept = {
+                os.path.join(folder, file)
+                for folder, name in map(os.path.split, committed)
+                for file in files_named_by(LocalStore(path / folder), name)
+            }
+            remove_files(path, sorted(dead - kept))
     except (OSError, CheckpointError) as exc:
         warn_of_litter(path, exc)
 

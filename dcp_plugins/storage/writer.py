@@ -32,11 +32,12 @@ from dcp_plugins.contract import (
     WriteResult,
 )
 from dcp_plugins.errors import CheckpointExistsError, StorageWriteError
-from dcp_plugins.format.data_mark import MARK_BYTES, MARKED, has_marked_files, mark
+from dcp_plugins.format.data_mark import MARK_BYTES, MARKED, mark
 from dcp_plugins.format.metadata import MetadataEncoder
 from dcp_plugins.format.names import (
     METADATA_NAME,
     data_file_name,
+    is_of_another_process,
     metadata_name,
     metadata_rank,
     new_save_id,
@@ -78,9 +79,8 @@ class FileSystemWriter(StorageWriter):
 
     A subclass may set ``fs``, a ``FileSystemBase``, and then ``path``, to ``fs.init_path(...)``: data and metadata go
     through it alone, by default from one thread. The promise above then depends on its ``rename``: if that replaces a
-    file in one step, a kill is as harmless as on a local disk; if it refuses to replace one, a kill between the two
-    renames of the commit leaves the old metadata under a temporary name. Streams that have a descriptor are synced.
-    Without ``ls``, what killed saves have left is not deleted.
+    file in one step, a kill is as harmless as on a local disk; if not, a kill between the two renames of the commit
+    leaves the old metadata under a temporary name. Without ``ls``, what killed saves have left is not deleted.
 
     Args:
         path: The checkpoint's directory; created if need be.
@@ -98,6 +98,9 @@ class FileSystemWriter(StorageWriter):
 
     warns_of_replacing: ClassVar[bool] = True
     """Whether replacing a checkpoint is worth a warning; for subclasses that do so as a rule."""
+
+    names_marked_files = True
+    """Whether all data files that the commit names end with marks: another save's may not."""
 
     fs: FileSystemBase = FileSystem()
     """The file system; a subclass may set another one, and makes ``path`` with it."""
@@ -133,7 +136,6 @@ class FileSystemWriter(StorageWriter):
         self.serialization_format = serialization_format
         self.extensions = tuple(_extensions or ())
         self.save_id = new_save_id()
-        self._names_marked_files = True
         self.rank: int | None = None
         self.use_collectives = True
         self._written: list[str] = []
@@ -154,6 +156,8 @@ class FileSystemWriter(StorageWriter):
         if self._written:
             # Reused without reset: a second save must not write to the first one's names.
             self.reset()
+        elif is_of_another_process(self.save_id):
+            self.save_id = new_save_id()
         if is_coordinator and isinstance(store_of(self.fs, self.path), LocalStore):
             reclaim_dead(self.path, self.all_folders, self.id_in_name)
 
@@ -210,10 +214,6 @@ class FileSystemWriter(StorageWriter):
     def encode_with(self, encoder: MetadataEncoder) -> None:
         """Have the next commit use what an encoder remembers of metadata with the same entries, and add to it."""
         self._encoder = encoder
-
-    def name_files_of(self, metadata: Metadata) -> None:
-        """Let the next commit name files that another save wrote, which may not have marked them."""
-        self._names_marked_files = has_marked_files(metadata)
 
     def _turns(
         self, items: list[WriteItem], planner: SavePlanner
@@ -351,7 +351,7 @@ class FileSystemWriter(StorageWriter):
         encoder, self._encoder = self._encoder, MetadataEncoder()
         store = store_of(self.fs, self.path)
         files = store.sizes(referenced, metadata.storage_data.values())
-        extras = {"save_id": self.save_id, "files": files, MARKED: self._names_marked_files}
+        extras = {"save_id": self.save_id, "files": files, MARKED: self.names_marked_files}
         content = encoder.encode(metadata, extras=extras)
         old = old_names(store, name, self.path)
         is_durable = store.publish(name, content, temporary_name(name, self.save_id), sync=self.sync_files)

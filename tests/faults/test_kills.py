@@ -15,6 +15,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import dcp_plugins as dcp
 from dcp_plugins.format.names import new_save_id, save_id_of
+from dcp_plugins.storage.parts import PartsWriter
 from dcp_plugins.testing.faults import Fault, inject, record_steps
 from dcp_plugins.testing.ranks import run_ranks
 from tests.faults.checks import assert_holds, assert_no_litter, assert_recovers, save_state, seed_held, state_of
@@ -82,6 +83,16 @@ def test_what_a_running_process_or_another_machine_writes_is_not_deleted_before_
     assert fresh.exists()
     assert not old.exists(), "another machine's, silent for years"
     assert_holds(tmp_path / "c", 1)
+
+
+@pytest.mark.parametrize("folder", ["", "part"])
+def test_a_checkpoint_of_a_process_that_has_ended_is_kept_until_the_next_is_complete(tmp_path, folder):
+    """Also one of its own in the folder of a part, where it has metadata of its own."""
+    checkpoint = tmp_path / "c" / folder
+    run_ranks(1, _save_under, str(checkpoint), 1, Fault(None, 10**6, "kill"))
+    with inject(Fault("rename", 0, error=errno.EIO), tmp_path / "c"), pytest.raises(dcp.CheckpointException):
+        dcp.save({"part": state_of(2)}, storage_writer=PartsWriter(tmp_path / "c", parts=["part"]))
+    assert_holds(checkpoint, 1)
 
 
 def test_a_first_save_killed_at_any_step_before_the_commit_is_no_checkpoint(tmp_path):
