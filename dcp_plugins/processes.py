@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
-__all__ = ["is_running", "machine", "start_of"]
+__all__ = ["activity_of", "is_running", "machine", "start_of"]
 
 
 @lru_cache(1)
@@ -27,6 +28,20 @@ def start_of(pid: int) -> str | None:
     except OSError:
         return None
     return None if fields[0] in "ZX" else fields[19]
+
+
+def activity_of(pid: int) -> tuple[str, tuple[int, ...]]:
+    """Return the state of a process, as one letter (``T`` if it is stopped), and counters that grow while it works.
+
+    Raises:
+        OSError: It has ended, or cannot be asked.
+    """
+    stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    counters = [int(stat[11]), int(stat[12])]  # Ticks in its own code and in the kernel's.
+    with suppress(OSError):
+        lines = Path(f"/proc/{pid}/io").read_text(encoding="ascii").splitlines()
+        counters += [int(line.partition(":")[2]) for line in lines]
+    return stat[0], tuple(counters)
 
 
 def is_running(pid: int, started: str | None) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dcp_plugins.coord import Ranks
+from dcp_plugins.engine.process_deadline import DEFAULT_SECONDS, Deadline
 from dcp_plugins.engine.process_handles import BlockTable, Packed, pack
 from dcp_plugins.engine.process_launch import launch
 from dcp_plugins.engine.process_meeting import Meeting
@@ -37,8 +38,6 @@ _MAX_STATES = 8
 # Private tensors of less are nothing to warn of: a number that a library keeps as a tensor, for one.
 _UNWORTHY_BYTES = 1024 * 1024
 _EXIT_TIMEOUT_SECONDS = 5.0
-# Gloo's own default, for a group that has no timeout that one could ask for.
-_DEFAULT_TIMEOUT_SECONDS = 1800.0
 
 
 class CheckpointProcess:
@@ -49,6 +48,8 @@ class CheckpointProcess:
         flag = map_shared(mmap.PAGESIZE)
         self._awaited_flag = as_buffer(flag)
         self.process, self._channel = launch()
+        self._deadline = Deadline(self.process.pid)
+        self._channel.watched_by(self._deadline.check)
         self._channel.send(("awaited", flag.nbytes), descriptor=descriptor_of(flag.untyped_storage()))
         self._table = BlockTable()
         # Digest of a skeleton -> the number that it was sent under; the last used at the end.
@@ -72,7 +73,8 @@ class CheckpointProcess:
     def join(self, group: dist.ProcessGroup, meeting: Meeting | None, token: str, ranks: Ranks) -> None:
         self._group = None
         timeout = cpu_timeout(group)
-        seconds = _DEFAULT_TIMEOUT_SECONDS if timeout is None else timeout.total_seconds()
+        seconds = DEFAULT_SECONDS if timeout is None else timeout.total_seconds()
+        self._deadline.seconds = seconds
         self._ask("join", meeting, ranks.rank, ranks.world_size, seconds)
         self._group = weakref.ref(group), token
 
@@ -110,7 +112,7 @@ class CheckpointProcess:
             with awaited.shown_in(self._awaited_flag):
                 verb, *answer = self._receive()
         except (OSError, EOFError) as exc:
-            raise self._death() from exc
+            raise self._death(exc) from exc
         if verb == "failed":
             # Whether it has kept the skeleton is not known, nor worth asking.
             self._drop_state(digest)
@@ -159,7 +161,7 @@ class CheckpointProcess:
         try:
             self._channel.send(message)
         except OSError as exc:
-            raise self._death() from exc
+            raise self._death(exc) from exc
 
     def _receive(self) -> Any:
         """Return the next message that is not an event."""
@@ -180,16 +182,21 @@ class CheckpointProcess:
         try:
             verb, answer = self._receive()
         except (OSError, EOFError) as exc:
-            raise self._death() from exc
+            raise self._death(exc) from exc
         if verb == "error":
             raise RuntimeError(f"the checkpoint process could not {question[0]}: {answer}")
         return answer
 
-    def _death(self) -> ChildProcessError:
-        """Return how the process died; it has closed its end of the channel, or never opened it."""
+    def _death(self, cause: OSError | EOFError) -> ChildProcessError:
+        """Return how the process died: it has closed its end of the channel, never opened it, or does nothing."""
+        is_idle = isinstance(cause, TimeoutError)
+        if is_idle:
+            self.process.kill()
         self.close()
         status = self.process.returncode
-        if status < 0:
+        if is_idle:
+            how = f"{cause}, and was killed"
+        elif status < 0:
             how = f"was killed by signal {-status} ({signal.Signals(-status).name})"
         else:
             how = f"ended with status {status}; what it printed says why"

@@ -7,11 +7,16 @@ import pickle
 import socket
 import struct
 import threading
-from collections.abc import Iterable
-from typing import Any
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, TypeVar
 
 __all__ = ["Channel"]
 
+T = TypeVar("T")
+
+_WATCH_SECONDS = 1.0
 # Length of the pickled message in bytes.
 _HEADER = struct.Struct(">Q")
 
@@ -22,6 +27,26 @@ class Channel:
     def __init__(self, end: socket.socket) -> None:
         self._socket = end
         self._send_lock = threading.Lock()
+        self._watch: Callable[[float], None] | None = None
+
+    def watched_by(self, watch: Callable[[float], None]) -> None:
+        """Call ``watch`` every second in which this end waits, with the monotonic time since when; it may raise."""
+        self._watch = watch
+        self._socket.settimeout(_WATCH_SECONDS)
+
+    def _patiently(self, call: Callable[[], T]) -> T:
+        began = time.monotonic()
+        while True:
+            try:
+                return call()
+            except TimeoutError:
+                assert self._watch is not None, "only a watched channel has a timeout"
+                self._watch(began)
+
+    def _send_all(self, buffer: Any) -> None:
+        left = memoryview(buffer).cast("B")
+        while left:
+            left = left[self._patiently(partial(self._socket.send, left)) :]
 
     def send(self, message: Any, *, descriptor: int | None = None, followed_by: Iterable[Any] = ()) -> None:
         """Send a message that pickles.
@@ -38,13 +63,13 @@ class Channel:
         header = _HEADER.pack(len(payload))
         with self._send_lock:
             if descriptor is None:
-                self._socket.sendall(header)
+                self._send_all(header)
             else:
-                # Eight bytes on a stream socket that blocks go out in one piece.
-                socket.send_fds(self._socket, [header], [descriptor])
-            self._socket.sendall(payload)
+                # Eight bytes on a stream socket go out in one piece.
+                self._patiently(partial(socket.send_fds, self._socket, [header], [descriptor]))
+            self._send_all(payload)
             for buffer in followed_by:
-                self._socket.sendall(buffer)
+                self._send_all(buffer)
 
     def receive(self) -> tuple[Any, int | None]:
         """Wait for a message; return it and the descriptor that came with it, which is the caller's to close.
@@ -52,7 +77,7 @@ class Channel:
         Raises:
             EOFError: The other end is gone.
         """
-        header, descriptors, _, _ = socket.recv_fds(self._socket, _HEADER.size, 1)
+        header, descriptors, _, _ = self._patiently(partial(socket.recv_fds, self._socket, _HEADER.size, 1))
         descriptor = descriptors[0] if descriptors else None
         try:
             rest = bytearray(_HEADER.size - len(header))
@@ -75,7 +100,7 @@ class Channel:
         """
         left = memoryview(buffer).cast("B")
         while left:
-            count = self._socket.recv_into(left)
+            count = self._patiently(partial(self._socket.recv_into, left))
             if not count:
                 raise EOFError("the other end of the channel is closed")
             left = left[count:]

@@ -6,8 +6,10 @@ The stories of two ranks are told by the same two, and those of three by the sam
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +193,32 @@ def test_no_rank_waits_for_a_killed_process_and_the_next_save_works(
         assert not (told.folder_of(f"killed {where}") / "bad" / ".metadata").exists()
 
 
+def stop_one(folder: str) -> str:
+    rank = dist.get_rank()
+    group = dist.new_group(timeout=timedelta(seconds=10))
+    save({"x": torch.ones(3)}, f"{folder}/first", process_group=group).result()
+    stopped = pid()
+    if rank == 1:
+        os.kill(stopped, signal.SIGSTOP)
+    dist.barrier()
+    failure = save({"x": torch.ones(3)}, f"{folder}/bad", process_group=group).exception()
+    if rank == 1:
+        assert f"pid {stopped}" in str(failure)
+    dist.barrier()
+    save({"x": torch.full((3,), 2.0)}, f"{folder}/good").result()
+    assert (pid() != stopped) == (rank == 1)
+    target = {"x": torch.zeros(3)}
+    dcp.load(target, checkpoint_id=f"{folder}/good")
+    assert torch.equal(target["x"], torch.full((3,), 2.0))
+    return str(failure)
+
+
+def test_a_process_that_is_stopped_fails_the_save_on_all_ranks_and_is_replaced(two_ranks: Told) -> None:
+    for text in two_ranks.of("stopped"):
+        assert re.search(r"(?s)\[rank 1\].*has been stopped for \d+ seconds, and was killed", text)
+    assert not (two_ranks.folder_of("stopped") / "bad" / ".metadata").exists()
+
+
 def fail_on_one(folder: str) -> str:
     future = save({"x": torch.ones(3)}, storage_writer=FullOnRankOne(f"{folder}/bad"))
     failure = future.exception()
@@ -280,6 +308,7 @@ TWO_RANKS: dict[str, tuple[Any, ...]] = {
     "other kinds": (save_other_kinds,),
     "alone": (save_alone,),
     "full": (fail_on_one,),
+    "stopped": (stop_one,),
     "killed in the save": (kill_one, "in the save"),
     "killed between saves": (kill_one, "between saves"),
 }
