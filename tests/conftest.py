@@ -10,12 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from dcp_plugins.testing.ranks import preload
 
 # Ranks of a test and the workers of pytest-xdist share few cores: more threads in each would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+
+
+# The same examples each time: a change is judged by what it changes. HYPOTHESIS_PROFILE=random looks for others.
+settings.register_profile("fixed", derandomize=True)
+settings.register_profile("random")
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -119,7 +119,12 @@ def _parsed_flat(state_dict: Mapping[str, Any], known: Mapping[str, Any]) -> Par
         elif section == STATE:
             place = saved.state.setdefault(fqn, {})
             for part in path[:-1]:
-                place = place.setdefault(part, {})
+                place = place.setdefault(part, {}) if isinstance(place, dict) else place
+            if not isinstance(place, dict) or path[-1] in place:
+                raise PlanError(
+                    f"The state {key} cannot be told from another one in a flat state dict, because keys of nested "
+                    "dicts contain dots. Save without flatten_optimizer_state_dict."
+                )
             place[path[-1]] = value
         else:
             groups.setdefault(fqn, ParsedGroup([fqn], {})).options[".".join(path)] = value

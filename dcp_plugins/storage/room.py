@@ -19,7 +19,10 @@ def check_room(path: Path, nbytes: int) -> None:
     Raises:
         OSError: (ENOSPC) Says what is needed and what there is.
     """
-    status = os.statvfs(path)
+    try:
+        status = os.statvfs(path)
+    except FileNotFoundError:
+        return  # It was deleted; the writing says so.
     free = status.f_bavail * status.f_frsize
     if nbytes > free and _type_of(path.stat().st_dev) in _TAKE_WHAT_THEY_HOLD:
         raise OSError(

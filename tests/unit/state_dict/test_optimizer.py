@@ -466,3 +466,14 @@ def test_a_state_dict_that_does_not_tell_what_had_state_is_loaded_with_a_warning
     with pytest.warns(UserWarning, match=r"no state for last\.weight, and does not say whether there was any"):
         set_optimizer_state_dict(model, fresh, state)
     assert len(fresh.state) == len(optimizer.state) - 1
+
+
+def test_a_flat_state_dict_with_dots_in_keys_of_nested_dicts_is_refused_where_they_collide() -> None:
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    state = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
+    first, second = {"state.weight.m.0": torch.zeros(2)}, {"state.weight.m.0.5": torch.ones(2)}
+    for entries in ({**first, **second}, {**second, **first}):
+        with pytest.raises(PlanError, match="state.weight.m.0.* cannot be told from another one"):
+            set_optimizer_state_dict(model, optimizer, {**state, **entries})
+    assert not optimizer.state
