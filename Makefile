@@ -19,7 +19,9 @@ BIN := $(VENV)/bin
 # uv makes the environment three times as fast as pip. It reads none of pip's settings, and a machine may say there where
 # its wheels are.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-UV_FIND_LINKS ?= $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
+WHEELS := $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
+comma := ,
+UV_FIND_LINKS ?= $(subst $() ,$(comma),$(strip $(WHEELS)))
 export UV_FIND_LINKS
 INSTALL := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt
 
