@@ -14,8 +14,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dcp_plugins.collector import collector_paused
-from dcp_plugins.state_dict.completion import model_template
 from dcp_plugins.state_dict.model import get_model
+from dcp_plugins.state_dict.model_completion import model_template
 from dcp_plugins.state_dict.names import Model
 from dcp_plugins.state_dict.optimizer import get_optimizers
 from dcp_plugins.state_dict.optimizer_load import load_optimizers
