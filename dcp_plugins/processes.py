@@ -1,4 +1,4 @@
-"""Which process did something, and whether it still runs."""
+"""Processes of this machine: whether one still runs, and whether it works."""
 
 from __future__ import annotations
 
@@ -23,11 +23,16 @@ def machine() -> str:
 def start_of(pid: int) -> str | None:
     """Return when a process began, in ticks since the boot; None if it has ended, or cannot be asked."""
     try:
-        # The fields follow the name, which may hold anything: state is the first, the start the twentieth.
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        fields = _fields_of(pid)
     except OSError:
         return None
     return None if fields[0] in "ZX" else fields[19]
+
+
+def _fields_of(pid: int) -> list[str]:
+    """Return what the kernel says of a process, from its state on: the start is the twentieth field."""
+    # The fields follow the name, which may hold anything.
+    return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
 
 
 def activity_of(pid: int) -> tuple[str, tuple[int, ...]]:
@@ -36,12 +41,12 @@ def activity_of(pid: int) -> tuple[str, tuple[int, ...]]:
     Raises:
         OSError: It has ended, or cannot be asked.
     """
-    stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    counters = [int(stat[11]), int(stat[12])]  # Ticks in its own code and in the kernel's.
+    state, *rest = _fields_of(pid)
+    counters = [int(rest[10]), int(rest[11])]  # Ticks in its own code and in the kernel's.
     with suppress(OSError):
         lines = Path(f"/proc/{pid}/io").read_text(encoding="ascii").splitlines()
         counters += [int(line.partition(":")[2]) for line in lines]
-    return stat[0], tuple(counters)
+    return state, tuple(counters)
 
 
 def is_running(pid: int, started: str | None) -> bool:

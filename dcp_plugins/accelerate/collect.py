@@ -149,13 +149,12 @@ def diverging_in(
         prepared: The prepared models in DDP's wrappers, as far as they are known.
         state: The result of `state_of`.
     """
-    replicas = Replicas([*accelerator._models, *prepared])
-    for index in range(len(accelerator._models)):
-        part = layout.model_part(index)
-        yield from replicas.diverging_values((part, "model"), state.get(part, {}).get("model", {}))
-    for index, optimizer in enumerate(optimizers_of(accelerator)):
-        if replicas.diverges(optimizer):
-            yield (layout.optimizer_part(index),)
+    parts = [layout.model_part(index) for index in range(len(accelerator._models))]
+    models = (((part, "model"), state.get(part, {}).get("model", {})) for part in parts)
+    optimizers = (
+        ((layout.optimizer_part(index),), optimizer) for index, optimizer in enumerate(optimizers_of(accelerator))
+    )
+    yield from Replicas([*accelerator._models, *prepared]).diverging(models, optimizers)
 
 
 def _are_same(weights: Mapping[str, Any], before: Mapping[str, Any]) -> bool:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dcp_plugins.contract import Metadata
 from dcp_plugins.errors import CorruptCheckpointError
+from dcp_plugins.format.saved_mappings import ATTACHED
 
 __all__ = ["MARKED", "MARK_BYTES", "check_mark", "has_marked_files", "mark", "note_marked_files"]
 
@@ -24,7 +25,7 @@ _MAGIC = b"DCPPfile"
 _ID_BYTES = 32
 MARK_BYTES = len(_MAGIC) + _ID_BYTES
 # Beside torch's fields, so that it reaches every rank with the metadata.
-_ATTRIBUTE = "_dcp_plugins_marked_files"
+_ATTRIBUTE = f"{ATTACHED}marked_files"
 
 
 def mark(save_id: str) -> bytes:

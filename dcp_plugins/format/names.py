@@ -122,7 +122,7 @@ def check_save_id(save_id: str) -> str:
 def data_file_name(prefix: str, index: int, save_id: str) -> str:
     """Name the ``index``-th data file of the rank whose storage prefix is ``prefix`` (``__<rank>_``).
 
-    What a killed save leaves is recognised with that prefix only.
+    Later saves recognise the files of a killed one by that prefix, and by no other.
     """
     if _DATA_PREFIX.fullmatch(prefix) is None:
         raise ValueError(

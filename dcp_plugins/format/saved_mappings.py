@@ -20,6 +20,7 @@ from dcp_plugins.contract import Metadata
 from dcp_plugins.errors import CorruptCheckpointError, UnsupportedValueError
 
 __all__ = [
+    "ATTACHED",
     "EXTRA",
     "KeyPath",
     "SavedMapping",
@@ -38,8 +39,9 @@ KeyPath = tuple[str | int, ...]
 EXTRA = "containers"
 """The name of the record among the extras of ``.metadata``."""
 
-_OURS = "_dcp_plugins_"
-_ATTRIBUTE = f"{_OURS}containers"
+ATTACHED = "_dcp_plugins_"
+"""Names of attributes that this package attaches to metadata begin with this."""
+_ATTRIBUTE = f"{ATTACHED}containers"
 _FACTORIES: dict[str, Any] = {
     kind.__name__: kind for kind in (list, dict, set, tuple, int, float, str, bool, OrderedDict)
 }
@@ -137,7 +139,7 @@ def encoded_of(metadata: Metadata) -> list[Any] | None:
 
 def fields_of(metadata: Metadata) -> dict[str, Any]:
     """Return torch's fields of metadata, without what this package has attached."""
-    return {name: value for name, value in vars(metadata).items() if not name.startswith(_OURS)}
+    return {name: value for name, value in vars(metadata).items() if not name.startswith(ATTACHED)}
 
 
 def saved_mappings_of(metadata: Metadata) -> dict[KeyPath, SavedMapping] | None:

@@ -207,10 +207,8 @@ class CheckpointsOnEveryRank(SavesThroughDCP, Strategy):
         assert self.model is not None
         replicas = Replicas([self.model]) or self._last_trained or Replicas([])
         model_key, *optimizer_keys = parts
-        yield from replicas.diverging_values((model_key,), parts[model_key])
-        for key, optimizer in zip(optimizer_keys, self.optimizers, strict=False):
-            if replicas.diverges(optimizer):
-                yield (key,)
+        optimizers = (((key,), own) for key, own in zip(optimizer_keys, self.optimizers, strict=False))
+        yield from replicas.diverging([((model_key,), parts[model_key])], optimizers)
 
     def _make_room(self, path: Path) -> tuple[Path, Path | None]:
         plugin = self.checkpoint_io

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 import dcp_plugins as dcp
 from dcp_plugins.contract import StorageInfo, WriteResult
-from dcp_plugins.format.data_mark import MARK_BYTES, has_marked_files, mark
+from dcp_plugins.format.data_mark import has_marked_files
 from dcp_plugins.format.names import data_file_name
 from dcp_plugins.plan import flatten_state_dict
 from dcp_plugins.plan.values import dump_value
@@ -97,7 +97,7 @@ def write_twin(source: Path, writer: CompanionWriter, values: Mapping[str, Any])
                 offset, length = file.write_bytes(dump_value(values[index.fqn]))
                 info = StorageInfo(own, offset, length)
             results.append(WriteResult(index, info.length, info))
-        file.write(mark(writer.save_id), MARK_BYTES)
+        file.write_mark(writer.save_id)
     for name in {result.storage_data.relative_path for result in results} - {own}:
         _link(source / name, writer.path / name, sync=writer.sync_files)
     writer.finish(metadata, [results])

@@ -30,7 +30,7 @@ from dcp_plugins.format.names import METADATA_NAME, metadata_rank
 from dcp_plugins.manager.failed_saves import missing_commit
 from dcp_plugins.storage.litter import is_name_of_a_save
 from dcp_plugins.storage.local import sync_directory
-from dcp_plugins.storage.marks import check_mark_of
+from dcp_plugins.storage.marks import check_data_file
 from dcp_plugins.storage.regular import open_regular, read_regular
 from dcp_plugins.user_warnings import warn_user
 
@@ -136,10 +136,9 @@ def verify_checkpoint(path: _PathLike) -> None:
         try:
             if name in sizes and found != sizes[name]:
                 problems.append(f"{name} has {found} bytes, it was written with {sizes[name]}")
-            elif found < ends.get(name, 0):
-                problems.append(f"{name} has {found} bytes, the metadata names bytes up to {ends[name]}")
             else:
-                check_mark_of(fd, found, name, required=has_marked_files(decoded.metadata))
+                marked = has_marked_files(decoded.metadata)
+                check_data_file(fd, found, name, end=ends.get(name, 0), marked=marked)
         except CorruptCheckpointError as exc:
             problems.append(str(exc))
         finally:

@@ -45,32 +45,33 @@ class Replicas:
         """Whether any of the modules is wrapped."""
         return bool(self._trained) or self._has_fsdp1
 
-    def _addresses(self) -> set[int | None]:
-        # A module may have been moved to another device since.
-        return {_address(parameter) for parameter in self._trained}
-
-    def diverging_values(self, path: KeyPath, state: Mapping[str, Any]) -> Iterator[KeyPath]:
-        """Yield the paths of a module's values that may diverge.
+    def diverging(
+        self,
+        models: Iterable[tuple[KeyPath, Mapping[str, Any]]],
+        optimizers: Iterable[tuple[KeyPath, Optimizer]] = (),
+    ) -> Iterator[KeyPath]:
+        """Yield the paths of values that may diverge.
 
         Args:
-            path: The path of the module's state dict.
-            state: The module's state dict.
+            models: The state dicts of modules, and their paths in what is saved.
+            optimizers: Optimizers, and the paths of their state.
         """
-        alike = self._addresses()
-        for key, value in state.items():
-            if isinstance(value, (DTensor, ShardedTensor)):
-                continue
-            if not isinstance(value, torch.Tensor) or _address(value) not in alike:
-                yield (*path, str(key))
-
-    def diverges(self, optimizer: Optimizer) -> bool:
-        """Tell whether the state of an optimizer may diverge, because its parameters do."""
-        alike = self._addresses()
-        return not self._has_fsdp1 and any(
-            parameter.requires_grad and not isinstance(parameter, DTensor) and _address(parameter) not in alike
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        )
+        # A module may have been moved to another device since the last save.
+        alike = {_address(parameter) for parameter in self._trained}
+        for path, state in models:
+            for key, value in state.items():
+                if isinstance(value, (DTensor, ShardedTensor)):
+                    continue
+                if not isinstance(value, torch.Tensor) or _address(value) not in alike:
+                    yield (*path, str(key))
+        for path, optimizer in optimizers:
+            # Its state diverges if its parameters do.
+            if not self._has_fsdp1 and any(
+                parameter.requires_grad and not isinstance(parameter, DTensor) and _address(parameter) not in alike
+                for group in optimizer.param_groups
+                for parameter in group["params"]
+            ):
+                yield path
 
 
 def _averages_gradients(wrapper: DistributedDataParallel) -> bool:

@@ -32,13 +32,7 @@ from dcp_plugins.storage.hf_consolidate import consolidate
 from dcp_plugins.storage.hf_index import encode_index, read_index
 from dcp_plugins.storage.hf_layout import RankFiles, new_tensor, placement, split_by_file
 from dcp_plugins.storage.litter import warn_of_litter
-from dcp_plugins.storage.local import (
-    is_local_path,
-    make_directory,
-    publish,
-    remove_files,
-    sync_directory,
-)
+from dcp_plugins.storage.local import is_local_path, make_directory, publish, remove_files, sync_directory
 from dcp_plugins.storage.planned import item_bytes
 from dcp_plugins.storage.reader import FileSystemReader
 from dcp_plugins.storage.safetensors_file import NewFile, read_header, write_files
@@ -47,6 +41,14 @@ from dcp_plugins.storage.writer import FileSystemWriter
 from dcp_plugins.user_warnings import warn_user
 
 __all__ = ["HuggingFaceStorageWriter", "require_local_fs", "require_local_path"]
+
+
+def _save_id_of(name: str) -> str | None:
+    """Return the id of the save that made a file before its rename; None for any other name."""
+    if not is_temporary_name(name):
+        return None
+    base, save_id, _ = name.rsplit(".", 2)
+    return save_id if base == INDEX_NAME or is_conventional_name(base) else None
 
 
 class HuggingFaceStorageWriter(FileSystemWriter):
@@ -73,6 +75,8 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         sync_files: Sync files and directory to the device before the checkpoint counts as committed.
         overwrite: False raises ``CheckpointExistsError`` where the directory holds such files already.
     """
+
+    id_in_name = staticmethod(_save_id_of)
 
     def __init__(
         self,
@@ -286,13 +290,6 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         except (OSError, CorruptCheckpointError) as exc:
             warn_of_litter(directory, exc)
 
-    @staticmethod
-    def id_in_name(name: str) -> str | None:
-        if not is_temporary_name(name):
-            return None
-        base, save_id, _ = name.rsplit(".", 2)
-        return save_id if base == INDEX_NAME or is_conventional_name(base) else None
-
     def data_files(self, results: Iterable[WriteResult]) -> set[str]:
         return {temporary_name(result.storage_data.relative_path, self.save_id) for result in results}
 
@@ -347,9 +344,8 @@ def _is_obsolete(directory: Path, name: str, kept: Collection[str]) -> bool:
         # Only shards are kept without an index: one of ours belongs to whole tensors that they replaced.
         index = read_index(directory)
         return index.save_id is not None and not any((directory / file).exists() for file in index.files.values())
-    if is_temporary_name(name):
-        base = name.rsplit(".", 2)[0]
-        return base == INDEX_NAME or is_conventional_name(base)
+    if _save_id_of(name) is not None:
+        return True
     if not is_conventional_name(name):
         return False
     try:

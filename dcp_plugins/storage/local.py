@@ -18,7 +18,6 @@ __all__ = [
     "write_all",
 ]
 
-
 logger = logging.getLogger(__name__)
 
 

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+from dcp_plugins.errors import CorruptCheckpointError
 from dcp_plugins.format.data_mark import MARK_BYTES, check_mark
 from dcp_plugins.format.names import save_id_of
 from dcp_plugins.storage.arrays import OpenFile, read_bytes
 
-__all__ = ["check_mark_of"]
+__all__ = ["check_data_file"]
 
 
-def check_mark_of(file: OpenFile, size: int, name: str, *, required: bool) -> None:
-    """Check the mark at the end of a data file.
+def check_data_file(file: OpenFile, size: int, name: str, *, end: int, marked: bool) -> None:
+    """Check that a data file is as long as the metadata needs, and its mark.
 
     Args:
         file: Open for reading.
         size: Its size in bytes.
         name: What the metadata calls it.
-        required: Whether the save that wrote the metadata marked its files.
+        end: Where the last item that the metadata names ends, in bytes.
+        marked: Whether the save that wrote the metadata marked its files.
 
     Raises:
-        CorruptCheckpointError: Another save wrote the file, or the mark is missing and required; begins with the name.
+        CorruptCheckpointError: It is too short, another save wrote it, or its mark is missing; begins with the name.
     """
+    if size < end:
+        raise CorruptCheckpointError(f"{name} has {size} bytes, the metadata names bytes up to {end}")
     save_id = save_id_of(name.rpartition("/")[2])
     if save_id is None:
         return  # Stock torch's names have no id to compare with.
     length = min(size, MARK_BYTES)
-    check_mark(read_bytes(file, length, size - length, name), save_id, required=required, where=name)
+    check_mark(read_bytes(file, length, size - length, name), save_id, required=marked, where=name)

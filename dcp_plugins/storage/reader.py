@@ -36,7 +36,7 @@ from dcp_plugins.storage.file_system import FileSystem
 from dcp_plugins.storage.fs_store import store_of
 from dcp_plugins.storage.loaded import fill_from_loaded, load_container
 from dcp_plugins.storage.local import is_local_path
-from dcp_plugins.storage.marks import check_mark_of
+from dcp_plugins.storage.marks import check_data_file
 from dcp_plugins.storage.open_files import OpenFiles
 from dcp_plugins.storage.reads import DataFileReader, TensorRead
 from dcp_plugins.storage.store import Store
@@ -223,10 +223,7 @@ class FileSystemReader(StorageReader):
         for name, end in sorted(needed.items()):
             try:
                 with files.opened(name) as (file, size):
-                    if size < end:
-                        problems.append(f"{name} has {size} bytes, the metadata names bytes up to {end}")
-                    else:
-                        check_mark_of(file, size, name, required=are_marked)
+                    check_data_file(file, size, name, end=end, marked=are_marked)
             except FileNotFoundError:
                 problems.append(f"{name} is missing")
             except UnsafeCheckpointError:

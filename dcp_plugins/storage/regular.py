@@ -1,6 +1,6 @@
 """Opening the files of a checkpoint for reading: regular files, and none outside the checkpoint's directory.
 
-What lies under a file's name may have been put there by somebody else. A named pipe would make a read wait for ever, a
+Somebody else may have put something else under a file's name. A named pipe would make a read wait for ever, a
 device would feed it without end, and a link could lead to a file that the checkpoint's author was never to see.
 """
 

@@ -32,7 +32,7 @@ from dcp_plugins.contract import (
     WriteResult,
 )
 from dcp_plugins.errors import CheckpointExistsError, StorageWriteError
-from dcp_plugins.format.data_mark import MARK_BYTES, MARKED, mark
+from dcp_plugins.format.data_mark import MARKED
 from dcp_plugins.format.metadata import MetadataEncoder
 from dcp_plugins.format.names import (
     METADATA_NAME,
@@ -98,6 +98,12 @@ class FileSystemWriter(StorageWriter):
 
     warns_of_replacing: ClassVar[bool] = True
     """Whether replacing a checkpoint is worth a warning; for subclasses that do so as a rule."""
+
+    all_folders: tuple[str, ...] = ("",)
+    """The folders that items may be divided among."""
+
+    id_in_name = staticmethod(save_id_of)
+    """Returns the id of the save that made a file, if its name says that a save of this kind did."""
 
     names_marked_files = True
     """Whether all data files that the commit names end with marks: another save's may not."""
@@ -235,11 +241,6 @@ class FileSystemWriter(StorageWriter):
         yield first, written
         yield second, lambda: None
 
-    all_folders: tuple[str, ...] = ("",)
-    """The folders that items may be divided among."""
-    id_in_name = staticmethod(save_id_of)
-    """Returns the id of the save that made a file, if its name says that a save of this kind did."""
-
     def folders(self, items: list[WriteItem]) -> Iterable[tuple[str, list[WriteItem]]]:
         """Divide this rank's items among folders of the checkpoint's directory, which is the folder ""."""
         return [("", items)]
@@ -297,7 +298,7 @@ class FileSystemWriter(StorageWriter):
                 results += [
                     WriteResult(item.index, info.length, info) for item, info in zip(run.items, infos, strict=True)
                 ]
-            file.write(mark(self.save_id), MARK_BYTES)
+            file.write_mark(self.save_id)
         return results
 
     def _append_run(self, file: DataFile, run: Run, planner: SavePlanner) -> list[tuple[int, int]]:
@@ -354,8 +355,7 @@ class FileSystemWriter(StorageWriter):
         extras = {"save_id": self.save_id, "files": files, MARKED: self.names_marked_files}
         content = encoder.encode(metadata, extras=extras)
         old = old_names(store, name, self.path)
-        is_durable = store.publish(name, content, temporary_name(name, self.save_id), sync=self.sync_files)
-        if not is_durable:
+        if not store.publish(name, content, temporary_name(name, self.save_id), sync=self.sync_files):
             return
         try:
             self._reclaim(store, referenced, old)

@@ -171,10 +171,8 @@ def _diverging_in(trainer: Trainer, optimizer: Optimizer | None, state: dict[str
     """Yield the paths of values that ranks may hold with different contents: the stock Trainer saves rank 0's."""
     if deciding_ranks().world_size == 1:
         return
-    replicas = Replicas([trainer.model_wrapped])
-    yield from replicas.diverging_values((MODEL,), state[MODEL])
-    if optimizer is not None and replicas.diverges(optimizer):
-        yield (OPTIMIZER,)
+    optimizers = [] if optimizer is None else [((OPTIMIZER,), optimizer)]
+    yield from Replicas([trainer.model_wrapped]).diverging([((MODEL,), state[MODEL])], optimizers)
 
 
 def _state_of(trainer: Trainer, optimizer: Optimizer | None, text: str | None) -> dict[str, Any]:

@@ -54,12 +54,9 @@ class Entries:
             parts: The result of `state_dicts`.
             modules: All modules that are trained, in DDP's wrappers.
         """
-        replicas = Replicas(modules)
-        for name in self.modules:
-            yield from replicas.diverging_values((name,), parts.get(name, {}))
-        for name, (_, optimizer) in self.optimizers.items():
-            if replicas.diverges(optimizer):
-                yield (name,)
+        models = (((name,), parts.get(name, {})) for name in self.modules)
+        optimizers = (((name,), optimizer) for name, (_, optimizer) in self.optimizers.items())
+        yield from Replicas(modules).diverging(models, optimizers)
 
 
 def divide(state: Mapping[str, Any], known: Iterable[nn.Module]) -> Entries:
