@@ -185,10 +185,11 @@ def fill_from_directory(
         set_model(module, state[name], options, targets.hint)
     for name, (module, optimizer) in in_place.items():
         set_optimizer(module, optimizer, state[name])
-    for name in targets.optimizers.keys() - in_place.keys():
-        # Such an optimizer takes the whole state, and keeps the share of this rank.
-        part = CheckpointPart(reader, name, weights_only=weights_only, safe_globals=safe_globals)
-        targets.optimizers[name][1].load_state_dict(dict(LazyOptimizerState(part)))
+    for name, (_, optimizer) in targets.optimizers.items():
+        if name not in in_place:
+            # Such an optimizer takes the whole state, and keeps the share of this rank.
+            part = CheckpointPart(reader, name, weights_only=weights_only, safe_globals=safe_globals)
+            optimizer.load_state_dict(dict(LazyOptimizerState(part)))
 
 
 def fill_from_file(saved: Mapping[str, Any], targets: Targets, *, strict: bool) -> None:
