@@ -23,7 +23,7 @@ from dcp_plugins.plan.cache import CachedPlan, lookup, new_generation, store
 from dcp_plugins.plan.codec import PackedChoice, PackedPlan, choose, chosen, pack, unpack
 from dcp_plugins.plan.unloadable import noting_values, warn_of_unloadable
 from dcp_plugins.storage import FileSystemWriter
-from dcp_plugins.storage.planned import check_results
+from dcp_plugins.storage.planned import check_results, item_bytes, metadata_bytes, plain_bytes
 from dcp_plugins.user_warnings import warn_user
 
 __all__ = ["described", "run_save", "save", "save_state_dict"]
@@ -157,6 +157,9 @@ class _Save:
         self._earlier: CachedPlan | None = None
         self._proposed: SavePlan | None = None
         self._encoder: MetadataEncoder | None = None
+        self._finished: SavePlan | None = None
+        self._num_bytes: int | None = None
+        """Bytes of the checkpoint's tensors; on the coordinator only, if the plan is new."""
         self.writer: StorageWriter
         """Set in the first exchange."""
         self.metadata: Metadata | None = None
@@ -172,7 +175,31 @@ class _Save:
         if isinstance(answer, _Resend):
             # Some ranks' plans are unchanged, the coordinator has lost them: all send theirs.
             answer = self._ranks.reduce_scatter("plan", self._packed_plan, self._plan_globally)
+        if not isinstance(answer, _Resend) and answer.seems_too_large:
+            self._ranks.all_reduce("room", lambda: self._plain_bytes(self._final_plan(answer)), self._require_room)
         return lambda: self._final_plan(answer)
+
+    def _plain_bytes(self, plan: SavePlan) -> int:
+        return plain_bytes(self._finish(plan).items, self._planner)
+
+    def _finish(self, plan: SavePlan) -> SavePlan:
+        """Let the planner finish the plan, once in a save."""
+        if self._finished is None:
+            self._finished = self._planner.finish_plan(plan)
+        return self._finished
+
+    def _seems_too_large(self, num_bytes: int | None) -> bool:
+        """Tell whether the checkpoint's file system lacks room, if all tensors have the bytes that they seem to have.
+
+        If it does, the ranks look closer. Each of them could find room for its part, and still not for all parts.
+        """
+        room = self.writer.room() if isinstance(self.writer, FileSystemWriter) else None
+        return room is not None and num_bytes is not None and room.lacks(num_bytes)
+
+    def _require_room(self, num_bytes: list[int]) -> None:
+        room = self.writer.room() if isinstance(self.writer, FileSystemWriter) else None
+        if room is not None:
+            room.require(sum(num_bytes))
 
     def _final_plan(self, answer: _Reuse | _Resend | _NewPlan) -> SavePlan:
         """Return the plan of this rank's writes, from the coordinator's answer, and keep it for the next save."""
@@ -189,9 +216,10 @@ class _Save:
                     # Storage is about to add its part to the metadata, which belongs to this save alone.
                     kept = _copy_of(self.metadata)
                     self._encoder = MetadataEncoder()
-                store(
-                    self._cache_key, CachedPlan(answer.generation, self._description, final_plan, kept, self._encoder)
+                entry = CachedPlan(
+                    answer.generation, self._description, final_plan, self._num_bytes, kept, self._encoder
                 )
+                store(self._cache_key, entry)
         if self._encoder is not None and isinstance(self.writer, FileSystemWriter):
             # The coordinator's writer encodes the metadata as it did at the last save of the same plan.
             self.writer.encode_with(self._encoder)
@@ -205,6 +233,8 @@ class _Save:
             local_plan = self.writer.prepare_local_plan(self._planner.create_local_plan())
             plans, metadata = self._planner.create_global_plan([local_plan])
             plan = self.writer.prepare_global_plan(plans)[0]
+            if self._seems_too_large(sum(map(item_bytes, plan.items))):
+                self._require_room([self._plain_bytes(plan)])
             return commit_alone(self.writer, metadata, self.write(plan))
 
         metadata = self._ranks.settle("save", local)
@@ -218,7 +248,7 @@ class _Save:
     def write(self, plan: SavePlan) -> Any:
         """Write this rank's part and return storage's results, opaque but for our own writer's."""
         with record("write"):
-            final_plan = self._planner.finish_plan(plan)
+            final_plan = self._finish(plan)
             try:
                 pending = self.writer.write_data(final_plan, self._planner)
                 pending.wait()
@@ -287,7 +317,7 @@ class _Save:
             assert entry.metadata is not None
             self.metadata = _copy_of(entry.metadata)
             self._encoder = entry.encoder
-            return [_Reuse(entry.generation)] * len(proposals)
+            return [_Reuse(entry.generation, self._seems_too_large(entry.num_bytes))] * len(proposals)
         if generations:
             return [_Resend()] * len(proposals)
         return list(self._plan_globally(plans))
@@ -298,8 +328,10 @@ class _Save:
         global_plans, self.metadata = self._planner.create_global_plan(plans)
         global_plans = self.writer.prepare_global_plan(global_plans)
         generation = new_generation()
+        self._num_bytes = metadata_bytes(self.metadata)
+        is_large = self._seems_too_large(self._num_bytes)
         return [
-            _NewPlan(Sealed(choose(proposed, final) if len(plans) > 1 else final, "plan"), generation)
+            _NewPlan(Sealed(choose(proposed, final) if len(plans) > 1 else final, "plan"), generation, is_large)
             for proposed, final in zip(plans, global_plans, strict=True)
         ]
 
@@ -322,6 +354,8 @@ class _Reuse:
     """Proposal and answer: the plans of this generation are still right."""
 
     generation: str
+    seems_too_large: bool = False
+    """Whether the file system may lack room for the checkpoint: the ranks look closer."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -335,6 +369,8 @@ class _NewPlan:
 
     plan: Sealed[PackedChoice | SavePlan]
     generation: str
+    seems_too_large: bool
+    """As in `_Reuse`."""
 
 
 def _plans_are_reusable(writer: StorageWriter) -> bool:

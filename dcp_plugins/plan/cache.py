@@ -31,6 +31,8 @@ class CachedPlan:
     """What ``DefaultSavePlanner.describe_state_dict`` returned here."""
     final_plan: SavePlan
     """What this rank writes."""
+    num_bytes: int | None = None
+    """Bytes of the whole checkpoint's tensors; on the coordinator only."""
     metadata: Metadata | None = None
     """The checkpoint's metadata before storage added its part; on the coordinator only."""
     encoder: MetadataEncoder | None = None

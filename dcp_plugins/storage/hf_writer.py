@@ -35,6 +35,7 @@ from dcp_plugins.storage.litter import warn_of_litter
 from dcp_plugins.storage.local import is_local_path, make_directory, publish, remove_files, sync_directory
 from dcp_plugins.storage.planned import item_bytes
 from dcp_plugins.storage.reader import FileSystemReader
+from dcp_plugins.storage.room import Room
 from dcp_plugins.storage.safetensors_file import NewFile, read_header, write_files
 from dcp_plugins.storage.threads import default_thread_count
 from dcp_plugins.storage.writer import FileSystemWriter
@@ -166,6 +167,11 @@ class HuggingFaceStorageWriter(FileSystemWriter):
             unmapped = {item.index.fqn for item in plan.items} - self.fqn_to_index_mapping.keys()
             if unmapped:
                 raise PlanError(f"fqn_to_index_mapping gives no file for {listing(unmapped)}")
+
+    def room(self) -> Room | None:
+        room = super().room()
+        # The shards stay beside the whole tensors.
+        return dataclasses.replace(room, num_copies=2) if room is not None and self.enable_consolidation else room
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         if not self.save_distributed:

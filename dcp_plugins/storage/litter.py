@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from dcp_plugins.format.names import (
 from dcp_plugins.storage.local import remove_files
 from dcp_plugins.storage.store import LocalStore, Store, files_named_by
 
-__all__ = ["OldNames", "is_name_of_a_save", "litter", "old_names", "reclaim_dead", "warn_of_litter"]
+__all__ = ["OldNames", "is_name_of_a_save", "litter", "old_names", "reclaim_dead", "unfinished", "warn_of_litter"]
 
 logger = logging.getLogger(__name__)
 
@@ -68,33 +68,61 @@ def reclaim_dead(path: Path, folders: Iterable[str], id_of: Callable[[str], str 
         id_of: Returns the save's id if a file, by its name, was certainly made by a save of ours.
     """
     try:
-        dead: set[str] = set()
-        committed: list[str] = []
-        for folder in folders:
-            with suppress(FileNotFoundError):
-                where = os.path.join(path, folder)
-                for name in os.listdir(where):
-                    if (save_id := id_of(name)) is not None and _has_ended(save_id, where, name):
-                        dead.add(os.path.join(folder, name))
-                    elif name == METADATA_NAME or metadata_rank(name) is not None:
-                        committed.append(os.path.join(folder, name))
+        dead = {
+            os.path.join(folder, name)
+            for folder, name, save_id in _files_of_saves(path, folders, id_of)
+            if _has_ended(save_id, os.path.join(path, folder), name)
+        }
         if dead:
             # Files of committed checkpoints are mostly of processes that have ended, too.
-            kept = {
-                os.path.join(folder, file)
-                for folder, name in map(os.path.split, committed)
-                for file in files_named_by(LocalStore(path / folder), name)
-            }
-            remove_files(path, sorted(dead - kept))
+            remove_files(path, sorted(dead - _committed(path, folders)))
     except (OSError, CheckpointError) as exc:
         warn_of_litter(path, exc)
+
+
+def unfinished(path: Path, folders: Iterable[str], id_of: Callable[[str], str | None]) -> dict[str, int]:
+    """Return the bytes of the files that belong to no committed checkpoint, by name; none if that cannot be told.
+
+    After `reclaim_dead`, whose arguments this has, they are of saves that may be running.
+    """
+    try:
+        found = {os.path.join(folder, name) for folder, name, _ in _files_of_saves(path, folders, id_of)}
+        return {name: (path / name).stat().st_size for name in found - _committed(path, folders)}
+    except (OSError, CheckpointError):
+        return {}
+
+
+def _files_of_saves(
+    path: Path, folders: Iterable[str], id_of: Callable[[str], str | None]
+) -> Iterator[tuple[str, str, str]]:
+    """Yield folder, name and save id of the files that saves have made."""
+    for folder in folders:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            for name in os.listdir(os.path.join(path, folder)):
+                if (save_id := id_of(name)) is not None:
+                    yield folder, name, save_id
+
+
+def _committed(path: Path, folders: Iterable[str]) -> set[str]:
+    """Return the files that committed metadata in the folders names."""
+    return {
+        os.path.join(folder, file)
+        for folder in folders
+        if (path / folder).is_dir()
+        for name in os.listdir(path / folder)
+        if name == METADATA_NAME or metadata_rank(name) is not None
+        for file in files_named_by(LocalStore(path / folder), name)
+    }
 
 
 def _has_ended(save_id: str, folder: str, name: str) -> bool:
     running = may_be_running(save_id)
     if running is not None:
         return not running
-    return time.time() - Path(folder, name).lstat().st_mtime > _SILENCE_SECONDS
+    try:
+        return time.time() - Path(folder, name).lstat().st_mtime > _SILENCE_SECONDS
+    except FileNotFoundError:
+        return False  # Another save, or its own, has deleted it.
 
 
 _SILENCE_SECONDS = 24 * 3600.0

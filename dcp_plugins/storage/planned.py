@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dcp_plugins.contract import SavePlan, SavePlanner, WriteItem, WriteResult
+from dcp_plugins.contract import Metadata, SavePlan, SavePlanner, TensorStorageMetadata, WriteItem, WriteResult
 from dcp_plugins.errors import StorageWriteError, listing
 from dcp_plugins.format.container import Layout, predicted_layout
 from dcp_plugins.format.memory import PLAIN_TENSORS
@@ -31,6 +31,8 @@ __all__ = [
     "check_results",
     "in_runs",
     "item_bytes",
+    "metadata_bytes",
+    "plain_bytes",
     "resolved_together",
     "runs_of",
 ]
@@ -61,6 +63,21 @@ def item_bytes(item: WriteItem) -> int:
 @functools.lru_cache(4096)
 def _chunk_bytes(sizes: tuple[int, ...], dtype: torch.dtype) -> int:
     return math.prod(sizes) * dtype.itemsize
+
+
+def metadata_bytes(metadata: Metadata) -> int:
+    """Return the bytes of all tensors of a checkpoint, by their dtypes; without values of other kinds."""
+    return sum(
+        math.prod(entry.size) * entry.properties.dtype.itemsize
+        for entry in metadata.state_dict_metadata.values()
+        if isinstance(entry, TensorStorageMetadata)
+    )
+
+
+def plain_bytes(items: Sequence[WriteItem], planner: SavePlanner) -> int:
+    """Return the bytes of the items that are plain tensors: others, such as quantised ones, may have fewer."""
+    of_tensors = (item for item in items if item.tensor_data is not None)
+    return sum(item_bytes(item) for item in of_tensors if type(planner.resolve_data(item)) in PLAIN_TENSORS)
 
 
 _Runs = tuple[list[Run], list[int]]

@@ -53,7 +53,7 @@ from dcp_plugins.storage.fs_store import store_of
 from dcp_plugins.storage.litter import OldNames, old_names, reclaim_dead, warn_of_litter
 from dcp_plugins.storage.local import is_local_path
 from dcp_plugins.storage.planned import Run, check_against_plan, in_runs, resolved_together, runs_of
-from dcp_plugins.storage.room import check_room
+from dcp_plugins.storage.room import Room
 from dcp_plugins.storage.store import LocalStore, Store, files_named_by
 from dcp_plugins.storage.threads import SharedWork, default_thread_count, run_all, split_by_bytes
 from dcp_plugins.storage.transforms import encode_stream
@@ -184,6 +184,12 @@ class FileSystemWriter(StorageWriter):
             return dataclasses.replace(plan, storage_data=StoragePrefix(f"__{self.rank}_"))
         return plan
 
+    def room(self) -> Room | None:
+        """Return how much the checkpoint's file system can hold; None if the sizes of files are not known before."""
+        if self.extensions or not isinstance(store_of(self.fs, self.path), LocalStore):
+            return None
+        return Room(self.path, self.all_folders, self.id_in_name)
+
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         return [
             plan
@@ -250,8 +256,6 @@ class FileSystemWriter(StorageWriter):
     ) -> list[WriteResult]:
         """Write runs of items into files of one folder, each thread into its own."""
         store = store_of(self.fs, self.path)
-        if isinstance(store, LocalStore) and not self.extensions:
-            check_room(self.path, sum(sizes_bytes))
         thread_count = self.thread_count if store.serves_threads or self._asks_for_threads else 1
         shares: list[list[Run]]
         if self.single_file_per_rank:
@@ -317,25 +321,15 @@ class FileSystemWriter(StorageWriter):
         return [self._append(file, item, value) for item, value in zip(run.items, data, strict=True)]
 
     def _append(self, file: DataFile, item: WriteItem, data: Any) -> tuple[int, int]:
-        if isinstance(data, torch.Tensor):
+        is_tensor = isinstance(data, torch.Tensor)
+        if is_tensor:
             check_against_plan(item, data)
-            return self._append_tensor(file, data)
-        if item.type is not WriteItemType.BYTE_IO:
+        elif item.type is not WriteItemType.BYTE_IO:
             raise StorageWriteError(f"{item.index.fqn}: the plan says tensor, the planner gave {type(data)}")
-        return self._append_bytes(file, data)
-
-    def _append_tensor(self, file: DataFile, tensor: torch.Tensor) -> tuple[int, int]:
         if not self.extensions:
-            return file.write_tensor(tensor)
+            return file.write_tensor(data) if is_tensor else file.write_bytes(data)
         with elsewhere():
-            encoded = encode_stream(self.extensions, container_parts(tensor))
-        return file.write_bytes(io.BytesIO(encoded))
-
-    def _append_bytes(self, file: DataFile, data: io.BytesIO) -> tuple[int, int]:
-        if not self.extensions:
-            return file.write_bytes(data)
-        with elsewhere():
-            encoded = encode_stream(self.extensions, [data.getbuffer()])
+            encoded = encode_stream(self.extensions, container_parts(data) if is_tensor else [data.getbuffer()])
         return file.write_bytes(io.BytesIO(encoded))
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
