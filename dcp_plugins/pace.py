@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
+from dcp_plugins import progress
+
 __all__ = [
     "Awaited",
     "elsewhere",
@@ -140,6 +142,7 @@ def shared_pace() -> Callable[[], AbstractContextManager[None]]:
 
 def give_way() -> None:
     """Let training run if this thread has had its turn: called often by whatever may run Python for long."""
+    progress.step()
     pace: _Pace | None = getattr(_here, "pace", None)
     if pace is not None:
         pace.give_way()

@@ -26,6 +26,7 @@ FLOORS: dict[str, float] = {
     "dcp_plugins.forks": 0,
     "dcp_plugins.pace": 0,
     "dcp_plugins.processes": 0,
+    "dcp_plugins.progress": 0,
     "dcp_plugins.user_warnings": 0,
     "dcp_plugins.config": 0,
     "dcp_plugins.format": 1,
@@ -76,6 +77,7 @@ TESTING = "dcp_plugins.testing"
 
 # Modules of one floor that build on each other: (importer, imported) -> reason.
 SAME_FLOOR: dict[tuple[str, str], str] = {
+    ("dcp_plugins.pace", "dcp_plugins.progress"): "whatever may run Python for long gives way, and is a step of a save",
     ("dcp_plugins.errors", "dcp_plugins.contract"): "our CheckpointException is a subclass of torch's",
 }
 

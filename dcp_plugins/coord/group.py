@@ -16,6 +16,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from dcp_plugins import progress
 from dcp_plugins.coord.outcomes import Failure, dumps, failures_in, loads, outcome_of, stack_of
 from dcp_plugins.coord.roll_call import exchanges_of
 from dcp_plugins.errors import CheckpointException, LostContactError, WrappedException, listing
@@ -215,10 +216,12 @@ class Ranks:
         failures: dict[int, WrappedException] = {}
         for rank, why in missing.gone.items():
             error = LostContactError(
+        progress.step()
                 f"rank {rank} of {self.world_size} is gone, it has died or was killed: {why}. See its own log, or the "
                 f"system's. {lost}. {advice}"
             )
             failures[rank] = (error, stack)
+        progress.step()
         if failures:
             return CheckpointException(step, failures)
         late = "has died or did not come within the process group's timeout"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-import mmap
 import pickle
 import signal
 import subprocess
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch.distributed as dist
@@ -21,13 +21,14 @@ from dcp_plugins.engine.process_deadline import DEFAULT_SECONDS, Deadline
 from dcp_plugins.engine.process_handles import BlockTable, Packed, pack
 from dcp_plugins.engine.process_launch import launch
 from dcp_plugins.engine.process_meeting import Meeting
+from dcp_plugins.engine.process_page import SharedPage
 from dcp_plugins.engine.process_worker import SaveRequest
 from dcp_plugins.engine.side_group import cpu_timeout
 from dcp_plugins.engine.thread_runner import PackedMetadata
 from dcp_plugins.events import relay
 from dcp_plugins.format.memory import as_buffer
 from dcp_plugins.pace import pace_of_this_thread
-from dcp_plugins.staging.shared import descriptor_of, map_shared
+from dcp_plugins.staging.shared import descriptor_of
 
 __all__ = ["CheckpointProcess"]
 
@@ -44,13 +45,12 @@ class CheckpointProcess:
     """This rank's checkpoint process, seen from here; used by one thread at a time but for ``tell_freed``."""
 
     def __init__(self) -> None:
-        # Where the process looks up whether somebody waits for the save; a file of its own, of one page.
-        flag = map_shared(mmap.PAGESIZE)
-        self._awaited_flag = as_buffer(flag)
+        self._page = SharedPage()
+        self._is_closed = False
         self.process, self._channel = launch()
-        self._deadline = Deadline(self.process.pid)
+        self._deadline = Deadline(self.process.pid, self._page.num_steps)
         self._channel.watched_by(self._deadline.check)
-        self._channel.send(("awaited", flag.nbytes), descriptor=descriptor_of(flag.untyped_storage()))
+        self._channel.send(("page",), descriptor=self._page.descriptor)
         self._table = BlockTable()
         # Digest of a skeleton -> the number that it was sent under; the last used at the end.
         self._states: OrderedDict[bytes, int] = OrderedDict()
@@ -58,7 +58,7 @@ class CheckpointProcess:
         self._group: tuple[weakref.ref[Any], str] | None = None
 
     def is_alive(self) -> bool:
-        return self.process.poll() is None
+        return not self._is_closed and self.process.poll() is None
 
     # -- The group ------------------------------------------------------------------------------------------------
 
@@ -96,6 +96,7 @@ class CheckpointProcess:
         digest = hashlib.blake2b(packed.skeleton).digest()
         awaited = pace_of_this_thread()
         assert awaited is not None, "saves in the process run on threads of the thread runner"
+        self._deadline.restart()
         try:
             # Until the request is sent, nobody may tell the process to forget what it refers to.
             with self._table.lock:
@@ -109,7 +110,7 @@ class CheckpointProcess:
                 self._states.move_to_end(digest)
                 bare = (as_buffer(tensor) for tensor in packed.private if tensor.numel())
                 self._channel.send(("save", request(number, skeleton)), followed_by=bare)
-            with awaited.shown_in(self._awaited_flag):
+            with awaited.shown_in(self._page.awaited):
                 verb, *answer = self._receive()
         except (OSError, EOFError) as exc:
             raise self._death(exc) from exc
@@ -139,12 +140,21 @@ class CheckpointProcess:
 
     def close(self) -> None:
         """Let the process end; it does so at once, unless it is saving."""
+        self._is_closed = True
         self._channel.close()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(_EXIT_TIMEOUT_SECONDS)
+            return
+        self.process.kill()
         try:
             self.process.wait(_EXIT_TIMEOUT_SECONDS)
         except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+            # Such a process runs nothing of its own any more.
+            logger.warning(
+                "the checkpoint process (pid %d) was killed and has not ended: it is in a system call, perhaps of a "
+                "file system that does not answer. It is left behind",
+                self.process.pid,
+            )
 
     def abandon(self) -> None:
         """In a forked child: the process is the parent's, which goes on using it."""
@@ -178,6 +188,7 @@ class CheckpointProcess:
                 relay(event)
 
     def _ask(self, *question: Any) -> Any:
+        self._deadline.restart()
         self._send(question)
         try:
             verb, answer = self._receive()
@@ -188,13 +199,13 @@ class CheckpointProcess:
         return answer
 
     def _death(self, cause: OSError | EOFError) -> ChildProcessError:
-        """Return how the process died: it has closed its end of the channel, never opened it, or does nothing."""
+        """Return how the process died: it has closed its end of the channel, never opened it, or was too slow."""
         is_idle = isinstance(cause, TimeoutError)
         if is_idle:
             self.process.kill()
         self.close()
         status = self.process.returncode
-        if is_idle:
+        if is_idle or status is None:
             how = f"{cause}, and was killed"
         elif status < 0:
             how = f"was killed by signal {-status} ({signal.Signals(-status).name})"

@@ -1,8 +1,9 @@
-"""A deadline for a process that does nothing: stopped by a signal, or stuck in a call that never returns."""
+"""A deadline for a process that makes no progress: stopped by a signal, or stuck in a call that never returns."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from dcp_plugins.processes import activity_of
 
@@ -14,24 +15,37 @@ DEFAULT_SECONDS = 1800.0
 _SHARE_IF_STOPPED = 0.8
 # Any other may wait for a process of another rank, and is to say so itself.
 _SHARE_IF_WAITING = 1.2
+# Longer between two checks, this process was stopped itself, perhaps with the whole job.
+_MAX_GAP_SECONDS = 2.0
 
 
 class Deadline:
-    """Ends the waiting for a process that makes no progress: uses no processor, reads and writes nothing.
+    """Ends the waiting for a process that makes no progress.
+
+    Once the process has begun with what it was asked for, only the steps of the save are progress. Before, while it
+    starts, it makes progress if it uses a processor, reads or writes.
 
     Args:
         pid: The process.
-        seconds: How long it may do nothing, about: the timeout of the group that it is in.
+        progress: Returns how many steps of saves it has made.
+        seconds: How long it may make no progress, about: the timeout of the group that it is in.
     """
 
-    def __init__(self, pid: int, seconds: float = DEFAULT_SECONDS) -> None:
+    def __init__(self, pid: int, progress: Callable[[], int], seconds: float = DEFAULT_SECONDS) -> None:
         self.seconds = seconds
         self._pid = pid
-        self._counters: tuple[int, ...] = ()
-        self._changed = time.monotonic()
+        self._progress = progress
+        self._steps_before = 0
+        self._seen: tuple[int, ...] = ()
+        self._began = self._checked = time.monotonic()
+        self._idle_seconds = 0.0
+
+    def restart(self) -> None:
+        """Note that something new is asked of the process."""
+        self._steps_before = self._progress()
 
     def check(self, began: float) -> None:
-        """Raise if the process has done nothing for too long.
+        """Raise if the process has made no progress for too long; called about every second of the waiting.
 
         Args:
             began: When the waiting began, in seconds of the monotonic clock.
@@ -40,13 +54,17 @@ class Deadline:
             TimeoutError: Says for how long.
         """
         try:
-            state, counters = activity_of(self._pid)
+            state, activity = activity_of(self._pid)
         except OSError:
             return  # It has ended, which its end of a channel tells.
-        now = time.monotonic()
-        if counters != self._counters:
-            self._counters, self._changed = counters, now
+        now, steps = time.monotonic(), self._progress()
+        seen = (steps,) if steps != self._steps_before else activity
+        if seen != self._seen or began != self._began:
+            self._seen, self._began, self._idle_seconds = seen, began, 0.0
+        else:
+            self._idle_seconds += min(now - self._checked, _MAX_GAP_SECONDS)
+        self._checked = now
         is_stopped = state == "T"
-        idle = now - max(began, self._changed)
-        if idle > self.seconds * (_SHARE_IF_STOPPED if is_stopped else _SHARE_IF_WAITING):
-            raise TimeoutError(f"has {'been stopped' if is_stopped else 'done nothing'} for {idle:.0f} seconds")
+        if self._idle_seconds > self.seconds * (_SHARE_IF_STOPPED if is_stopped else _SHARE_IF_WAITING):
+            what = "been stopped" if is_stopped else "made no progress"
+            raise TimeoutError(f"has {what} for {self._idle_seconds:.0f} seconds")

@@ -21,11 +21,13 @@ from typing import Any
 
 import torch
 
+from dcp_plugins import progress
 from dcp_plugins.collector import collector_paused
 from dcp_plugins.contract import Metadata
 from dcp_plugins.coord import Ranks, portable, stack_of
 from dcp_plugins.engine.process_channel import Channel
 from dcp_plugins.engine.process_meeting import join, leave, open_meeting
+from dcp_plugins.engine.process_page import PAGE_BYTES, is_awaited, progress_counter
 from dcp_plugins.engine.process_received import Buffers, Skeleton, blocks, unpack, unpack_skeleton
 from dcp_plugins.engine.save import run_save
 from dcp_plugins.errors import CheckpointException, LostContactError
@@ -114,7 +116,7 @@ class _Server:
         self._channel = channel
         self._states: dict[int, _State] = {}
         self._metadata_writer = PickleWriter()
-        self._awaited: mmap.mmap | None = None
+        self._page: mmap.mmap | None = None
 
     def serve(self) -> None:
         while True:
@@ -122,9 +124,10 @@ class _Server:
             if verb == "block":
                 assert descriptor is not None
                 self._map(descriptor, *arguments)
-            elif verb == "awaited":
+            elif verb == "page":
                 assert descriptor is not None
-                self._awaited = _mapped(descriptor, *arguments)
+                self._page = _mapped(descriptor, PAGE_BYTES)
+                progress.show_in(progress_counter(self._page))
             elif verb == "main":
                 _main_module.update(arguments[0])
             elif verb == "forget":
@@ -138,10 +141,6 @@ class _Server:
         # The tensor keeps the mapping alive.
         blocks[number] = torch.frombuffer(_mapped(descriptor, nbytes), dtype=torch.uint8).untyped_storage()
 
-    def _is_awaited(self) -> bool:
-        """Whether somebody waits for the save, in the training process."""
-        return self._awaited is not None and self._awaited[0] != 0
-
     def _forget(self, states: list[int], freed_blocks: list[int]) -> None:
         """Drop states; of memory that is no longer there, the states in it have to be among them."""
         for number in states:
@@ -153,6 +152,7 @@ class _Server:
             gc.collect()
 
     def _save(self, request: SaveRequest) -> tuple[Any, ...]:
+        progress.step()
         sizes = request.private_sizes_bytes
         known = self._states.get(request.state_number)
         of_skeleton = known.buffers if known is not None else Buffers(sizes[: request.num_in_skeleton])
@@ -174,7 +174,7 @@ class _Server:
         unsubscribe = subscribe(self._send_event) if request.wants_events else None
         ranks = Ranks(None, distributed=request.in_group, coordinator_rank=request.coordinator_rank)
         try:
-            with collector_paused(), beside_training(self._is_awaited):
+            with collector_paused(), beside_training(lambda: is_awaited(self._page)):
                 state_dict, writer, planner = ranks.settle("receive", receive)
                 metadata: Metadata = run_save(
                     state_dict, lambda: writer, planner, ranks, use_collectives=request.use_collectives, is_staged=True

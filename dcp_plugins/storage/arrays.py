@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from dcp_plugins import progress
 from dcp_plugins.errors import CorruptCheckpointError
 from dcp_plugins.format.memory import as_buffer, is_directly_addressable
 from dcp_plugins.format.subclasses import assign, is_plain
@@ -93,6 +94,7 @@ def write_at(fd: int, buffers: list[Any], position: int, nbytes: int) -> None:
         nbytes -= done
         _drop(buffers, done)
         done = os.pwritev(fd, buffers, position)
+    progress.step()
 
 
 def _drop(buffers: list[Any], nbytes: int) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from dcp_plugins import progress
 from dcp_plugins.format.container import ALIGNMENT_BYTES, ContainerBuilder, Layout, crc32, predicted_layout
 from dcp_plugins.format.data_mark import MARK_BYTES, mark
 from dcp_plugins.format.memory import PLAIN_TENSORS, as_buffer, is_directly_addressable
@@ -186,4 +187,5 @@ class DataFile:
             nbytes, self._pending_bytes = self._pending_bytes, 0
             with elsewhere():
                 self._file.write_all(pending, nbytes)
+            progress.step()
             self._owners = []

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dcp_plugins import progress
 from dcp_plugins.contract import FileSystemBase, StorageInfo
 from dcp_plugins.errors import CorruptCheckpointError, StorageWriteError
 from dcp_plugins.format.data_mark import MARK_BYTES
@@ -166,6 +167,7 @@ class _StreamWriter:
         while view:
             written = self._stream.write(view)
             # A raw stream may write a part. A stream that returns None has written everything.
+            progress.step()
             view = view[len(view) if written is None else written :]
 
     def sync(self) -> None:

@@ -17,6 +17,7 @@ from dcp_plugins.geometry import Box
 from dcp_plugins.storage.arrays import write_at
 from dcp_plugins.storage.host_blocks import BLOCK_BYTES, host_blocks, row_blocks, scratch
 from dcp_plugins.storage.regular import FileIdentity, open_regular
+from dcp_plugins.storage.local import sync_file
 from dcp_plugins.storage.threads import run_all, split_by_bytes
 
 __all__ = [
@@ -128,7 +129,7 @@ def write_files(files: Sequence[NewFile], *, thread_count: int, sync: bool) -> l
 
 def _sync(descriptors: Sequence[int]) -> None:
     for fd in descriptors:
-        os.fsync(fd)
+        sync_file(fd)
 
 
 def _write_tensors(work: Sequence[tuple[int, TensorEntry, NewTensor]]) -> None:

@@ -16,7 +16,15 @@ from typing import Any, Protocol
 from dcp_plugins.contract import StorageInfo
 from dcp_plugins.format.metadata import decode
 from dcp_plugins.storage.arrays import OpenFile
-from dcp_plugins.storage.local import make_directory, naming, publish, remove_files, sync_directory, write_all
+from dcp_plugins.storage.local import (
+    make_directory,
+    naming,
+    publish,
+    remove_files,
+    sync_directory,
+    sync_file,
+    write_all,
+)
 from dcp_plugins.storage.regular import open_regular, read_regular
 
 __all__ = ["LocalStore", "NewFile", "Store", "files_named_by"]
@@ -91,7 +99,7 @@ class _LocalFile:
 
     def sync(self) -> None:
         with naming(self._path):
-            os.fsync(self._fd)
+            sync_file(self._fd)
 
 
 class LocalStore:

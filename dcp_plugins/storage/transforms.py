@@ -12,6 +12,7 @@ import io
 from collections.abc import Sequence
 from typing import IO, Any, cast
 
+from dcp_plugins import progress
 from dcp_plugins.contract import Extension, StreamTransformExtension
 from dcp_plugins.errors import CorruptCheckpointError, MissingExtraError
 
@@ -94,6 +95,7 @@ class _Sink(io.RawIOBase):
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         self.content += view
+        progress.step()
         return len(view)
 
     def close(self) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
+import threading
 import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 import dcp_plugins as dcp
+from dcp_plugins.filesystem import FileSystem
 from dcp_plugins.storage import threads
 
 
@@ -49,6 +55,39 @@ def wait_for(path: Path) -> str:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     return (path / "begun").read_text()
+
+
+class StuckBesideABusyThread(dcp.FileSystemWriter):
+    """Waits for ever, while a thread that has nothing to do with the save uses a processor."""
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        threading.Thread(target=_compute_for_ever, daemon=True).start()
+        threading.Event().wait()
+
+
+def _compute_for_ever() -> None:
+    data = bytes(1 << 24)
+    while True:
+        zlib.crc32(data)
+
+
+class _SlowStream(io.FileIO):
+    def write(self, data: Any) -> int:
+        time.sleep(0.6)
+        return super().write(data)
+
+
+class _SlowFileSystem(FileSystem):
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
+        with _SlowStream(path, mode) as stream:
+            yield stream
+
+
+class Slow(dcp.FileSystemWriter):
+    """Writes to a disk that takes its time for each write."""
+
+    fs = _SlowFileSystem()
 
 
 class Full(dcp.FileSystemWriter):
