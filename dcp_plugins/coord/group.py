@@ -79,13 +79,29 @@ class Ranks:
             replies = [reduced] * self.world_size if isinstance(reduced, CheckpointException) else reduced
         return cast("R", _value(self._scatter(step, replies)))
 
-    def all_reduce(self, step: str, local: Callable[[], T], reduce: Callable[[list[T]], R]) -> R:
+    def all_reduce(
+        self,
+        step: str,
+        local: Callable[[], T],
+        reduce: Callable[[list[T]], R],
+        *,
+        undo: Callable[[list[T]], object] | None = None,
+    ) -> R:
         """Run ``local`` on every rank, ``reduce`` on the coordinator over all results; every rank gets the value.
 
         A value that holds objects of plugins is ``Sealed``, to be opened inside of the next exchange.
+
+        Args:
+            step: Names the exchange in errors.
+            local: Returns this rank's result.
+            reduce: Called if no rank failed.
+            undo: Called on the coordinator in its place if some rank failed, with the results of the others.
         """
         outcomes = self._gather(step, outcome_of(local))
         reply = self._reduce(step, outcomes, reduce) if outcomes is not None else None
+        if undo is not None and outcomes is not None and failures_in(outcomes):
+            results = [outcome for outcome in outcomes if not isinstance(outcome, Failure)]
+            outcome_of(lambda: undo(results))
         return _value(cast("R | CheckpointException", self._broadcast(step, reply)))
 
     def any_of(self, step: str, flags: Sequence[bool]) -> list[bool]:
@@ -200,10 +216,12 @@ class Ranks:
 
     def _exchange(self, step: str, collective: Callable[[], object]) -> None:
         """Run a collective; after a failure of the transport, raise an error that names the ranks that are gone."""
+        progress.step()
         try:
             collective()
         except Exception as exc:
             raise self._lost_contact(step, exc) from exc
+        progress.step()
 
     def _lost_contact(self, step: str, cause: Exception) -> CheckpointException:
         missing = exchanges_of(self.group).who_is_missing()
@@ -216,12 +234,10 @@ class Ranks:
         failures: dict[int, WrappedException] = {}
         for rank, why in missing.gone.items():
             error = LostContactError(
-        progress.step()
                 f"rank {rank} of {self.world_size} is gone, it has died or was killed: {why}. See its own log, or the "
                 f"system's. {lost}. {advice}"
             )
             failures[rank] = (error, stack)
-        progress.step()
         if failures:
             return CheckpointException(step, failures)
         late = "has died or did not come within the process group's timeout"

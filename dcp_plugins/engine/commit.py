@@ -31,7 +31,9 @@ def commit(writer: StorageWriter, ranks: Ranks, metadata: Metadata | None, write
         assert metadata is not None, "the coordinator commits what it has planned"
         return Sealed(commit_alone(writer, metadata, *results), "write")
 
-    reply = ranks.all_reduce("write", write, finish)
+    # A rank that failed has deleted its files. Those of the others would take the room of the next save.
+    undo = writer.abandon if isinstance(writer, FileSystemWriter) else None
+    reply = ranks.all_reduce("write", write, finish, undo=undo)
     try:
         return reply.open()
     except UnsupportedValueError as exc:

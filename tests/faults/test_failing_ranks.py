@@ -124,6 +124,9 @@ def _check_raised(culprits: list[int], call: Any, kind: type, where: str) -> Non
 
 
 def _check_intact(folder: str, seed: int) -> None:
+    """Check that the directory holds the checkpoint of ``seed``, and nothing of other saves."""
+    metadata = dcp.FileSystemReader(folder).read_metadata()
+    assert set(os.listdir(folder)) == {info.relative_path for info in metadata.storage_data.values()} | {".metadata"}
     target = {**_state(0), "epoch": None}
     dcp.load(target, checkpoint_id=folder)
     expected = _state(seed)
@@ -165,9 +168,6 @@ def _failing_saves(folder: str, culprits: list[int]) -> None:
     _check_intact(folder, 1)
     dcp.save(_state(3), checkpoint_id=folder)
     _check_intact(folder, 3)
-    dist.barrier()
-    metadata = dcp.FileSystemReader(folder).read_metadata()
-    assert set(os.listdir(folder)) == {info.relative_path for info in metadata.storage_data.values()} | {".metadata"}
 
 
 def _failing_loads(folder: str, culprits: list[int]) -> None:
