@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -12,12 +13,17 @@ __all__ = ["activity_of", "is_running", "machine", "start_of"]
 
 @lru_cache(1)
 def machine() -> str:
-    """Return the scope of process ids: the boot of a machine, and the pid namespace on it."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot}/{Path('/proc/self/ns/pid').stat().st_ino}"
-    except OSError:
-        return os.uname().nodename
+    """Return the scope of process ids: the boot of a machine, and the pid namespace on it.
+
+    Where the system does not tell, this process, and those that it forks, are taken for a machine of their own.
+    """
+    with suppress(OSError):
+        # In a container /proc may be the host's, with other processes under the same numbers.
+        if Path("/proc/self").readlink().name == str(os.getpid()):
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+            return f"{boot}/{Path('/proc/self/ns/pid').stat().st_ino}"
+    # The name of the host is not enough: containers may share it.
+    return f"{os.uname().nodename}/{uuid.uuid4()}"
 
 
 def start_of(pid: int) -> str | None:

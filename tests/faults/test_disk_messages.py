@@ -92,8 +92,10 @@ def test_a_save_is_not_refused_on_a_file_system_without_a_limit_or_for_bytes_tha
 ) -> None:
     """The second one has the shape and dtype of 10 MB, and is saved as 3.75 MB."""
     alone = ["unshare", "--map-root-user", "--mount"]
-    if subprocess.run([*alone, "mount", "-t", "tmpfs", "none", tmp_path], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        [*alone, "mount", "-t", "tmpfs", "none", str(tmp_path)], capture_output=True, check=False
+    ).returncode:
         pytest.skip("no mounts are allowed here")
-    program = [sys.executable, "-c", _SAVE_WHERE_THERE_IS_ROOM, tmp_path]
+    program = [sys.executable, "-c", _SAVE_WHERE_THERE_IS_ROOM, str(tmp_path)]
     done = subprocess.run([*alone, *program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
