@@ -64,7 +64,7 @@ def open_regular(root: str | os.PathLike[str], relative: str) -> tuple[int, os.s
     try:
         if "/" in relative:
             return _regular(_open_below(os.fspath(root), relative.split("/")), path)
-        return _regular(os.open(path, _FILE), path)
+        return _regular(_open_file(path, None), path)
     except OSError as exc:
         if exc.errno not in _IS_LINK:
             if exc.errno == errno.ENXIO:
@@ -106,9 +106,24 @@ def _open_below(base: str, parts: list[str]) -> int:
             below = os.open(part, _FOLDER | os.O_NOFOLLOW, dir_fd=folder)
             os.close(folder)
             folder = below
-        return os.open(parts[-1], _FILE, dir_fd=folder)
+        return _open_file(parts[-1], folder)
     finally:
         os.close(folder)
+
+
+def _open_file(name: str, folder: int | None) -> int:
+    try:
+        return os.open(name, _FILE, dir_fd=folder)
+    except BlockingIOError:
+        # Another program, such as a file server, has a lease on the file, and needs time to give the lease back. To
+        # wait for a regular file is safe; by this way the file that is looked at is the one that is opened.
+        looked_at = os.open(name, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=folder)
+        try:
+            if not stat.S_ISREG(os.fstat(looked_at).st_mode):
+                raise
+            return os.open(f"/proc/self/fd/{looked_at}", os.O_RDONLY | os.O_CLOEXEC)
+        finally:
+            os.close(looked_at)
 
 
 def _regular(fd: int, path: str) -> tuple[int, os.stat_result]:

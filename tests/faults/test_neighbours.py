@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import pickle
+import signal
 from pathlib import Path
 
 import pytest
@@ -78,3 +80,16 @@ def test_a_name_that_cannot_be_deleted_does_not_keep_the_others_and_is_logged_on
     assert len(list(tmp_path.glob("*.distcp"))) == 1
     (said,) = [record for record in caplog.records if "no longer needs" in record.getMessage()]
     assert os.fspath(tmp_path) in said.getMessage()
+
+
+def test_a_file_on_which_a_file_server_has_a_lease_is_loaded_when_the_server_gives_it_back(tmp_path):
+    _save(tmp_path)
+    (data,) = tmp_path.glob("*.distcp")
+    fd = os.open(data, os.O_RDWR)
+    before = signal.signal(signal.SIGIO, lambda *_: fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK))
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        assert dcp.load_from_keys("w", checkpoint_id=tmp_path)["w"].tolist() == [1.0] * 8
+    finally:
+        signal.signal(signal.SIGIO, before)
+        os.close(fd)
