@@ -38,6 +38,7 @@ __all__ = [
     "metadata_name",
     "metadata_rank",
     "new_save_id",
+    "process_of",
     "save_id_of",
     "temporary_name",
 ]
@@ -69,6 +70,7 @@ def new_save_id() -> str:
     return f"{_process_digits(os.getpid())}{next(_numbers) & 0xFF_FFFF_FFFF:010x}"
 
 
+_PROCESS_DIGITS = 22
 _numbers = itertools.count(random.SystemRandom().getrandbits(40))
 
 
@@ -90,6 +92,11 @@ def is_of_another_process(save_id: str) -> bool:
     """Tell whether another process of this machine, such as the parent of this one, made an id."""
     digits = _process_digits(os.getpid())
     return save_id[:8] == digits[:8] and not save_id.startswith(digits)
+
+
+def process_of(save_id: str) -> str:
+    """Return what all ids that one process made have in common."""
+    return save_id[:_PROCESS_DIGITS]
 
 
 def may_be_running(save_id: str) -> bool | None:

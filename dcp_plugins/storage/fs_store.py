@@ -58,8 +58,9 @@ class FsStore:
     def exists(self, name: str) -> bool:
         return bool(self._fs.exists(self._at(name)))
 
-    def names(self) -> list[str]:
-        return [str(entry).rstrip("/").rpartition("/")[2] for entry in self._fs.ls(self._path)]
+    def names(self, folder: str = "") -> list[str]:
+        path = self._at(folder) if folder else self._path
+        return [str(entry).rstrip("/").rpartition("/")[2] for entry in self._fs.ls(path)]
 
     def read(self, name: str) -> bytes:
         self._expect(name)
@@ -166,8 +167,8 @@ class _StreamWriter:
         view = memoryview(data)
         while view:
             written = self._stream.write(view)
-            # A raw stream may write a part. A stream that returns None has written everything.
             progress.step()
+            # A raw stream may write a part. A stream that returns None has written everything.
             view = view[len(view) if written is None else written :]
 
     def sync(self) -> None:

@@ -31,7 +31,7 @@ from dcp_plugins.storage.file_system import FileSystem
 from dcp_plugins.storage.hf_consolidate import consolidate
 from dcp_plugins.storage.hf_index import encode_index, read_index
 from dcp_plugins.storage.hf_layout import RankFiles, new_tensor, placement, split_by_file
-from dcp_plugins.storage.litter import warn_of_litter
+from dcp_plugins.storage.litter import running_processes, warn_of_litter
 from dcp_plugins.storage.local import is_local_path, make_directory, publish, remove_files, sync_directory
 from dcp_plugins.storage.planned import item_bytes
 from dcp_plugins.storage.reader import FileSystemReader
@@ -292,7 +292,7 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         try:
             # Sorted, so that the index comes last and is judged by the files that are left.
             names = sorted(os.listdir(directory), key=lambda name: (name == INDEX_NAME, name))
-            remove_files(directory, (name for name in names if _is_obsolete(directory, name, kept)))
+            remove_files(directory, (name for name in names if _is_obsolete(directory, name, kept, self.save_id)))
         except (OSError, CorruptCheckpointError) as exc:
             warn_of_litter(directory, exc)
 
@@ -343,15 +343,15 @@ def _is_of_another_save(path: Path, save_id: str) -> bool:
     return found is not None and found[0] != save_id
 
 
-def _is_obsolete(directory: Path, name: str, kept: Collection[str]) -> bool:
+def _is_obsolete(directory: Path, name: str, kept: Collection[str], save_id: str) -> bool:
     if name in kept:
         return False
     if name == INDEX_NAME:
         # Only shards are kept without an index: one of ours belongs to whole tensors that they replaced.
         index = read_index(directory)
         return index.save_id is not None and not any((directory / file).exists() for file in index.files.values())
-    if _save_id_of(name) is not None:
-        return True
+    if (made_by := _save_id_of(name)) is not None:
+        return not running_processes([made_by], [save_id])
     if not is_conventional_name(name):
         return False
     try:

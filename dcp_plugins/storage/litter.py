@@ -18,24 +18,23 @@ from dcp_plugins.format.names import (
     is_stock_temporary_name,
     may_be_running,
     metadata_rank,
+    process_of,
     save_id_of,
 )
 from dcp_plugins.storage.local import remove_files
 from dcp_plugins.storage.store import LocalStore, Store, files_named_by
 
-__all__ = ["OldNames", "is_name_of_a_save", "litter", "old_names", "reclaim_dead", "unfinished", "warn_of_litter"]
+__all__ = [
+    "OldNames",
+    "is_name_of_a_save",
+    "old_names",
+    "reclaim_dead",
+    "running_processes",
+    "unfinished",
+    "warn_of_litter",
+]
 
 logger = logging.getLogger(__name__)
-
-
-def litter(names: Iterable[str], referenced: Collection[str]) -> list[str]:
-    """Return those of the names in a checkpoint's directory that only a save of ours can have made and nobody needs.
-
-    Args:
-        names: All in the directory.
-        referenced: Names that committed metadata refers to.
-    """
-    return sorted(name for name in names if name not in referenced and save_id_of(name) is not None)
 
 
 def is_name_of_a_save(name: str) -> bool:
@@ -130,37 +129,72 @@ _SILENCE_SECONDS = 24 * 3600.0
 
 @dataclass(frozen=True, slots=True)
 class OldNames:
-    """The names in a directory before a commit."""
+    """The names in a checkpoint's folders before a commit."""
 
     present: Collection[str]
+    """All but those of other saves that are running."""
     replaced: Collection[str]
     """Data files that the metadata which is to be replaced refers to, as far as their names do not tell."""
 
     def obsolete(self, kept: Collection[str]) -> list[str]:
         """Return the files that are of saves and not among those to be kept."""
-        return sorted({*litter(self.present, kept), *self.replaced} - set(kept))
+        of_saves = {name for name in self.present if _id_in(name) is not None}
+        return sorted({*of_saves, *self.replaced} - set(kept))
 
 
-def old_names(store: Store, metadata_file: str, path: os.PathLike[str] | str) -> OldNames:
+def old_names(
+    store: Store,
+    metadata_file: str,
+    path: os.PathLike[str] | str,
+    *,
+    folders: Iterable[str],
+    kept: Collection[str],
+    save_id: str,
+) -> OldNames:
     """Look at a directory whose metadata is about to be replaced.
 
-    Names that this package gives are recognised by their form. Others, such as stock torch's, may be anybody's: it
-    takes a reading of the metadata, which is done where there are such names.
+    Names that this package gives are recognised by their form. Others, such as stock torch's, may be anybody's; and a
+    running process may have made a file for another save, or for the checkpoint that is replaced. It takes a reading of
+    the metadata to know, which is done where there are such names.
 
     Args:
         store: The directory's.
         metadata_file: The metadata that is to be replaced, if there is any.
         path: For the message, if the metadata cannot be read.
+        folders: Those in it that hold files of saves, "" for itself.
+        kept: The files of the save.
+        save_id: Its id.
     """
-    present: Collection[str] = ()
-    replaced: Collection[str] = ()
+    present: set[str] = set()
+    replaced: set[str] = set()
     try:
-        present = store.names() if store.can_list else ()
-        others = {name for name in present if is_data_name(name) and save_id_of(name) is None}
-        if others or not store.can_list:
+        if store.can_list:
+            present = {os.path.join(folder, name) for folder in folders for name in store.names(folder)}
+        ids = {name: _id_in(name) for name in present}
+        of_stock = {name for name, found in ids.items() if found is None and is_data_name(name)}
+        running = running_processes(filter(None, ids.values()), [save_id, *filter(None, map(_id_in, kept))])
+        doubtful = {name for name, found in ids.items() if found is not None and process_of(found) in running}
+        present -= doubtful
+        if of_stock or doubtful or not store.can_list:
             named = {name for name in files_named_by(store, metadata_file) if is_data_name(name)}
-            replaced = named & others if store.can_list else named
+            replaced = named & (of_stock | doubtful) if store.can_list else named
     # The save replaces damaged metadata: it must not fail because the metadata cannot be read.
     except Exception:
         logger.warning("could not read what %s in %s refers to: its files stay", metadata_file, path, exc_info=True)
     return OldNames(present, replaced)
+
+
+def running_processes(save_ids: Iterable[str], own: Iterable[str]) -> set[str]:
+    """Return which of the processes that made the ids are known to run, and may be writing files with these ids.
+
+    Args:
+        save_ids: Of any files.
+        own: Of the files of the save that asks. Its processes are left out: they write nothing else.
+    """
+    by_process = {process_of(save_id): save_id for save_id in save_ids}
+    of_others = by_process.keys() - set(map(process_of, own))
+    return {process for process in of_others if may_be_running(by_process[process]) is True}
+
+
+def _id_in(name: str) -> str | None:
+    return save_id_of(name.rpartition("/")[2])

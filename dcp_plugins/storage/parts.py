@@ -20,10 +20,8 @@ from dcp_plugins.format.data_mark import MARKED, has_marked_files
 from dcp_plugins.format.metadata import decode_extras, decode_with_extras, encode
 from dcp_plugins.format.names import METADATA_NAME, temporary_name
 from dcp_plugins.format.saved_mappings import attach, encoded_of
-from dcp_plugins.storage.litter import OldNames, litter
-from dcp_plugins.storage.local import make_directory, publish, remove_files, sync_directory
+from dcp_plugins.storage.local import make_directory, publish, sync_directory
 from dcp_plugins.storage.regular import read_regular
-from dcp_plugins.storage.store import Store
 from dcp_plugins.storage.writer import FileSystemWriter
 
 __all__ = ["PartsWriter", "is_foreign", "is_view", "publish_view"]
@@ -74,14 +72,6 @@ class PartsWriter(FileSystemWriter):
                 if (self.path / part).is_dir():
                     sync_directory(self.path / part)
         super().finish(metadata, results)
-
-    def _reclaim(self, store: Store, referenced: set[str], old: OldNames) -> None:
-        super()._reclaim(store, referenced, old)
-        for part in self.parts:
-            folder = self.path / part
-            if folder.is_dir():
-                kept = {name.removeprefix(f"{part}/") for name in referenced if name.startswith(f"{part}/")}
-                remove_files(folder, litter(os.listdir(folder), kept))
 
 
 def publish_view(path: Path, part: str, *, sync_files: bool = False) -> None:

@@ -54,8 +54,8 @@ class Store(Protocol):
     def exists(self, name: str) -> bool:
         """Whether there is such a file."""
 
-    def names(self) -> list[str]:
-        """List the files of the directory, if this store can list."""
+    def names(self, folder: str = "") -> list[str]:
+        """List the files of the directory, or of a folder in it, if this store can list."""
 
     def read(self, name: str) -> bytes:
         """Return a whole file.
@@ -117,8 +117,13 @@ class LocalStore:
     def exists(self, name: str) -> bool:
         return (self._path / name).exists()
 
-    def names(self) -> list[str]:
-        return os.listdir(self._path)
+    def names(self, folder: str = "") -> list[str]:
+        try:
+            return os.listdir(self._path / folder)
+        except FileNotFoundError:
+            if not folder:
+                raise
+            return []
 
     def read(self, name: str) -> bytes:
         return read_regular(self._path, name)

@@ -348,7 +348,7 @@ class FileSystemWriter(StorageWriter):
         files = store.sizes(referenced, metadata.storage_data.values())
         extras = {"save_id": self.save_id, "files": files, MARKED: self.names_marked_files}
         content = encoder.encode(metadata, extras=extras)
-        old = old_names(store, name, self.path)
+        old = old_names(store, name, self.path, folders=self.all_folders, kept=referenced, save_id=self.save_id)
         if not store.publish(name, content, temporary_name(name, self.save_id), sync=self.sync_files):
             return
         try:

@@ -7,7 +7,9 @@ import logging
 import os
 import pickle
 import signal
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ import torch.distributed.checkpoint as stock
 
 import dcp_plugins as dcp
 from dcp_plugins.hf_storage import HuggingFaceStorageWriter
+from dcp_plugins.testing.ranks import run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:Detected an existing")
 
@@ -80,6 +83,25 @@ def test_a_name_that_cannot_be_deleted_does_not_keep_the_others_and_is_logged_on
     assert len(list(tmp_path.glob("*.distcp"))) == 1
     (said,) = [record for record in caplog.records if "no longer needs" in record.getMessage()]
     assert os.fspath(tmp_path) in said.getMessage()
+
+
+def _commit_beside(folder: Path) -> None:
+    warnings.simplefilter("ignore")
+    _save(folder, 2.0)
+
+
+@pytest.mark.parametrize("before", [None, 0.0], ids=["new", "replaced"])
+def test_of_two_saves_at_once_into_a_directory_the_one_that_commits_last_is_there_whole(tmp_path, before):
+    class Beside(dcp.FileSystemWriter):
+        def finish(self, metadata: Any, results: Any) -> None:
+            run_ranks(1, _commit_beside, tmp_path)
+            super().finish(metadata, results)
+
+    if before is not None:
+        _save(tmp_path, before)
+    dcp.save({"w": torch.full((8,), 1.0)}, storage_writer=Beside(tmp_path))
+    assert dcp.load_from_keys("w", checkpoint_id=tmp_path)["w"].tolist() == [1.0] * 8
+    assert len(list(tmp_path.iterdir())) == 2, "what was replaced is deleted"
 
 
 def test_a_file_on_which_a_file_server_has_a_lease_is_loaded_when_the_server_gives_it_back(tmp_path):
