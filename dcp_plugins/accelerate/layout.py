@@ -31,7 +31,7 @@ from dcp_plugins.errors import CheckpointError, CheckpointNotFoundError, PlanErr
 from dcp_plugins.format.names import METADATA_NAME, save_id_of
 from dcp_plugins.manager import StepNames, is_committed, verify_checkpoint
 from dcp_plugins.manager.failed_saves import failure_of
-from dcp_plugins.storage.local import remove_files
+from dcp_plugins.storage.local import publish, remove_files
 from dcp_plugins.storage.parts import is_foreign, is_view, publish_view
 from dcp_plugins.user_warnings import warn_user
 
@@ -334,9 +334,7 @@ def write_stock_files(path: str | os.PathLike[str]) -> None:
         elif _PART.fullmatch(name) is not None and name not in parts:
             _remove_part(path / name)
     for name, data in files.items():
-        fresh = path / f"{check_file_name(name)}.new"
-        fresh.write_bytes(data)
-        fresh.replace(path / name)
+        publish(path / check_file_name(name), data, path / f"{name}.new", sync=False)
     for part in parts:
         publish_view(path, part)
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 import logging
 import os
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, ClassVar
 
 from dcp_plugins.contract import Metadata, WriteResult
-from dcp_plugins.storage.local import naming, sync_directory
+from dcp_plugins.storage.local import naming, sync_directory, write_new
 from dcp_plugins.storage.writer import FileSystemWriter
 
 __all__ = ["CompanionWriter", "replaced_name"]
@@ -64,11 +63,13 @@ class CompanionWriter(FileSystemWriter):
         # In this order no instant pairs the companion of one save with the .metadata of another. The one before is put
         # aside until then: whoever reads a checkpoint that has nothing but the companion finds it there.
         final, replaced = self.path / self._name, self.path / replaced_name(self._name)
-        # A fixed name: what a kill leaves is overwritten by the next save, and the commit does not reclaim it.
+        # A fixed name: what a kill leaves is replaced by the next save, and the commit does not reclaim it.
         fresh = self.path / f"{self._name}.new"
         is_aside = False
         try:
-            self._write(fresh)
+            assert isinstance(self._content, bytes), "an exception was raised in the first exchange"
+            with naming(fresh):
+                write_new(fresh, self._content, sync=self.sync_files)
             if final.exists():
                 final.replace(replaced)
                 is_aside = True
@@ -92,11 +93,3 @@ class CompanionWriter(FileSystemWriter):
             logger.warning(
                 "%s is complete, but for %s, which the next save writes anew", self.path, final, exc_info=True
             )
-
-    def _write(self, path: Path) -> None:
-        assert isinstance(self._content, bytes)
-        with naming(path), path.open("wb") as stream:
-            stream.write(self._content)
-            stream.flush()
-            if self.sync_files:
-                os.fsync(stream.fileno())

@@ -21,6 +21,7 @@ __all__ = [
     "sync_directory",
     "sync_file",
     "write_all",
+    "write_new",
 ]
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,6 @@ def make_directory(path: Path, *, sync: bool) -> None:
             sync_directory(made.parent)
 
 
-def sync_directory(path: Path) -> None:
 def sync_file(fd: int) -> None:
     """Make a file's bytes durable. If the progress of this process is watched, each range of a large file is a step."""
     if progress.is_shown() and _sync_file_range is not None:
@@ -102,10 +102,30 @@ def _sync_range(call: Callable[..., int], fd: int, start: int, flags: int) -> No
         raise OSError(number, os.strerror(number))
 
 
+def sync_directory(path: Path) -> None:
     """Make the names in a directory durable (a file's own fsync does not cover its name)."""
     fd = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
     try:
         os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_new(path: Path, content: bytes, *, sync: bool) -> None:
+    """Write a new file, in the place of what stands under its name.
+
+    What stands there may be a link, to a file of somebody else's: it is not written through.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    try:
+        fd = os.open(path, flags, 0o666)
+    except FileExistsError:
+        path.unlink()
+        fd = os.open(path, flags, 0o666)
+    try:
+        write_all(fd, [content], len(content))
+        if sync:
+            os.fsync(fd)
     finally:
         os.close(fd)
 
@@ -118,7 +138,8 @@ def publish(path: Path, content: bytes, temporary: Path, *, sync: bool) -> bool:
 
     Args:
         path: The final name; replaced if it exists.
-        temporary: A name in the same directory that nobody else uses; gone afterwards, on failure too.
+        temporary: A name in the same directory that nobody else uses; gone afterwards, on failure too. What stands
+            there, such as the rest of a killed call, is deleted.
         sync: Sync the content before the rename, and the directory before and after: everything that was written
             into the directory earlier is durable when the new name appears.
 
@@ -126,14 +147,8 @@ def publish(path: Path, content: bytes, temporary: Path, *, sync: bool) -> bool:
         Whether the new name survives a loss of power, as far as was asked for. If not, keep what it replaces.
     """
     try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        try:
-            with naming(path):
-                write_all(fd, [content], len(content))
-                if sync:
-                    os.fsync(fd)
-        finally:
-            os.close(fd)
+        with naming(path):
+            write_new(temporary, content, sync=sync)
         if sync:
             sync_directory(path.parent)
         temporary.replace(path)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dcp_plugins.contract import Metadata, MetadataIndex, StorageInfo, WriteItem, WriteResult
-from dcp_plugins.errors import CheckpointError, CorruptCheckpointError
+from dcp_plugins.errors import CheckpointError, CorruptCheckpointError, StorageWriteError, listing
 from dcp_plugins.format.data_mark import MARKED, has_marked_files
 from dcp_plugins.format.metadata import decode_extras, decode_with_extras, encode
 from dcp_plugins.format.names import METADATA_NAME, temporary_name
@@ -54,6 +54,16 @@ class PartsWriter(FileSystemWriter):
         super().__init__(path, sync_files=sync_files, thread_count=thread_count)
         self.parts = tuple(parts)
         self.all_folders = ("", *self.parts)
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        # A load refuses what lies behind such a link. What is deleted there could be somebody else's.
+        links = [part for part in self.parts if (self.path / part).is_symlink()]
+        if links:
+            raise StorageWriteError(
+                f"{self.path}: expected folders for the parts of the checkpoint, found symbolic links: {listing(links)}"
+                ". Remove the links, or save to another directory"
+            )
+        super().set_up_storage_writer(is_coordinator, *args, **kwargs)
 
     def folders(self, items: list[WriteItem]) -> Iterable[tuple[str, list[WriteItem]]]:
         groups: dict[str, list[WriteItem]] = {}

@@ -34,7 +34,7 @@ from dcp_plugins.manager import (
     remove_if_uncommitted,
     verify_checkpoint,
 )
-from dcp_plugins.storage.local import sync_directory
+from dcp_plugins.storage.local import publish
 from dcp_plugins.storage.regular import read_regular
 from dcp_plugins.user_warnings import warn_user
 
@@ -204,14 +204,7 @@ def later_checkpoints(path: Path) -> list[Path]:
 def publish_state(path: Path, text: str, *, sync: bool) -> None:
     """Write the Trainer's state beside a committed checkpoint, in one step."""
     fresh = path / f"{TRAINER_STATE_NAME}.new"
-    with fresh.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        if sync:
-            os.fsync(stream.fileno())
-    fresh.replace(path / TRAINER_STATE_NAME)
-    if sync:
-        sync_directory(path)
+    publish(path / TRAINER_STATE_NAME, text.encode(), fresh, sync=sync)
 
 
 def restore_state(path: Path) -> None:

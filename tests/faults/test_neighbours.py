@@ -17,7 +17,10 @@ import torch.distributed.checkpoint as stock
 
 import dcp_plugins as dcp
 from dcp_plugins.hf_storage import HuggingFaceStorageWriter
+from dcp_plugins.storage.companion import CompanionWriter
+from dcp_plugins.storage.parts import PartsWriter
 from dcp_plugins.testing.ranks import run_ranks
+from dcp_plugins.transformers.layout import publish_state
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:Detected an existing")
 
@@ -115,3 +118,26 @@ def test_a_file_on_which_a_file_server_has_a_lease_is_loaded_when_the_server_giv
     finally:
         signal.signal(signal.SIGIO, before)
         os.close(fd)
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_a_save_does_not_write_through_a_link_that_stands_in_its_directory(tmp_path, link):
+    """The names of most files cannot be guessed; those of small files beside the checkpoint can."""
+    folder, victim = tmp_path / "c", tmp_path / "victim"
+    folder.mkdir()
+    victim.write_text("the user's")
+    for name in ("meta.pt.new", "trainer_state.json.new"):
+        link(victim, folder / name)
+    dcp.save({"w": torch.ones(8)}, storage_writer=CompanionWriter(folder, name="meta.pt", content=b"meta"))
+    publish_state(folder, "{}", sync=False)
+    assert victim.read_text() == "the user's"
+    assert ((folder / "meta.pt").read_bytes(), (folder / "trainer_state.json").read_text()) == (b"meta", "{}")
+
+
+def test_a_save_of_parts_leaves_the_checkpoint_alone_that_the_folder_of_a_part_is_a_link_to(tmp_path):
+    _save(tmp_path / "other")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "part").symlink_to(tmp_path / "other")
+    with pytest.raises(dcp.CheckpointException, match="found symbolic links: part"):
+        dcp.save({"part": {"w": torch.ones(8)}}, storage_writer=PartsWriter(tmp_path / "c", parts=["part"]))
+    assert dcp.load_from_keys("w", checkpoint_id=tmp_path / "other")["w"].tolist() == [1.0] * 8
