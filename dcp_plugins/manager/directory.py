@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,13 @@ from dcp_plugins.manager.failed_saves import missing_commit
 from dcp_plugins.storage.litter import is_name_of_a_save
 from dcp_plugins.storage.local import sync_directory
 from dcp_plugins.storage.marks import check_data_file
-from dcp_plugins.storage.regular import open_regular, read_regular
+from dcp_plugins.storage.regular import FileIdentity, open_regular, read_regular
 from dcp_plugins.user_warnings import warn_user
 
 __all__ = [
+    "Commit",
     "StepNames",
+    "commit_of",
     "committed_steps",
     "delete_checkpoint",
     "good_steps",
@@ -165,21 +167,36 @@ def uncommitted_steps(root: _PathLike, names: StepNames = StepNames()) -> list[i
     return [step for step in _steps(Path(root), names) if not is_committed(Path(root, names.name(step)))]
 
 
-def good_steps(root: _PathLike, names: StepNames = StepNames(), seen: set[int] | None = None) -> Iterator[int]:
+Commit = FileIdentity | None
+"""Tells one commit of a directory from another; None stands for a directory without one."""
+
+
+def commit_of(path: _PathLike) -> Commit:
+    """Return what tells the commit of a directory from the next one."""
+    try:
+        return FileIdentity.of(Path(path, METADATA_NAME).stat())
+    except OSError:
+        return None
+
+
+def good_steps(root: _PathLike, names: StepNames = StepNames(), seen: dict[int, Commit] | None = None) -> Iterator[int]:
     """Yield the steps whose checkpoints are committed and whole, the newest first; warn of each one skipped.
 
-    Another process may delete checkpoints and commit new ones meanwhile: the directory is listed anew at the end.
+    Another process may delete checkpoints and commit new ones meanwhile, also of a step that was there before: the
+    directory is listed anew at the end.
 
     Args:
         root: Where the directories of the steps are.
         names: How they are called.
-        seen: Steps to leave out; each step that is looked at is added.
+        seen: Commits to leave out, by step; each that is looked at is added.
     """
-    seen = set() if seen is None else seen
-    while fresh := [step for step in _steps(Path(root), names) if step not in seen]:
+    seen = {} if seen is None else seen
+    while fresh := [
+        step for step in _steps(Path(root), names) if not _was_seen(Path(root, names.name(step)), step, seen)
+    ]:
         for step in reversed(fresh):
-            seen.add(step)
             path = Path(root, names.name(step))
+            seen[step] = commit_of(path)
             try:
                 verify_checkpoint(path)
             except (CheckpointError, OSError) as exc:
@@ -187,6 +204,10 @@ def good_steps(root: _PathLike, names: StepNames = StepNames(), seen: set[int] |
                     warn_user(f"Skipped {path}, which is no good checkpoint: {exc}")
                 continue
             yield step
+
+
+def _was_seen(path: Path, step: int, seen: Mapping[int, Commit]) -> bool:
+    return step in seen and seen[step] == commit_of(path)
 
 
 def newest_good(root: _PathLike, names: StepNames = StepNames()) -> Path | None:

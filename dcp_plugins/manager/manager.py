@@ -17,16 +17,19 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 
 from dcp_plugins.coord import Ranks
-from dcp_plugins.errors import (
-    CheckpointException,
-    CheckpointNotFoundError,
-    CorruptCheckpointError,
-    listing,
-)
+from dcp_plugins.errors import CheckpointException, CheckpointNotFoundError, CorruptCheckpointError, listing
 from dcp_plugins.format.trust import SafeGlobal, check_safe_globals
 from dcp_plugins.manager.agreement import deciding_ranks, on_rank_zero
 from dcp_plugins.manager.cleaner import Cleaner
-from dcp_plugins.manager.directory import StepNames, committed_steps, good_steps, is_damage, verify_checkpoint
+from dcp_plugins.manager.directory import (
+    Commit,
+    StepNames,
+    commit_of,
+    committed_steps,
+    good_steps,
+    is_damage,
+    verify_checkpoint,
+)
 from dcp_plugins.manager.guard import reading_checkpoint
 from dcp_plugins.manager.options import SaveOptions
 from dcp_plugins.manager.policies import SavePolicy, Whenever
@@ -286,7 +289,7 @@ class CheckpointManager:
         """
         self._saver.wait()
         ranks = self._ranks()
-        seen: set[int] = set()
+        seen: dict[int, Commit] = {}
         skipped = ""
         while True:
             with self._cleaner.pinned():
@@ -378,8 +381,8 @@ class CheckpointManager:
                 listing(later),
             )
 
-    def _choose(self, step: int | None, seen: set[int], skipped: str) -> int | None:
-        """Return the step to load, one that was not seen before if none is asked for. Runs on rank 0."""
+    def _choose(self, step: int | None, seen: dict[int, Commit], skipped: str) -> int | None:
+        """Return the step to load, of a commit that was not seen before if none is asked for. Runs on rank 0."""
         if skipped:
             warn_user(skipped)
         if step is not None:
@@ -393,7 +396,7 @@ class CheckpointManager:
             if chosen is not None or not committed:
                 return chosen
             # A step that was committed since then is no reason to call the others all there is.
-            if seen.issuperset(committed):
+            if all(one in seen and seen[one] == commit_of(self.path(one)) for one in committed):
                 raise CorruptCheckpointError(
                     f"{self.root}: every committed checkpoint is damaged: steps {listing(committed)}. The warnings say"
                     " what each lacks. To start anew, move them away"
