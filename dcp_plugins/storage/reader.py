@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -184,7 +185,7 @@ class FileSystemReader(StorageReader):
         def read(file: OpenFile, reads: list[TensorRead]) -> None:
             DataFileReader(file, verify=self.verify_checksums, layouts=layouts, pool=pool).read(reads)
 
-        with OpenFiles(store_of(self.fs, self.path).open) as files:
+        with OpenFiles(self._open_data_file) as files:
             self._check_files(located, files)
             reads: list[TensorRead] = []
             at_once = getattr(planner, "resolves_views", False)
@@ -211,6 +212,15 @@ class FileSystemReader(StorageReader):
         done.set_result(None)
         return done
 
+    @contextmanager
+    def _open_data_file(self, name: str) -> Iterator[tuple[OpenFile, int]]:
+        with ExitStack() as stack:
+            try:
+                opened = stack.enter_context(store_of(self.fs, self.path).open(name))
+            except FileNotFoundError as exc:
+                raise CorruptCheckpointError(f"{name} is missing") from exc
+            yield opened
+
     def _check_files(self, located: list[tuple[ReadItem, StorageInfo]], files: OpenFiles[tuple[OpenFile, int]]) -> None:
         """Check, before anything is read, that the save wrote the files and that they hold all ranges of the plan."""
         are_marked = self.metadata is not None and has_marked_files(self.metadata)
@@ -224,8 +234,6 @@ class FileSystemReader(StorageReader):
             try:
                 with files.opened(name) as (file, size):
                     check_data_file(file, size, name, end=end, marked=are_marked)
-            except FileNotFoundError:
-                problems.append(f"{name} is missing")
             except UnsafeCheckpointError:
                 raise
             except CorruptCheckpointError as exc:

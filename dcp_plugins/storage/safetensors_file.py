@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ from dcp_plugins.format.safetensors_header import Header, TensorEntry, build_hea
 from dcp_plugins.geometry import Box
 from dcp_plugins.storage.arrays import write_at
 from dcp_plugins.storage.host_blocks import BLOCK_BYTES, host_blocks, row_blocks, scratch
-from dcp_plugins.storage.regular import FileIdentity, open_regular
 from dcp_plugins.storage.local import sync_file
+from dcp_plugins.storage.regular import FileIdentity, open_regular
 from dcp_plugins.storage.threads import run_all, split_by_bytes
 
 __all__ = [
@@ -34,6 +35,8 @@ __all__ = [
 # What is collected before a system call; IOV_MAX is 1024 on Linux.
 _MAX_PENDING_BUFFERS = 1000
 _MAX_PENDING_BYTES = 4 * 1024 * 1024
+
+_MAX_OPEN = 256
 
 # Either the tensor, or its elements in row-major order as contiguous host tensors, each valid until the next.
 Content = torch.Tensor | Iterator[torch.Tensor]
@@ -100,10 +103,20 @@ def write_files(files: Sequence[NewFile], *, thread_count: int, sync: bool) -> l
     """Write new files, several threads sharing the tensors by their bytes, and return the files' headers.
 
     Args:
-        files: None of them may exist.
+        files: None of them may exist. So many are open at a time as leave the process most of its descriptors.
         thread_count: Threads at most; fewer where there is little to write.
         sync: Sync each file to the device.
     """
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    num_open = _MAX_OPEN if limit == resource.RLIM_INFINITY else max(1, min(_MAX_OPEN, limit // 4))
+    return [
+        header
+        for first in range(0, len(files), num_open)
+        for header in _write_files(files[first : first + num_open], thread_count=thread_count, sync=sync)
+    ]
+
+
+def _write_files(files: Sequence[NewFile], *, thread_count: int, sync: bool) -> list[Header]:
     built = [
         build_header([(tensor.name, tensor.dtype, tensor.shape) for tensor in file.tensors], file.attributes)
         for file in files

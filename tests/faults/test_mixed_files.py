@@ -17,6 +17,7 @@ import dcp_plugins as dcp
 from dcp_plugins.errors import CorruptCheckpointError
 from dcp_plugins.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from dcp_plugins.manager import verify_checkpoint
+from dcp_plugins.manager.directory import is_damage
 from dcp_plugins.testing.ranks import run_ranks
 
 pytestmark = pytest.mark.filterwarnings(
@@ -107,23 +108,39 @@ def test_a_safetensors_file_that_is_written_to_in_place_beside_a_load_is_refused
 _MANY = 120
 
 
-def _load_with_few_descriptors(folder: Path) -> None:
+class _Deleting(dcp.DefaultLoadPlanner):
+    """Takes the checkpoint away when the first tensor is about to be read; a rename needs no descriptor."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def resolve_tensor(self, read_item: Any) -> torch.Tensor:
+        if self.folder.exists():
+            self.folder.rename(f"{self.folder}.gone")
+        return super().resolve_tensor(read_item)
+
+
+def _save_and_load_with_few_descriptors(folder: Path) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-    reader = dcp.FileSystemReader(folder / "dcp", thread_count=4)
-    for read, stored in (
-        (lambda state: dcp.load(state, storage_reader=reader), "dcp"),
-        (lambda state: dcp.load(state, storage_reader=HuggingFaceStorageReader(folder / "hf", thread_count=4)), "hf"),
+    state = {f"{at}": torch.full((3,), float(at)) for at in range(_MANY)}
+    mapping = {fqn: int(fqn) + 1 for fqn in state}
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(folder / "dcp", single_file_per_rank=False))
+    dcp.save(state, storage_writer=HuggingFaceStorageWriter(folder / "hf", fqn_to_index_mapping=mapping))
+    assert len(list((folder / "dcp").glob("*.distcp"))) == _MANY
+    for reader in (
+        dcp.FileSystemReader(folder / "dcp", thread_count=4),
+        HuggingFaceStorageReader(folder / "hf", thread_count=4),
     ):
         state = {f"{at}": torch.zeros(3) for at in range(_MANY)}
-        read(state)
-        assert all(value.tolist() == [float(fqn)] * 3 for fqn, value in state.items()), stored
+        dcp.load(state, storage_reader=reader)
+        assert all(value.tolist() == [float(fqn)] * 3 for fqn, value in state.items()), reader
     verify_checkpoint(folder / "dcp")
+    # Files that were closed meanwhile are opened again.
+    with pytest.raises(dcp.CheckpointException, match="is missing") as caught:
+        dcp.load(state, checkpoint_id=folder / "dcp", planner=_Deleting(folder / "dcp"))
+    assert is_damage(caught.value)
 
 
-def test_more_files_than_a_process_may_open_are_loaded(tmp_path):
-    state = {f"{at}": torch.full((3,), float(at)) for at in range(_MANY)}
-    dcp.save(state, storage_writer=dcp.FileSystemWriter(tmp_path / "dcp", single_file_per_rank=False))
-    mapping = {fqn: int(fqn) + 1 for fqn in state}
-    dcp.save(state, storage_writer=HuggingFaceStorageWriter(tmp_path / "hf", fqn_to_index_mapping=mapping))
-    assert len(list((tmp_path / "dcp").glob("*.distcp"))) == _MANY
-    run_ranks(1, _load_with_few_descriptors, tmp_path)
+def test_more_files_than_a_process_may_open_are_saved_and_loaded(tmp_path):
+    run_ranks(1, _save_and_load_with_few_descriptors, tmp_path)
