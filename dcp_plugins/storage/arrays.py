@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import threading
@@ -65,24 +66,37 @@ def read_into(file: OpenFile, buffers: list[Any], position: int, nbytes: int, wh
         file.read_into(buffers, position, nbytes, where)
         return
     fd = file
-    done = os.preadv(fd, buffers, position)
-    while done < nbytes:
-        if done == 0:
-            raise CorruptCheckpointError(f"{where}: the file ends {nbytes} bytes too early: it was truncated")
-        position += done
-        nbytes -= done
-        _drop(buffers, done)
+    try:
         done = os.preadv(fd, buffers, position)
+        while done < nbytes:
+            if done == 0:
+                raise CorruptCheckpointError(f"{where}: the file ends {nbytes} bytes too early: it was truncated")
+            position += done
+            nbytes -= done
+            _drop(buffers, done)
+            done = os.preadv(fd, buffers, position)
+    except OSError as exc:
+        _refuse_deleted(exc, where)
+        raise
 
 
 def read_bytes(file: OpenFile, nbytes: int, position: int, where: str) -> bytes:
     """Return ``nbytes`` from ``position`` in the file."""
-    content = os.pread(file, nbytes, position) if isinstance(file, int) else b""
+    try:
+        content = os.pread(file, nbytes, position) if isinstance(file, int) else b""
+    except OSError as exc:
+        _refuse_deleted(exc, where)
+        raise
     if len(content) == nbytes:
         return content
     rest = bytearray(nbytes - len(content))
     read_into(file, [memoryview(rest)], position + len(content), len(rest), where)
     return content + bytes(rest)
+
+
+def _refuse_deleted(exc: OSError, where: str) -> None:
+    if exc.errno == errno.ESTALE:
+        raise CorruptCheckpointError(f"{where}: the file was deleted on its server while it was being read") from exc
 
 
 def write_at(fd: int, buffers: list[Any], position: int, nbytes: int) -> None:

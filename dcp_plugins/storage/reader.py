@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 from collections.abc import Callable, Iterator
@@ -217,7 +218,9 @@ class FileSystemReader(StorageReader):
         with ExitStack() as stack:
             try:
                 opened = stack.enter_context(store_of(self.fs, self.path).open(name))
-            except FileNotFoundError as exc:
+            except OSError as exc:
+                if exc.errno != errno.ESTALE and not isinstance(exc, FileNotFoundError):
+                    raise
                 raise CorruptCheckpointError(f"{name} is missing") from exc
             yield opened
 

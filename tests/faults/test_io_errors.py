@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import dcp_plugins as dcp
+from dcp_plugins.manager.directory import is_damage
 from dcp_plugins.storage.companion import CompanionWriter
 from dcp_plugins.testing.faults import Fault, inject, inject_from_environment, record_steps
 from dcp_plugins.testing.ranks import run_ranks
@@ -140,6 +141,20 @@ def test_a_read_error_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "preadv", fail)
     with pytest.raises(dcp.CheckpointException, match="Input/output error"):
         assert_holds(tmp_path / "c", 5)
+
+
+@pytest.mark.parametrize("call", ["pread", "preadv"])
+def test_a_file_that_was_deleted_on_its_server_is_damage_so_that_a_restore_goes_on(tmp_path, monkeypatch, call):
+    import os
+
+    def fail(*args: object) -> int:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    save_state(tmp_path / "c", 5)
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(dcp.CheckpointException, match="was deleted on its server") as caught:
+        assert_holds(tmp_path / "c", 5)
+    assert is_damage(caught.value)
 
 
 def test_faults_are_described_by_the_environment_too(tmp_path, monkeypatch):
