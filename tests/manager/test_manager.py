@@ -18,7 +18,6 @@ import pytest
 import torch
 
 import dcp_plugins as dcp
-from dcp_plugins import events
 from dcp_plugins.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
@@ -225,27 +224,6 @@ class RunBeside:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         assert state == {"x": 2}
-
-
-def test_a_step_that_was_found_damaged_is_looked_at_again_if_another_process_has_saved_it_anew(tmp_path: Path) -> None:
-    def save(number: int) -> None:
-        with CheckpointManager(tmp_path, options=SYNC) as other:
-            other.save(1, value(number), force=True)
-
-    def save_anew(event: events.Event) -> None:
-        if (event.name, event.kind) == ("load", "exception"):
-            unsubscribe()
-            save(2)
-
-    save(1)
-    (data,) = (tmp_path / "step_1").glob("*.distcp")
-    weight = value(1)["weight"].numpy().tobytes()
-    data.write_bytes(data.read_bytes().replace(weight, bytes(len(weight))))
-    unsubscribe = events.subscribe(save_anew)
-    state = target()
-    with pytest.warns(UserWarning, match="whose data is damaged"):
-        assert CheckpointManager(tmp_path, options=SYNC).restore(state) == 1
-    assert torch.equal(state["weight"], value(2)["weight"])
 
 
 def test_a_restore_beside_a_run_that_deletes_what_it_replaces_finds_a_checkpoint(tmp_path: Path) -> None:

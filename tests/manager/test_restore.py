@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from dcp_plugins import events
 from dcp_plugins.errors import CheckpointException
 from dcp_plugins.manager import CheckpointManager, ModelState, OptimizerState, run_state
 from dcp_plugins.state_dict import StateDictOptions
@@ -230,3 +231,24 @@ def test_state_of_a_parameter_that_the_run_no_longer_has_is_an_error_that_names_
     smaller = nn.Sequential(nn.Linear(2, 2))
     with pytest.raises(CheckpointException, match=r"no place in the state: optimizer\.state\.1\.bias"):
         restored(tmp_path, {"optimizer": OptimizerState(smaller, [torch.optim.Adam(smaller.parameters())])})
+
+
+def test_a_step_that_was_found_damaged_is_looked_at_again_if_another_process_has_saved_it_anew(tmp_path: Path) -> None:
+    def save(number: float) -> None:
+        with CheckpointManager(tmp_path) as other:
+            other.save(1, {"weight": torch.full((50,), number)}, force=True)
+
+    def save_anew(event: events.Event) -> None:
+        if (event.name, event.kind) == ("load", "exception"):
+            unsubscribe()
+            save(2.0)
+
+    save(1.0)
+    (data,) = (tmp_path / "step_1").glob("*.distcp")
+    weight = torch.ones(50).numpy().tobytes()
+    data.write_bytes(data.read_bytes().replace(weight, bytes(len(weight))))
+    unsubscribe = events.subscribe(save_anew)
+    state = {"weight": torch.zeros(50)}
+    with pytest.warns(UserWarning, match="whose data is damaged"):
+        assert CheckpointManager(tmp_path).restore(state) == 1
+    assert state["weight"].eq(2).all()
