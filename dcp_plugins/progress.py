@@ -2,6 +2,8 @@
 
 A training process watches its checkpoint process so. Only steps of a save count: bytes handed to the operating system,
 items done, exchanges with other ranks. Processor time would not do: a thread of somebody else uses it, too.
+
+A storage writer that counts its steps says so by an attribute, ``counts_steps``.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ _MAX_GAP_SECONDS = 2.0
 class Deadline:
     """Ends the waiting for a process that makes no progress.
 
-    Once the process has begun with what it was asked for, only the steps of the save are progress. Before, while it
-    starts, it makes progress if it uses a processor, reads or writes.
+    Once the process counts the steps of a save, only these are progress. Before, and where a writer of the user's does
+    not count any, it makes progress if it uses a processor, reads or writes.
 
     Args:
         pid: The process.

@@ -127,7 +127,6 @@ class _Server:
             elif verb == "page":
                 assert descriptor is not None
                 self._page = _mapped(descriptor, PAGE_BYTES)
-                progress.show_in(progress_counter(self._page))
             elif verb == "main":
                 _main_module.update(arguments[0])
             elif verb == "forget":
@@ -152,7 +151,6 @@ class _Server:
             gc.collect()
 
     def _save(self, request: SaveRequest) -> tuple[Any, ...]:
-        progress.step()
         sizes = request.private_sizes_bytes
         known = self._states.get(request.state_number)
         of_skeleton = known.buffers if known is not None else Buffers(sizes[: request.num_in_skeleton])
@@ -176,6 +174,9 @@ class _Server:
         try:
             with collector_paused(), beside_training(lambda: is_awaited(self._page)):
                 state_dict, writer, planner = ranks.settle("receive", receive)
+                if self._page is not None and getattr(writer, "counts_steps", False):
+                    progress.show_in(progress_counter(self._page))
+                    progress.step()
                 metadata: Metadata = run_save(
                     state_dict, lambda: writer, planner, ranks, use_collectives=request.use_collectives, is_staged=True
                 )
@@ -186,6 +187,7 @@ class _Server:
         except BaseException as exc:
             return _failed(CheckpointException("save", {ranks.rank: (exc, stack_of(exc))}))
         finally:
+            progress.show_in(None)
             if unsubscribe is not None:
                 unsubscribe()
 

@@ -99,6 +99,9 @@ class FileSystemWriter(StorageWriter):
     warns_of_replacing: ClassVar[bool] = True
     """Whether replacing a checkpoint is worth a warning; for subclasses that do so as a rule."""
 
+    counts_steps: ClassVar[bool] = True
+    """Whether it counts the steps of its work, see ``dcp_plugins.progress``."""
+
     all_folders: tuple[str, ...] = ("",)
     """The folders that items may be divided among."""
 

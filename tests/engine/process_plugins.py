@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 import dcp_plugins as dcp
+from dcp_plugins.contract import StorageWriter
 from dcp_plugins.filesystem import FileSystem
 from dcp_plugins.storage import threads
 
@@ -69,6 +70,38 @@ def _compute_for_ever() -> None:
     data = bytes(1 << 24)
     while True:
         zlib.crc32(data)
+
+
+class Foreign(StorageWriter):
+    """A writer that is none of this package's, and computes for longer than a save may make no progress."""
+
+    def __init__(self, path: Any) -> None:
+        self.inner = dcp.FileSystemWriter(path)
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        self.inner.reset(checkpoint_id)
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        self.inner.set_up_storage_writer(is_coordinator, *args, **kwargs)
+
+    def prepare_local_plan(self, plan: Any) -> Any:
+        return self.inner.prepare_local_plan(plan)
+
+    def prepare_global_plan(self, plans: Any) -> Any:
+        return self.inner.prepare_global_plan(plans)
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        end = time.monotonic() + 4
+        while time.monotonic() < end:
+            zlib.crc32(bytes(1 << 20))
+        return self.inner.write_data(plan, planner)
+
+    def finish(self, metadata: Any, results: Any) -> None:
+        self.inner.finish(metadata, results)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        return True
 
 
 class _SlowStream(io.FileIO):

@@ -17,16 +17,17 @@ import torch.distributed as dist
 
 import dcp_plugins as dcp
 from dcp_plugins import progress
+from dcp_plugins.contract import StorageWriter
 from dcp_plugins.engine import AsyncCheckpointerType
 from dcp_plugins.engine.process_runner import process_runner
 from dcp_plugins.storage.local import sync_file
-from tests.engine.process_plugins import Gated, Slow, StuckBesideABusyThread, wait_for
+from tests.engine.process_plugins import Foreign, Gated, Slow, StuckBesideABusyThread, wait_for
 from tests.engine.stories import Told, tell
 
 _FREEZER = Path("/sys/fs/cgroup/freezer")
 
 
-def _save(writer: dcp.FileSystemWriter, timeout_seconds: int) -> Any:
+def _save(writer: StorageWriter, timeout_seconds: int) -> Any:
     group = dist.new_group(timeout=timedelta(seconds=timeout_seconds))
     state = {str(number): torch.full((25_000,), float(number)) for number in range(8)}
     return dcp.async_save(
@@ -46,6 +47,11 @@ def save_slowly(folder: str) -> None:
     loaded = {"7": torch.zeros(25_000)}
     dcp.load(loaded, checkpoint_id=folder)
     assert loaded["7"].eq(7).all()
+
+
+def save_with_a_writer_of_the_users(folder: str) -> None:
+    _save(Foreign(folder), 2).result()
+    assert os.path.exists(f"{folder}/.metadata")
 
 
 def stop_and_continue_the_job(folder: str) -> None:
@@ -92,6 +98,7 @@ def _frozen(pid: int) -> Iterator[None]:
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Told:
     stories: dict[str, tuple[Any, ...]] = {
         "slow": (save_slowly,),
+        "foreign": (save_with_a_writer_of_the_users,),
         "stopped": (stop_and_continue_the_job,),
         "stuck": (be_stuck,),
     }
@@ -102,6 +109,10 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Told:
 
 def test_a_save_on_a_slow_disk_is_waited_for_as_long_as_it_writes(one_rank: Told) -> None:
     one_rank.of("slow")
+
+
+def test_a_writer_that_counts_no_steps_is_waited_for_as_long_as_its_process_works(one_rank: Told) -> None:
+    one_rank.of("foreign")
 
 
 def test_a_job_that_was_stopped_as_a_whole_goes_on_with_its_save(one_rank: Told) -> None:
