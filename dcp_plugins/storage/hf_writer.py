@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch.futures import Future
 
@@ -31,7 +32,7 @@ from dcp_plugins.storage.file_system import FileSystem
 from dcp_plugins.storage.hf_consolidate import consolidate
 from dcp_plugins.storage.hf_index import encode_index, read_index
 from dcp_plugins.storage.hf_layout import RankFiles, new_tensor, placement, split_by_file
-from dcp_plugins.storage.litter import running_processes, warn_of_litter
+from dcp_plugins.storage.litter import reclaim_dead, running_processes, warn_of_litter
 from dcp_plugins.storage.local import is_local_path, make_directory, publish, remove_files, sync_directory
 from dcp_plugins.storage.planned import item_bytes
 from dcp_plugins.storage.reader import FileSystemReader
@@ -126,6 +127,11 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         if self.enable_consolidation:
             self.consolidated_output_path = str(path)
             self.path = path / SHARDED_DIRECTORY
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        super().set_up_storage_writer(is_coordinator, *args, **kwargs)
+        if is_coordinator and self.consolidated_output_path is not None:
+            reclaim_dead(Path(self.consolidated_output_path), ("",), _save_id_of)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         if self.enable_consolidation and not self.use_collectives:

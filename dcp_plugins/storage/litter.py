@@ -1,4 +1,4 @@
-"""Litter: files in a checkpoint's directory that a save has left and nobody needs."""
+"""Litter: files that saves have left in a checkpoint's directory and that no checkpoint needs."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def warn_of_litter(path: os.PathLike[str] | str, failure: Exception) -> None:
 
     The checkpoint is committed: what stays must not make its save look failed.
     """
-    if os.fspath(path) not in _told:
-        _told.add(os.fspath(path))
+    if os.fspath(path) not in _warned_of:
+        _warned_of.add(os.fspath(path))
         logger.warning("could not delete what %s no longer needs; the next save tries again", path, exc_info=failure)
 
 
-_told: set[str] = set()
+_warned_of: set[str] = set()
 
 
 def reclaim_dead(path: Path, folders: Iterable[str], id_of: Callable[[str], str | None]) -> None:
@@ -96,7 +96,8 @@ def _files_of_saves(
 ) -> Iterator[tuple[str, str, str]]:
     """Yield folder, name and save id of the files that saves have made."""
     for folder in folders:
-        with suppress(FileNotFoundError, NotADirectoryError):
+        # What is wrong with a directory that cannot be listed, its save says.
+        with suppress(OSError):
             for name in os.listdir(os.path.join(path, folder)):
                 if (save_id := id_of(name)) is not None:
                     yield folder, name, save_id

@@ -15,6 +15,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import dcp_plugins as dcp
 from dcp_plugins.format.names import new_save_id, save_id_of
+from dcp_plugins.hf_storage import HuggingFaceStorageWriter
 from dcp_plugins.storage.parts import PartsWriter
 from dcp_plugins.testing.faults import Fault, inject, record_steps
 from dcp_plugins.testing.ranks import run_ranks
@@ -64,6 +65,21 @@ def test_what_a_killed_save_has_left_is_deleted_before_the_next_one_writes(tmp_p
     assert kinds.index("unlink") < kinds.index("writev")
     assert_holds(tmp_path / "c", 3)
     assert_no_litter(tmp_path / "c")
+
+
+def test_what_a_consolidation_that_was_killed_has_left_is_deleted_before_the_next_save_writes(tmp_path):
+    class Failing(HuggingFaceStorageWriter):
+        def write_data(self, *args: object) -> None:
+            assert list(tmp_path.rglob("*.tmp")) == []
+            raise OSError("before anything is written")
+
+    (of_dead_process,) = run_ranks(1, new_save_id)
+    (tmp_path / "sharded").mkdir()
+    for folder in (tmp_path, tmp_path / "sharded"):
+        (folder / f"model-00001-of-00001.safetensors.{of_dead_process}.tmp").write_bytes(b"")
+    writer = Failing(tmp_path, save_distributed=True, enable_consolidation=True)
+    with pytest.raises(dcp.CheckpointException, match="before anything is written"):
+        dcp.save({"w": torch.ones(3)}, storage_writer=writer)
 
 
 def test_what_a_running_process_or_another_machine_writes_is_not_deleted_before_a_save(tmp_path):
