@@ -1,7 +1,8 @@
 """The mark at the end of a data file: which save wrote it.
 
-The metadata names its data files, and each name carries the id of the save. A file of another save that was put under
-such a name has, if the layout is the same, the right size and right checksums: only the mark tells. Layout::
+The metadata names its data files, and each name carries the id of the save. If somebody puts a file of another save
+under such a name, and the layouts are the same, sizes and checksums are right. Only the mark tells the files apart.
+Layout::
 
     magic     8 bytes
     save id  32 bytes   hexadecimal digits, as in the file's name
@@ -60,5 +61,5 @@ def note_marked_files(metadata: Metadata) -> None:
 
 
 def has_marked_files(metadata: Metadata) -> bool:
-    """Tell whether that was noted."""
+    """Tell whether metadata notes that its data files end with marks."""
     return bool(metadata.__dict__.get(_ATTRIBUTE))

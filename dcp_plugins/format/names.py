@@ -1,4 +1,4 @@
-"""The names of a checkpoint's files: how they are made, and how they are told from everybody else's.
+"""The names of a checkpoint's files: how saves make them, and how the files of saves are told from other files.
 
 A save never writes to a name that a committed checkpoint may already use, so each name carries the id of its save::
 
@@ -64,8 +64,9 @@ _DRIVE = re.compile(r"[A-Za-z]:")
 def new_save_id() -> str:
     """Return an id that no other save has: 32 lower-case hexadecimal digits.
 
-    They say which process made it, so that what a killed save has left can be told from what a running one writes: 8
-    digits of the machine, 6 of the process id, 8 of when the process began, and 10 that count from a random number.
+    The digits say which process made the id, so that the files of a killed save can be told from those of a running
+    save: 8 digits of the machine, 6 of the process id, 8 of the time when the process began, and 10 that count from a
+    random number.
     """
     return f"{_process_digits(os.getpid())}{next(_numbers) & 0xFF_FFFF_FFFF:010x}"
 

@@ -53,15 +53,15 @@ class CompanionWriter(FileSystemWriter):
         self._content = content
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        # A failure of one rank that all ranks must raise: the engine collects the errors of this step. (Of the planning
-        # steps, which it also collects, none may be overridden: the engine would then not reuse earlier plans.)
+        # Raised here because all ranks hear of errors in this step. They hear of errors in the planning steps, too, but
+        # the engine does not reuse earlier plans if a writer overrides one of those.
         if isinstance(self._content, Exception):
             raise self._content
         super().set_up_storage_writer(is_coordinator, *args, **kwargs)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        # In this order no instant pairs the companion of one save with the .metadata of another. The one before is put
-        # aside until then: whoever reads a checkpoint that has nothing but the companion finds it there.
+        # In this order, the companion of one save never stands beside the .metadata of another. The previous companion
+        # is put aside until the commit: a reader finds it there.
         final, replaced = self.path / self._name, self.path / replaced_name(self._name)
         # A fixed name: what a kill leaves is replaced by the next save, and the commit does not reclaim it.
         fresh = self.path / f"{self._name}.new"
@@ -91,5 +91,5 @@ class CompanionWriter(FileSystemWriter):
                 sync_directory(self.path)
         except OSError:
             logger.warning(
-                "%s is complete, but for %s, which the next save writes anew", self.path, final, exc_info=True
+                "%s is complete except for %s, which the next save writes anew", self.path, final, exc_info=True
             )

@@ -1,4 +1,4 @@
-"""Checking that a data file is the one that the save of the checkpoint has written."""
+"""Checking that a data file is the file that the checkpoint's save has written."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def check_data_file(file: OpenFile, size: int, name: str, *, end: int, marked: b
         marked: Whether the save that wrote the metadata marked its files.
 
     Raises:
-        CorruptCheckpointError: It is too short, another save wrote it, or its mark is missing; begins with the name.
+        CorruptCheckpointError: The file is too short, another save wrote it, or its mark is missing. The message begins
+            with the file's name.
     """
     if size < end:
         raise CorruptCheckpointError(f"{name} has {size} bytes, the metadata names bytes up to {end}")

@@ -1,7 +1,7 @@
-"""Opening the files of a checkpoint for reading: regular files, and none outside the checkpoint's directory.
+"""Opening the files of a checkpoint for reading: regular files only, inside the checkpoint's directory.
 
-Somebody else may have put something else under a file's name. A named pipe would make a read wait for ever, a
-device would feed it without end, and a link could lead to a file that the checkpoint's author was never to see.
+A checkpoint from a stranger may hold other things under the names of its files. A read from a named pipe would wait for
+ever, a read from a device would never end, and a link could lead to a file that the stranger must not see.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from dcp_plugins.format.names import check_relative
 
 __all__ = ["FileIdentity", "open_regular", "read_regular"]
 
-# A pipe that nobody writes to is opened at once with O_NONBLOCK; regular files take no notice of it.
+# Without O_NONBLOCK, opening a pipe would wait for a writer. Of regular files, it concerns those with leases only.
 _FILE = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
 _FOLDER = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY
-# Errors of the kernel where the last part, or a folder, is a link that must not be followed.
+# The kernel's errors for a path with a link that must not be followed.
 _IS_LINK = (errno.ELOOP, errno.ENOTDIR, errno.EMLINK)
 
 _KINDS = (
@@ -32,7 +32,7 @@ _KINDS = (
 
 
 class FileIdentity(NamedTuple):
-    """Tells whether a file that is opened again is the same, with the same contents as far as the kernel can say."""
+    """Identifies a file and its contents: a file that was replaced or written to has another identity."""
 
     device: int
     inode: int
@@ -49,7 +49,8 @@ def open_regular(root: str | os.PathLike[str], relative: str) -> tuple[int, os.s
     """Open a file of a checkpoint for reading; return its descriptor and what ``fstat`` says of it.
 
     A link out of the checkpoint is refused, except into the ``blobs`` of the same Hugging Face cache entry, whose
-    snapshots are made of such links. Whoever swaps a folder for a link at the same time gains nothing.
+    snapshots are made of such links. The kernel resolves the checked path, so that another process cannot put a link
+    into the path after the check.
 
     Args:
         root: The checkpoint's directory, which may itself be reached through links.
@@ -68,7 +69,7 @@ def open_regular(root: str | os.PathLike[str], relative: str) -> tuple[int, os.s
     except OSError as exc:
         if exc.errno not in _IS_LINK:
             if exc.errno == errno.ENXIO:
-                raise _is_no_file(path, "a socket") from None
+                raise _not_regular(path, "a socket") from None
             exc.filename = path
             raise
         behind = _behind_links(Path(root), relative)
@@ -115,15 +116,15 @@ def _open_file(name: str, folder: int | None) -> int:
     try:
         return os.open(name, _FILE, dir_fd=folder)
     except BlockingIOError:
-        # Another program, such as a file server, has a lease on the file, and needs time to give the lease back. To
-        # wait for a regular file is safe; by this way the file that is looked at is the one that is opened.
-        looked_at = os.open(name, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=folder)
+        # Another program, such as a file server, has a lease on the file, and needs time to give the lease back. A
+        # regular file can be waited for. Opening the descriptor again opens the file that was checked.
+        checked = os.open(name, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=folder)
         try:
-            if not stat.S_ISREG(os.fstat(looked_at).st_mode):
+            if not stat.S_ISREG(os.fstat(checked).st_mode):
                 raise
-            return os.open(f"/proc/self/fd/{looked_at}", os.O_RDONLY | os.O_CLOEXEC)
+            return os.open(f"/proc/self/fd/{checked}", os.O_RDONLY | os.O_CLOEXEC)
         finally:
-            os.close(looked_at)
+            os.close(checked)
 
 
 def _regular(fd: int, path: str) -> tuple[int, os.stat_result]:
@@ -133,10 +134,10 @@ def _regular(fd: int, path: str) -> tuple[int, os.stat_result]:
     os.close(fd)
     if stat.S_ISDIR(found.st_mode):
         raise IsADirectoryError(errno.EISDIR, "expected a file, found a directory", path)
-    raise _is_no_file(path, next((kind for test, kind in _KINDS if test(found.st_mode)), "of an unknown kind"))
+    raise _not_regular(path, next((kind for test, kind in _KINDS if test(found.st_mode)), "of an unknown kind"))
 
 
-def _is_no_file(path: str, kind: str) -> UnsafeCheckpointError:
+def _not_regular(path: str, kind: str) -> UnsafeCheckpointError:
     return UnsafeCheckpointError(
         f"{path} is {kind}, not a regular file. No save makes one: load another checkpoint, or copy this one from its "
         "source again"
@@ -144,9 +145,9 @@ def _is_no_file(path: str, kind: str) -> UnsafeCheckpointError:
 
 
 def _behind_links(root: Path, relative: str) -> tuple[str, list[str]] | None:
-    """Return a file that is reached through links as a folder that it may be in, and the parts of its path below that.
+    """Return an allowed folder that the links lead into, and the parts of the file's path below it.
 
-    None if there is no link in the path.
+    Return None if there is no link in the path.
     """
     real_root = os.path.realpath(root)
     real = os.path.realpath(root / relative)
@@ -155,7 +156,7 @@ def _behind_links(root: Path, relative: str) -> tuple[str, list[str]] | None:
     for base in (real_root, _blobs(real_root)):
         if base is not None and real.startswith(os.path.join(base, "")):
             below = list(Path(real).relative_to(base).parts)
-            # Blobs lie side by side.
+            # There are no folders among the blobs.
             if base == real_root or len(below) == 1:
                 return base, below
     raise UnsafeCheckpointError(
