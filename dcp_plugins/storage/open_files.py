@@ -1,4 +1,4 @@
-"""A bounded number of open files, for all threads of a read: a checkpoint may have more than a process may open."""
+"""A cache of open files for the threads of a read: a checkpoint may have more files than a process may open."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ __all__ = ["OpenFiles"]
 
 F = TypeVar("F")
 
-# Usual limits are 1,024 descriptors for a process, which has others of its own.
+# A process may usually open 1,024 files, and needs descriptors for other purposes, too.
 _MAX_OPEN = 256
 
 
 class _Entry(Generic[F]):
-    """An open file; a context manager, of any number of users at a time, that gives it."""
+    """An open file, and how many threads use it. A context manager that several threads may enter at a time."""
 
-    __slots__ = ("_lock", "file", "manager", "num_users")
+    __slots__ = ("_owner", "file", "manager", "num_users")
 
-    def __init__(self, manager: AbstractContextManager[F], lock: threading.Lock) -> None:
+    def __init__(self, manager: AbstractContextManager[F], owner: OpenFiles[F]) -> None:
         self.manager = manager
         self.file = manager.__enter__()
         self.num_users = 0
-        self._lock = lock
+        self._owner = owner
 
     def __enter__(self) -> F:
         return self.file
@@ -34,26 +34,26 @@ class _Entry(Generic[F]):
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._lock:
-            self.num_users -= 1
+        self._owner._release(self)
 
 
 class OpenFiles(Generic[F]):
-    """Opens files by name where they are read, and keeps the ones used last open. A context manager that closes all.
-
-    A file that stays open is the one that was looked at, whatever a save beside the read puts under its name.
+    """Opens files by name, and keeps those used last open. A context manager that closes all files at its end.
 
     Args:
         open_file: Opens the file of a name, as a context manager.
-        max_open: How many files stay open; those that are being read come on top.
+        max_open: How many files stay open while no thread uses them.
     """
 
     def __init__(self, open_file: Callable[[str], AbstractContextManager[F]], max_open: int = _MAX_OPEN) -> None:
         self._open_file = open_file
         self._max_open = max_open
-        # The one used last comes last.
+        # In the order of their last use.
         self._entries: dict[str, _Entry[F]] = {}
         self._lock = threading.Lock()
+        self._released = threading.Condition(self._lock)
+        self._num_waiting = 0
+        self._this_thread = threading.local()
 
     def __enter__(self) -> OpenFiles[F]:
         return self
@@ -66,26 +66,46 @@ class OpenFiles(Generic[F]):
                 pass
 
     def opened(self, name: str) -> AbstractContextManager[F]:
-        """Return what gives the file of a name, open until the end of the ``with`` at least; to be used once."""
+        """Return a context manager for one ``with`` statement: the file stays open at least until its end."""
         with self._lock:
-            entry = self._entries.pop(name, None) or self._open(name)
+            while (entry := self._entries.pop(name, None) or self._open(name)) is None:
+                self._num_waiting += 1
+                self._released.wait()
+                self._num_waiting -= 1
             self._entries[name] = entry
             entry.num_users += 1
+            self._this_thread.num_used = self._num_used_here() + 1
         return entry
 
-    def _open(self, name: str) -> _Entry[F]:
+    def _num_used_here(self) -> int:
+        return getattr(self._this_thread, "num_used", 0)
+
+    def _release(self, entry: _Entry[F]) -> None:
+        with self._lock:
+            entry.num_users -= 1
+            self._this_thread.num_used -= 1
+            if self._num_waiting:
+                self._released.notify_all()
+
+    def _open(self, name: str) -> _Entry[F] | None:
+        """Open a file; return None if another thread must first release the descriptor of a file."""
         while len(self._entries) >= self._max_open and self._close_one():
             pass
         while True:
             try:
-                return _Entry(self._open_file(name), self._lock)
+                return _Entry(self._open_file(name), self)
             except OSError as exc:
                 # The process has used up its descriptors, or the machine has.
-                if exc.errno not in (errno.EMFILE, errno.ENFILE) or not self._close_one():
+                if exc.errno not in (errno.EMFILE, errno.ENFILE):
                     raise
+                if not self._close_one():
+                    # If a thread that uses a file waited for another thread, both could wait for each other.
+                    if self._num_used_here() or not self._entries:
+                        raise
+                    return None
 
     def _close_one(self) -> bool:
-        """Close the file that was used longest ago and is not being read; False if there is none."""
+        """Close the unused file whose last use is the longest ago; return False if there is none."""
         name = next((name for name, entry in self._entries.items() if not entry.num_users), None)
         if name is None:
             return False

@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import io
 import os
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
@@ -186,43 +186,32 @@ class FileSystemReader(StorageReader):
         def read(file: OpenFile, reads: list[TensorRead]) -> None:
             DataFileReader(file, verify=self.verify_checksums, layouts=layouts, pool=pool).read(reads)
 
-        with OpenFiles(self._open_data_file) as files:
+        with OpenFiles(store_of(self.fs, self.path).open) as files:
             self._check_files(located, files)
             reads: list[TensorRead] = []
             at_once = getattr(planner, "resolves_views", False)
             for item, info in located:
                 if item.type is LoadItemType.BYTE_IO:
-                    with files.opened(info.relative_path) as (file, _):
+                    with _opened(files, info.relative_path) as (file, _):
                         content = self._read_bytes(file, info, item)
                     planner.load_bytes(item, io.BytesIO(content))
                 elif 0 in item.lengths:
                     continue
                 elif getattr(info, "transform_descriptors", None):
-                    with files.opened(info.relative_path) as (file, _):
+                    with _opened(files, info.relative_path) as (file, _):
                         self._read_transformed(file, info, item, planner)
                 elif at_once:
                     reads.append(self._tensor_read(item, info, planner))
                 else:
                     # A planner of unknown habits gets what the interface promises: resolve, read, commit, one by one.
                     one = self._tensor_read(item, info, planner)
-                    with files.opened(info.relative_path) as (file, _):
+                    with _opened(files, info.relative_path) as (file, _):
                         read(file, [one])
                     planner.commit_tensor(item, one.target)
             self._read_tensors(reads, files, read)
         done: Future[None] = Future()
         done.set_result(None)
         return done
-
-    @contextmanager
-    def _open_data_file(self, name: str) -> Iterator[tuple[OpenFile, int]]:
-        with ExitStack() as stack:
-            try:
-                opened = stack.enter_context(store_of(self.fs, self.path).open(name))
-            except OSError as exc:
-                if exc.errno != errno.ESTALE and not isinstance(exc, FileNotFoundError):
-                    raise
-                raise CorruptCheckpointError(f"{name} is missing") from exc
-            yield opened
 
     def _check_files(self, located: list[tuple[ReadItem, StorageInfo]], files: OpenFiles[tuple[OpenFile, int]]) -> None:
         """Check, before anything is read, that the save wrote the files and that they hold all ranges of the plan."""
@@ -235,7 +224,7 @@ class FileSystemReader(StorageReader):
         problems = []
         for name, end in sorted(needed.items()):
             try:
-                with files.opened(name) as (file, size):
+                with _opened(files, name) as (file, size):
                     check_data_file(file, size, name, end=end, marked=are_marked)
             except UnsafeCheckpointError:
                 raise
@@ -289,7 +278,7 @@ class FileSystemReader(StorageReader):
             for end in range(1, len(part) + 1):
                 name = part[start].info.relative_path
                 if end == len(part) or part[end].info.relative_path != name:
-                    with files.opened(name) as (file, _):
+                    with _opened(files, name) as (file, _):
                         read(file, part[start:end])
                     start = end
 
@@ -325,6 +314,20 @@ class FileSystemReader(StorageReader):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         return is_local_path(checkpoint_id)
+
+
+def _opened(files: OpenFiles[tuple[OpenFile, int]], name: str) -> AbstractContextManager[tuple[OpenFile, int]]:
+    """Return what `OpenFiles.opened` does.
+
+    Raises:
+        CorruptCheckpointError: There is no such file, or no longer.
+    """
+    try:
+        return files.opened(name)
+    except OSError as exc:
+        if exc.errno != errno.ESTALE and not isinstance(exc, FileNotFoundError):
+            raise
+        raise CorruptCheckpointError(f"{name} is missing") from exc
 
 
 def _size_of(store: Store, name: str) -> int:

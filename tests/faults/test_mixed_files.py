@@ -144,3 +144,17 @@ def _save_and_load_with_few_descriptors(folder: Path) -> None:
 
 def test_more_files_than_a_process_may_open_are_saved_and_loaded(tmp_path):
     run_ranks(1, _save_and_load_with_few_descriptors, tmp_path)
+
+
+def _load_with_fewer_descriptors_than_threads(folder: Path) -> None:
+    state = {f"{at}": torch.zeros(5_000_000) for at in range(8)}
+    unused = sorted(set(range(100)) - set(map(int, os.listdir("/proc/self/fd"))))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (unused[2], 100))
+    dcp.load(state, storage_reader=dcp.FileSystemReader(folder, thread_count=8))
+    assert all(value[-1] == float(fqn) for fqn, value in state.items())
+
+
+def test_threads_that_find_no_descriptor_wait_for_one_of_another_thread(tmp_path):
+    state = {f"{at}": torch.full((5_000_000,), float(at)) for at in range(8)}
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(tmp_path, single_file_per_rank=False, sync_files=False))
+    run_ranks(1, _load_with_fewer_descriptors_than_threads, tmp_path)
