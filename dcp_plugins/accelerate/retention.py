@@ -68,7 +68,7 @@ def remove_old(saved: Path, policy: KeepPolicy | None) -> None:
     # Of a run that began again at 0 beside the checkpoints of one before it, what it saved is not among the latest.
     protected = set() if own is None else {own}
     selection = _selections[folder.resolve()]
-    with selection.letting_go(policy, partial(_records_in, folder), protected=protected) as unkept:
+    with selection.choosing_unkept(policy, partial(_records_in, folder), protected=protected) as unkept:
         for number in unkept:
             delete_checkpoint(folder / AUTOMATIC_NAMES.name(number))
     if newest not in (own, -1):

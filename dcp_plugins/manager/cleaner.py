@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class Cleaner:
-    """Applies a keep policy to a directory of steps, and remembers what is not to be deleted at the moment.
+    """Applies a keep policy to a directory of steps, and remembers which steps must not be deleted at the moment.
 
     Args:
         root: The directory.
@@ -34,13 +34,13 @@ class Cleaner:
         self._root = root
         self._names = names
         self._policy = policy
-        self._begun: int | None = None
+        self._last_begun: int | None = None
         """The step of the last save that was begun, committed or not."""
         self._in_flight: set[int] = set()
-        """The steps of the saves that were begun, and of whose commit nothing has been heard: two, if one is queued."""
+        """The steps of the saves that have begun and are not known to be committed: two, if one is queued."""
         self._selection = Selection()
-        # Held while steps are deleted, and while one is chosen and read.
-        self._turn = threading.Lock()
+        # Held while steps are deleted, and while a restore chooses and reads one.
+        self._deletion_lock = threading.Lock()
         self._records: dict[int, SaveRecord] = {}
         self._executor: ThreadPoolExecutor | None = None
         self._jobs: list[Future[None]] = []
@@ -54,7 +54,7 @@ class Cleaner:
         self._jobs.append(self._executor.submit(self._clean))
 
     def wait(self) -> None:
-        """Wait until what was to be deleted is."""
+        """Wait for the deletions that have been started."""
         concurrent.futures.wait(self._jobs)
 
     def close(self) -> None:
@@ -65,38 +65,38 @@ class Cleaner:
         self._jobs = []
 
     def begin(self, step: int, *, is_queued: bool) -> None:
-        """Note the step that is about to be saved, perhaps once more: what is known of it is outdated.
+        """Note the step that is about to be saved, perhaps once more, and forget its old record.
 
-        On return nothing of that name is being deleted, nor will be.
+        On return, no deletion of that step is running, and none will begin.
 
         Args:
             step: Its number.
             is_queued: Whether the save that was begun last is in flight; none is otherwise.
         """
-        for outdated in (self._begun, step):
+        for outdated in (self._last_begun, step):
             if outdated is not None:
                 self._records.pop(outdated, None)
-        self._in_flight &= {self._begun} if is_queued else set()
+        self._in_flight &= {self._last_begun} if is_queued else set()
         self._in_flight.add(step)
-        self._begun = step
+        self._last_begun = step
         if (self._root / self._names.name(step)).exists():
             self.wait()
 
     @contextmanager
     def pinned(self) -> Iterator[None]:
         """Delete nothing during the block: a step is chosen, and then read by all ranks."""
-        with self._turn:
+        with self._deletion_lock:
             yield
 
     def name_best(self) -> int | None:
         """Return the best step by the policy, if there is one; it stays until another is named."""
         return self._selection.name_best(self._policy, self._records_but)
 
-    def _records_but(self, going: Collection[int]) -> list[SaveRecord]:
-        """Return what the committed checkpoints say about themselves, by ascending steps, without those unreadable."""
+    def _records_but(self, excluded: Collection[int]) -> list[SaveRecord]:
+        """Return the records of the committed steps, ascending, without steps that are excluded or unreadable."""
         found = []
         for step in committed_steps(self._root, self._names):
-            if step in going:
+            if step in excluded:
                 continue
             try:
                 found.append(self.record(step))
@@ -106,7 +106,7 @@ class Cleaner:
 
     def record(self, step: int) -> SaveRecord:
         """Return what a committed checkpoint says about itself, as read the first time."""
-        # Another thread may forget it at any time.
+        # Another thread may delete the entry at any time.
         known = self._records.get(step)
         if known is None or step in self._unsettled:
             known = self._records[step] = read_record(self._root / self._names.name(step), step)
@@ -114,27 +114,27 @@ class Cleaner:
 
     @property
     def _unsettled(self) -> set[int]:
-        """The steps that may be written at any moment, and the one that was saved last."""
-        return self._in_flight if self._begun is None else {*self._in_flight, self._begun}
+        """The steps that a save may be writing, and the step that was saved last."""
+        return self._in_flight if self._last_begun is None else {*self._in_flight, self._last_begun}
 
     def _clean(self) -> None:
         try:
-            with self._turn:
+            with self._deletion_lock:
                 self._delete_unkept()
-        # It must not look as if the save had failed, whatever it is that could not be deleted.
+        # Whatever could not be deleted, the save has not failed.
         except Exception:
             log.warning("could not delete what is not kept in %s; the next save tries again", self._root, exc_info=True)
 
     def _delete_unkept(self) -> None:
-        with self._selection.letting_go(self._policy, self._records_but, protected=self._unsettled) as unkept:
+        with self._selection.choosing_unkept(self._policy, self._records_but, protected=self._unsettled) as unkept:
             for step in unkept:
-                with self._going_on(step):
+                with self._logging_failure(step):
                     self._delete(step)
         newest = max(committed_steps(self._root, self._names), default=-1)
         for step in uncommitted_steps(self._root, self._names):
-            # Of a later step, it may be another's save that goes on.
+            # A later step may be a save of another job, which is running.
             if step < newest and step not in self._unsettled:
-                with self._going_on(step):
+                with self._logging_failure(step):
                     remove_if_uncommitted(self._root / self._names.name(step))
 
     def _delete(self, step: int) -> None:
@@ -146,8 +146,8 @@ class Cleaner:
             log.info("%s is being read: it is deleted later", path)
 
     @contextmanager
-    def _going_on(self, step: int) -> Iterator[None]:
-        """Let the deletion of one step fail: the disk must not fill up with all the others."""
+    def _logging_failure(self, step: int) -> Iterator[None]:
+        """Log why one step could not be deleted, and go on: the disk would fill up with the other steps."""
         try:
             yield
         except OSError:

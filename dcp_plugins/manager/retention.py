@@ -133,7 +133,7 @@ class _AllOf(KeepPolicy):
 def steps_to_delete(
     policy: KeepPolicy | None, records: Sequence[SaveRecord], *, now: float, protected: Collection[int] = ()
 ) -> list[int]:
-    """Return the steps that a policy lets go, the oldest first.
+    """Return the steps that a policy does not keep, the oldest first.
 
     Args:
         policy: None keeps all.
@@ -157,16 +157,13 @@ def best_record(policy: KeepPolicy | None, records: Sequence[SaveRecord]) -> Sav
 
 
 class Selection:
-    """What is being deleted in one folder, and which step somebody was told is the best: never the same one.
-
-    Called from any thread.
-    """
+    """Keeps the step that `name_best` has returned from being among the steps that are deleted. For any thread."""
 
     def __init__(self) -> None:
         # Held while the two are compared and changed.
         self._lock = threading.Lock()
         self._best: int | None = None
-        self._going: frozenset[int] = frozenset()
+        self._being_deleted: frozenset[int] = frozenset()
 
     def name_best(
         self, policy: KeepPolicy | None, read: Callable[[Collection[int]], Sequence[SaveRecord]]
@@ -178,19 +175,19 @@ class Selection:
             read: Returns the records of what is committed, but for the steps that it is given.
         """
         with self._lock:
-            best = best_record(policy, read(self._going))
+            best = best_record(policy, read(self._being_deleted))
             self._best = None if best is None else best.step
             return self._best
 
     @contextmanager
-    def letting_go(
+    def choosing_unkept(
         self,
         policy: KeepPolicy | None,
         read: Callable[[Collection[int]], Sequence[SaveRecord]],
         *,
         protected: Collection[int],
     ) -> Iterator[list[int]]:
-        """Choose what a policy lets go, the oldest first, for the block to delete.
+        """Choose the steps that a policy does not keep, the oldest first, for the block to delete.
 
         Args:
             policy: None keeps all; nothing is read then.
@@ -201,11 +198,11 @@ class Selection:
             records = [] if policy is None else read(())
             keep = protected if self._best is None else {*protected, self._best}
             unkept = steps_to_delete(policy, records, now=time.time(), protected=keep)
-            self._going = frozenset(unkept)
+            self._being_deleted = frozenset(unkept)
         try:
             yield unkept
         finally:
-            self._going = frozenset()
+            self._being_deleted = frozenset()
 
 
 def members_of(policy: KeepPolicy) -> Iterator[KeepPolicy]:
