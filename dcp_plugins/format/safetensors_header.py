@@ -7,6 +7,7 @@ without gaps. DCP keeps in the header's free attributes (``__metadata__``) where
     DCP_VERSION         "1.0"
     DCP_SAVE_ID         the save that wrote the file; our addition
     DCP_NUM_FILES       how many files that save wrote into the directory; our addition
+    DCP_CRC32           checksums of the header and of each tensor, see ``safetensors_checksums.py``; our addition
 
 File names are fixed by convention, so that a save over an older one replaces files one by one: the save's id tells
 their mixture from a checkpoint.
@@ -19,12 +20,13 @@ import math
 import re
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from dcp_plugins.errors import CorruptCheckpointError, UnsupportedValueError, listing
+from dcp_plugins.format.safetensors_checksums import MIN_PADDING_BYTES, tensor_checksums
 
 __all__ = [
     "INDEX_NAME",
@@ -113,6 +115,8 @@ class Header:
     """Free text by name; DCP's entries are among them."""
     data_start: int
     """Length of all that precedes the tensors' bytes."""
+    checksums: dict[str, int] = field(default_factory=dict)
+    """CRC-32 of each tensor's bytes, by name; empty where the file has none, or nobody is to compare them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +179,7 @@ def build_header(
         position = end
     text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
     # Spaces behind the JSON are the format's own way to align what follows.
-    text += b" " * (-(8 + len(text)) % _ALIGNMENT_BYTES)
+    text += b" " * (MIN_PADDING_BYTES + -(8 + len(text) + MIN_PADDING_BYTES) % _ALIGNMENT_BYTES)
     if len(text) > _MAX_HEADER_BYTES:
         raise UnsupportedValueError(
             f"a safetensors header may have {_MAX_HEADER_BYTES} bytes, {len(places)} tensors need {len(text)}: spread "
@@ -188,16 +192,19 @@ def build_header(
     return struct.pack("<Q", len(text)) + text, Header(entries, dict(attributes), base)
 
 
-def parse_header(read: Callable[[int, int], bytes], file_bytes: int, source: str) -> Header:
+def parse_header(
+    read: Callable[[int, int], bytes], file_bytes: int, source: str, *, verify_checksums: bool = True
+) -> Header:
     """Return a file's header, after checking that it describes just this file.
 
     Args:
         read: Returns that many bytes from a position; never asked for more than the file has.
         file_bytes: The file's size. Nothing larger is allocated.
         source: Names the file in messages.
+        verify_checksums: Compare the header with its checksum, if it has one, and return those of the tensors.
 
     Raises:
-        CorruptCheckpointError: It is no safetensors file, or not all of one.
+        CorruptCheckpointError: It is no safetensors file, not all of one, or damaged.
         UnsupportedValueError: A tensor has a dtype that torch lacks.
     """
     if file_bytes < 8:
@@ -208,8 +215,11 @@ def parse_header(read: Callable[[int, int], bytes], file_bytes: int, source: str
             f"{source}: the header says it has {length} bytes, the file has {file_bytes}: it is truncated, or no "
             "safetensors file"
         )
+    text = read(8, length)
+    # Before it is understood: damage is to be called damage, and not a dtype that nobody knows.
+    checksums = tensor_checksums(text, source) if verify_checksums else None
     try:
-        described = json.loads(read(8, length).decode(), object_pairs_hook=_without_duplicates)
+        described = json.loads(text.decode(), object_pairs_hook=_without_duplicates)
         attributes = _checked_attributes(described.pop(_ATTRIBUTES, {}))
         raw = {name: _checked_entry(name, entry) for name, entry in described.items()}
     except UnsupportedValueError as exc:
@@ -222,7 +232,14 @@ def parse_header(read: Callable[[int, int], bytes], file_bytes: int, source: str
     entries = {
         name: TensorEntry(dtype, shape, base + start, base + end) for name, (dtype, shape, start, end) in raw.items()
     }
-    return Header(entries, attributes, base)
+    if checksums is None:
+        return Header(entries, attributes, base)
+    if len(checksums) != len(entries):
+        raise CorruptCheckpointError(
+            f"{source}: expected a checksum for each of {len(entries)} tensors, found {len(checksums)}: the file was "
+            "damaged after it was written; restore it or load another checkpoint"
+        )
+    return Header(entries, attributes, base, dict(zip(entries, checksums, strict=True)))
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

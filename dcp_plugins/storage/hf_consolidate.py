@@ -12,7 +12,7 @@ import torch
 
 from dcp_plugins.errors import CorruptCheckpointError
 from dcp_plugins.format.names import temporary_name
-from dcp_plugins.format.safetensors_header import TensorEntry, attributes_for, file_name, placements
+from dcp_plugins.format.safetensors_header import Header, attributes_for, file_name, placements
 from dcp_plugins.geometry import Box, covers
 from dcp_plugins.storage.arrays import ScratchPool, read_box
 from dcp_plugins.storage.local import make_directory, remove_files, sync_directory
@@ -40,6 +40,9 @@ def consolidate(
     sync: bool,
 ) -> dict[tuple[str, str], int]:
     """Make whole tensors of shards; memory is bounded, whatever the tensors' size.
+
+    Shards are read a few seconds after they were written, and in blocks: only those that one block holds whole are
+    compared with their checksums.
 
     Args:
         source: Directory of the shards.
@@ -105,7 +108,7 @@ def _described(source: Path, names: Collection[str]) -> dict[str, _Whole]:
                     f"{path}: {fqn} is {entry.dtype} of {place.global_shape}, "
                     f"in another file {whole.dtype} of {whole.shape}"
                 )
-            whole.pieces.append(Piece(Box(place.offsets, entry.shape), partial(_fill, path, fqn, entry, pool)))
+            whole.pieces.append(Piece(Box(place.offsets, entry.shape), partial(_fill, path, fqn, header, pool)))
     for fqn, whole in wholes.items():
         holes = covers([piece.box for piece in whole.pieces], Box((0,) * len(whole.shape), whole.shape))
         if holes:
@@ -116,11 +119,22 @@ def _described(source: Path, names: Collection[str]) -> dict[str, _Whole]:
     return wholes
 
 
-def _fill(path: Path, fqn: str, entry: TensorEntry, pool: ScratchPool, target: torch.Tensor, box: Box) -> None:
+def _fill(path: Path, fqn: str, header: Header, pool: ScratchPool, target: torch.Tensor, box: Box) -> None:
+    entry, checksum = header.tensors[fqn], header.checksums.get(fqn)
     # Opened for each block: a descriptor for every rank's file would be too many at once.
     fd, _ = open_regular(path.parent, path.name)
     try:
-        where = f"{path} ({fqn})"
-        read_box(fd, entry.start, entry.shape, entry.dtype, box.offsets, box.sizes, target, pool=pool, where=where)
+        read_box(
+            fd,
+            entry.start,
+            entry.shape,
+            entry.dtype,
+            box.offsets,
+            box.sizes,
+            target,
+            pool=pool,
+            where=f"{path} ({fqn})",
+            checksum=checksum,
+        )
     finally:
         os.close(fd)

@@ -1,18 +1,21 @@
-"""``model.safetensors.index.json``: which file each tensor is in."""
+"""``model.safetensors.index.json``: which file each tensor is in, and which save the files are of."""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dcp_plugins.errors import CorruptCheckpointError
-from dcp_plugins.format.safetensors_header import INDEX_NAME
+from dcp_plugins.errors import CorruptCheckpointError, listing
+from dcp_plugins.format.safetensors_header import INDEX_NAME, Header, save_of
 from dcp_plugins.storage.regular import read_regular
 
-__all__ = ["Index", "encode_index", "read_index"]
+__all__ = ["Index", "encode_index", "files_of_one_save", "read_index"]
+
+logger = logging.getLogger(__name__)
 
 _MAX_BYTES = 1 << 28
 _SAVE_ID = "dcp_save_id"
@@ -51,3 +54,36 @@ def read_index(directory: Path) -> Index:
         return Index({})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
         raise CorruptCheckpointError(f"{path} is not an index of safetensors files: {exc!r}") from exc
+
+
+def files_of_one_save(directory: Path, headers: Mapping[str, Header]) -> dict[str, Header]:
+    """Leave out the files of an interrupted save, or of the save that it was to replace.
+
+    Of several complete saves, the index names the one that counts.
+
+    Args:
+        directory: Where the files are.
+        headers: The header of each file, by name.
+
+    Raises:
+        CorruptCheckpointError: The files are of several saves, none of which is complete, or more than one.
+    """
+    present: dict[tuple[str, int], list[str]] = {}
+    for name, header in headers.items():
+        save = save_of(header)
+        if save is not None:
+            present.setdefault(save, []).append(name)
+    if len(present) < 2:
+        return dict(headers)
+    complete = [save for save, names in present.items() if len(names) == save[1]]
+    if len(complete) > 1:
+        complete = [save for save in complete if save[0] == read_index(directory).save_id]
+    if len(complete) != 1:
+        counts = [f"{len(names)} of the {save[1]} files of save {save[0]}" for save, names in present.items()]
+        raise CorruptCheckpointError(
+            f"{directory} holds files of several saves, {listing(counts)}: a save that replaced the checkpoint was "
+            "interrupted; load another checkpoint, or delete the files that do not belong to it"
+        )
+    others = {name for save, names in present.items() if save != complete[0] for name in names}
+    logger.warning("%s: left out what an interrupted save wrote or was to replace: %s", directory, listing(others))
+    return {name: header for name, header in headers.items() if name not in others}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +61,8 @@ class QuantizedHuggingFaceStorageReader(HuggingFaceStorageReader):
         thread_count: Threads that read; None (the default) takes the processors of this host divided by its ranks.
         target_dtype: What weights are dequantised to, before they are converted to the dtype that the load wants.
         block_size: Edge of a block with one scale, in elements.
+        verify_checksums: As for ``HuggingFaceStorageReader``. A quantised weight that is read whole is read a second
+            time for it.
     """
 
     def __init__(
@@ -68,8 +71,10 @@ class QuantizedHuggingFaceStorageReader(HuggingFaceStorageReader):
         thread_count: int | None = None,
         target_dtype: torch.dtype = torch.float32,
         block_size: int = 128,
+        *,
+        verify_checksums: bool = True,
     ) -> None:
-        super().__init__(path, thread_count)
+        super().__init__(path, thread_count, verify_checksums=verify_checksums)
         if block_size < 1:
             raise ValueError(f"block_size must be at least 1, got {block_size}")
         if not target_dtype.is_floating_point:
@@ -143,6 +148,7 @@ class QuantizedHuggingFaceStorageReader(HuggingFaceStorageReader):
             raise UnsupportedValueError(quantized.problem)
         offset = read.item.storage_index.offset
         assert offset is not None
+        self._check_if_whole(read, quantized, files)
         corner = [base + inner for base, inner in zip(offset, read.item.storage_offsets, strict=True)]
         dequantized = self._read_mxfp4 if quantized.is_mxfp4 else self._read_scaled
         whole = Box((0,) * len(corner), tuple(read.item.lengths))
@@ -151,6 +157,15 @@ class QuantizedHuggingFaceStorageReader(HuggingFaceStorageReader):
             block = box_of_index(index, whole)
             offsets = tuple(base + inner for base, inner in zip(corner, block.offsets, strict=True))
             read.target[block.slices()].copy_(dequantized(quantized, Box(offsets, block.sizes), files))
+
+    def _check_if_whole(self, read: ArrayRead, quantized: _Quantized, files: OpenFiles[Any]) -> None:
+        """Compare a weight and its scales with their checksums, if the weight is read whole."""
+        values_per_element = _VALUES_PER_BYTE if quantized.is_mxfp4 else 1
+        if math.prod(read.item.lengths) != math.prod(read.info.shape) * values_per_element:
+            return
+        self._check_stored(read.info, f"{read.info.relative_path} ({quantized.fqn})", files)
+        for _, array in self._parts[quantized.scale_fqn]:
+            self._check_stored(array, f"{array.relative_path} ({quantized.scale_fqn})", files)
 
     def _read_scaled(self, quantized: _Quantized, box: Box, files: OpenFiles[Any]) -> torch.Tensor:
         """Return a box of a weight; its scales are those of the blocks that the box touches."""

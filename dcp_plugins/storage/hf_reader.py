@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -26,11 +25,21 @@ from dcp_plugins.contract import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from dcp_plugins.errors import CheckpointNotFoundError, CorruptCheckpointError, listing
+from dcp_plugins.errors import CheckpointNotFoundError, CorruptCheckpointError
+from dcp_plugins.format.container import crc32
 from dcp_plugins.format.memory import as_buffer
 from dcp_plugins.format.safetensors_header import SUFFIX, Header, Placement, TensorEntry, placements, save_of
-from dcp_plugins.storage.arrays import ScratchPool, direct_range, read_box, read_into
-from dcp_plugins.storage.hf_index import read_index
+from dcp_plugins.storage.arrays import (
+    PIECE_BYTES,
+    ScratchPool,
+    check_stored,
+    damaged,
+    direct_range,
+    read_box,
+    read_checked,
+    read_into,
+)
+from dcp_plugins.storage.hf_index import files_of_one_save, read_index
 from dcp_plugins.storage.hf_writer import require_local_fs, require_local_path
 from dcp_plugins.storage.local import is_local_path
 from dcp_plugins.storage.open_files import OpenFiles
@@ -40,8 +49,6 @@ from dcp_plugins.storage.safetensors_file import identified_header
 from dcp_plugins.storage.threads import run_all, split_by_bytes
 
 __all__ = ["ArrayRead", "HuggingFaceStorageReader", "StoredArray"]
-
-logger = logging.getLogger(__name__)
 
 # Limits of one system call; IOV_MAX is 1024 on Linux.
 _MAX_BATCH_READS = 1000
@@ -58,6 +65,8 @@ class StoredArray(HFStorageInfo):
     """One past the last byte."""
     file: FileIdentity | None = None
     """The file whose header said so."""
+    checksum: int | None = None
+    """CRC-32 of all of its bytes; None if the file does not say, or it is not to be compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +99,15 @@ class HuggingFaceStorageReader(FileSystemReader):
         path: The directory, local.
         thread_count: Threads that read. None (the default) takes the processors of this host divided by its ranks;
             torch's default is 1.
+        verify_checksums: Check the CRC-32 of every header, and of every tensor that is read whole, in files which this
+            package wrote. A part of a tensor cannot be checked, and files of other writers have no checksums.
     """
 
-    def __init__(self, path: str | os.PathLike[str], thread_count: int | None = None) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], thread_count: int | None = None, *, verify_checksums: bool = True
+    ) -> None:
         require_local_path(path)
-        super().__init__(path, thread_count=thread_count)
+        super().__init__(path, thread_count=thread_count, verify_checksums=verify_checksums)
         self._pool = ScratchPool()
         # By file. Only the coordinator has those of all files; others have those in entries of torch's own class.
         self._headers: dict[str, tuple[Header, FileIdentity]] = {}
@@ -115,7 +128,7 @@ class HuggingFaceStorageReader(FileSystemReader):
         """
         require_local_fs(self)
         self._headers = self._read_headers()
-        chosen = self._of_one_save({name: header for name, (header, _) in self._headers.items()})
+        chosen = files_of_one_save(self.path, {name: header for name, (header, _) in self._headers.items()})
         entries, places = self._chunks(chosen)
         metadata = Metadata(state_dict_metadata=dict(entries), storage_data=places)
         saves = {found[0] for header in chosen.values() if (found := save_of(header)) is not None}
@@ -132,30 +145,11 @@ class HuggingFaceStorageReader(FileSystemReader):
         if not names:
             raise CheckpointNotFoundError(f"no checkpoint in {self.path}: it has no {SUFFIX} file")
         lanes = [names[lane :: self.thread_count] for lane in range(min(self.thread_count, len(names)))]
-        found = run_all(lambda lane: [(name, identified_header(self.path / name)) for name in lane], lanes)
+        found = run_all(lambda lane: [(name, self._header(self.path / name)) for name in lane], lanes)
         return dict(sorted(pair for lane in found for pair in lane))
 
-    def _of_one_save(self, headers: dict[str, Header]) -> dict[str, Header]:
-        """Leave out the files of an interrupted save, or of the one that it was to replace."""
-        present: dict[tuple[str, int], list[str]] = {}
-        for name, header in headers.items():
-            save = save_of(header)
-            if save is not None:
-                present.setdefault(save, []).append(name)
-        if len(present) < 2:
-            return headers
-        complete = [save for save, names in present.items() if len(names) == save[1]]
-        if len(complete) > 1:
-            complete = [save for save in complete if save[0] == read_index(self.path).save_id]
-        if len(complete) != 1:
-            counts = [f"{len(names)} of the {save[1]} files of save {save[0]}" for save, names in present.items()]
-            raise CorruptCheckpointError(
-                f"{self.path} holds files of several saves, {listing(counts)}: a save that replaced the checkpoint was "
-                "interrupted; load another checkpoint, or delete the files that do not belong to it"
-            )
-        others = {name for save, names in present.items() if save != complete[0] for name in names}
-        logger.warning("%s: left out what an interrupted save wrote or was to replace: %s", self.path, listing(others))
-        return {name: header for name, header in headers.items() if name not in others}
+    def _header(self, path: Path) -> tuple[Header, FileIdentity]:
+        return identified_header(path, verify_checksums=self.verify_checksums)
 
     def _chunks(
         self, headers: dict[str, Header]
@@ -169,7 +163,7 @@ class HuggingFaceStorageReader(FileSystemReader):
             for fqn, place in placements(header, str(self.path / name)).items():
                 stored = header.tensors[fqn]
                 index = MetadataIndex(fqn, torch.Size(place.offsets))
-                array = self._stored_array(name, stored)
+                array = self._stored_array(name, fqn)
                 known = places.get(index)
                 if known is not None and known.shape == array.shape and known.dtype == array.dtype:
                     # Ranks that save without collectives each write what is replicated. Where an index says which
@@ -253,7 +247,7 @@ class HuggingFaceStorageReader(FileSystemReader):
         """Return where a chunk lies in its file, from the file's header: torch's entries, of a subclass, lack it."""
         path = self.path / info.relative_path
         if info.relative_path not in self._headers:
-            self._headers[info.relative_path] = identified_header(path)
+            self._headers[info.relative_path] = self._header(path)
         stored = self._headers[info.relative_path][0].tensors.get(item.storage_index.fqn)
         if stored is None:
             raise CorruptCheckpointError(f"{path} has no tensor {item.storage_index.fqn!r}, which its entry promises")
@@ -263,11 +257,13 @@ class HuggingFaceStorageReader(FileSystemReader):
                 f"{path}: {item.storage_index.fqn} has shape {tuple(stored.shape)} in the file, the plan reads "
                 f"{tuple(item.lengths)} at {tuple(item.storage_offsets)}"
             )
-        return self._stored_array(info.relative_path, stored)
+        return self._stored_array(info.relative_path, item.storage_index.fqn)
 
-    def _stored_array(self, name: str, entry: TensorEntry) -> StoredArray:
-        identity = self._headers[name][1]
-        return StoredArray(name, torch.Size(entry.shape), entry.dtype, entry.start, entry.end, identity)
+    def _stored_array(self, name: str, fqn: str) -> StoredArray:
+        header, identity = self._headers[name]
+        entry = header.tensors[fqn]
+        checksum = header.checksums.get(fqn)
+        return StoredArray(name, torch.Size(entry.shape), entry.dtype, entry.start, entry.end, identity, checksum)
 
     def _array_opener(self, arrays: Mapping[str, StoredArray]) -> Callable[[str], AbstractContextManager[_OpenArrays]]:
         """Return what opens a file and checks that it is the one whose header was read; ``arrays`` has one of each."""
@@ -318,23 +314,40 @@ class HuggingFaceStorageReader(FileSystemReader):
     def _read_from(self, fd: int, reads: Iterable[ArrayRead], files: OpenFiles[_OpenArrays]) -> None:
         """Fill targets from one file; ranges that follow each other are read with one system call."""
         buffers: list[Any] = []
+        # Of those in `buffers` that are whole tensors.
+        checks: list[tuple[ArrayRead, Any, int]] = []
         start, end, where = 0, 0, ""
 
         def flush() -> None:
-            nonlocal buffers
+            nonlocal buffers, checks
             if buffers:
                 pending, buffers = buffers, []
                 read_into(fd, pending, start, end - start, where)
+            compared, checks = checks, []
+            for checked, buffer, checksum in compared:
+                found = crc32(buffer)
+                if found != checksum:
+                    raise damaged(f"{self.path}: {checked.where}", checksum, found)
 
         for read in reads:
             place = self._direct_place(read)
             if place is None:
                 self._read_one(read, files)
                 continue
+            buffer = as_buffer(read.target)
+            is_whole = place == (read.info.start, read.info.end)
+            checksum = read.info.checksum if is_whole and self.verify_checksums else None
+            if checksum is not None and place[1] - place[0] > PIECE_BYTES:
+                flush()
+                read_checked(fd, buffer, place[0], f"{self.path}: {read.where}", checksum)
+                start = end = place[1]
+                continue
             if place[0] != end or len(buffers) >= _MAX_BATCH_READS or end - start >= _MAX_BATCH_BYTES:
                 flush()
-                start, where = place[0], read.where
-            buffers.append(as_buffer(read.target))
+                start, where = place[0], f"{self.path}: {read.where}"
+            buffers.append(buffer)
+            if checksum is not None:
+                checks.append((read, buffer, checksum))
             end = place[1]
         flush()
 
@@ -370,7 +383,18 @@ class HuggingFaceStorageReader(FileSystemReader):
                 target,
                 pool=self._pool,
                 where=f"{self.path}: {where}",
+                checksum=array.checksum if self.verify_checksums else None,
             )
+
+    def _check_stored(self, array: StoredArray, where: str, files: OpenFiles[_OpenArrays]) -> None:
+        """Compare all of a stored array with its checksum, if it has one, without keeping it."""
+        if array.checksum is None or not self.verify_checksums:
+            return
+        with files.opened(array.relative_path) as opened:
+            self._check_end(opened, array)
+            nbytes = array.end - array.start
+            where = f"{self.path}: {where}"
+            check_stored(opened.fd, array.start, nbytes, array.checksum, pool=self._pool, where=where)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:

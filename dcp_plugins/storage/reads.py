@@ -22,7 +22,7 @@ from dcp_plugins.format.memory import PLAIN_TENSORS, as_buffer, copy_elements, i
 from dcp_plugins.format.subclass_pickle import pickle_subclass
 from dcp_plugins.format.subclasses import assign, handles_operators, is_plain
 from dcp_plugins.geometry import is_contiguous_range
-from dcp_plugins.storage.arrays import OpenFile, ScratchPool, read_into, row_reads
+from dcp_plugins.storage.arrays import PIECE_BYTES, OpenFile, ScratchPool, read_into, row_reads
 from dcp_plugins.storage.detour import copy_together, host_slots
 from dcp_plugins.storage.host_blocks import BLOCK_BYTES
 from dcp_plugins.storage.loaded import fill_from_loaded, load_container
@@ -30,8 +30,6 @@ from dcp_plugins.storage.threads import MIN_PARALLEL_PIECE_BYTES
 
 __all__ = ["DataFileReader", "TensorRead"]
 
-# A piece is checksummed while a cache still holds it; of 0.25 to 8 MB this measured fastest.
-_PIECE_BYTES = 2 * 1024 * 1024
 _MAX_BATCH_BYTES = 4 * 1024 * 1024
 # Two buffers a container (IOV_MAX is 1024 on Linux).
 _MAX_BATCH_READS = 480
@@ -98,7 +96,7 @@ class DataFileReader:
                 detour.append(read)
                 detour_bytes += nbytes
                 continue
-            small = layout is not None and layout.nbytes <= _PIECE_BYTES
+            small = layout is not None and layout.nbytes <= PIECE_BYTES
             adjacent = 0 <= read.info.offset - end <= _MAX_GAP_BYTES
             if batch and (
                 not small or not adjacent or batch_bytes > _MAX_BATCH_BYTES or len(batch) >= _MAX_BATCH_READS
@@ -182,8 +180,8 @@ class DataFileReader:
         tail = bytearray(layout.tail_length)
         position = read.info.offset
         crc = 0
-        for start in range(0, layout.nbytes, _PIECE_BYTES):
-            piece = view[start : start + _PIECE_BYTES]
+        for start in range(0, layout.nbytes, PIECE_BYTES):
+            piece = view[start : start + PIECE_BYTES]
             buffers: list[Any] = [piece]
             length = len(piece)
             if start == 0:
@@ -273,7 +271,7 @@ class DataFileReader:
             return crc
         itemsize = target.dtype.itemsize
         direct = is_directly_addressable(target)
-        for start, block_shape, _, destination in row_reads(shape, [0] * len(shape), shape, itemsize, _PIECE_BYTES):
+        for start, block_shape, _, destination in row_reads(shape, [0] * len(shape), shape, itemsize, PIECE_BYTES):
             nbytes = math.prod(block_shape) * itemsize
             part = target[destination]
             raw = None if direct else self._scratch.take(nbytes, target.device)

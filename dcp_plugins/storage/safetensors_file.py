@@ -1,10 +1,13 @@
-"""Writing safetensors files: every tensor's place is known beforehand, so any thread can write any of them."""
+"""Writing safetensors files: every tensor's place is known beforehand, so any thread can write any of them.
+
+Headers are written last: they contain the checksums of the tensors.
+"""
 
 from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +15,13 @@ from typing import Any
 
 import torch
 
+from dcp_plugins.format.container import crc32
 from dcp_plugins.format.memory import as_buffer, is_directly_addressable
+from dcp_plugins.format.safetensors_checksums import blank_checksums, seal_header
 from dcp_plugins.format.safetensors_header import Header, TensorEntry, build_header, parse_header
 from dcp_plugins.geometry import Box
-from dcp_plugins.storage.arrays import write_at
+from dcp_plugins.pace import elsewhere
+from dcp_plugins.storage.arrays import PIECE_BYTES, write_at
 from dcp_plugins.storage.host_blocks import BLOCK_BYTES, host_blocks, row_blocks, scratch
 from dcp_plugins.storage.local import sync_file
 from dcp_plugins.storage.regular import FileIdentity, open_regular
@@ -118,26 +124,31 @@ def write_files(files: Sequence[NewFile], *, thread_count: int, sync: bool) -> l
 
 def _write_files(files: Sequence[NewFile], *, thread_count: int, sync: bool) -> list[Header]:
     built = [
-        build_header([(tensor.name, tensor.dtype, tensor.shape) for tensor in file.tensors], file.attributes)
+        build_header(
+            [(tensor.name, tensor.dtype, tensor.shape) for tensor in file.tensors],
+            {**blank_checksums(len(file.tensors)), **file.attributes},
+        )
         for file in files
     ]
-    headers = [header for _, header in built]
     with ExitStack() as stack:
         work: list[tuple[int, TensorEntry, NewTensor]] = []
         descriptors = []
-        for file, (head, header) in zip(files, built, strict=True):
+        for file, (_, header) in zip(files, built, strict=True):
             # O_EXCL: names are unique to the save, so that a file which exists already is a fault worth hearing of.
             fd = os.open(file.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             stack.callback(os.close, fd)
             descriptors.append(fd)
-            write_at(fd, [head], 0, len(head))
             work += [(fd, header.tensors[tensor.name], tensor) for tensor in file.tensors]
         # In the order of the file, so that neighbours share a system call.
         work.sort(key=lambda entry: (entry[0], entry[1].start))
-        run_all(_write_tensors, split_by_bytes(work, [tensor.nbytes for _, _, tensor in work], thread_count))
+        lanes = run_all(_write_tensors, split_by_bytes(work, [tensor.nbytes for _, _, tensor in work], thread_count))
+        checksums = {(fd, name): checksum for lane in lanes for fd, name, checksum in lane}
+        for fd, (head, header) in zip(descriptors, built, strict=True):
+            sealed = seal_header(head, [checksums[fd, name] for name in header.tensors])
+            write_at(fd, [sealed], 0, len(sealed))
         if sync:
             run_all(_sync, [descriptors[lane::thread_count] for lane in range(min(thread_count, len(descriptors)))])
-    return headers
+    return [header for _, header in built]
 
 
 def _sync(descriptors: Sequence[int]) -> None:
@@ -145,8 +156,13 @@ def _sync(descriptors: Sequence[int]) -> None:
         sync_file(fd)
 
 
-def _write_tensors(work: Sequence[tuple[int, TensorEntry, NewTensor]]) -> None:
-    """Write tensors, each from its own memory; consecutive small ones with one system call."""
+def _write_tensors(work: Sequence[tuple[int, TensorEntry, NewTensor]]) -> list[tuple[int, str, int]]:
+    """Write tensors, each from its own memory; consecutive small ones with one system call.
+
+    Returns:
+        Descriptor, name and CRC-32 of each.
+    """
+    checksums: list[tuple[int, str, int]] = []
     pending: list[Any] = []
     place = (-1, 0)
     pending_bytes = 0
@@ -156,39 +172,66 @@ def _write_tensors(work: Sequence[tuple[int, TensorEntry, NewTensor]]) -> None:
         if pending:
             buffers, pending = pending, []
             nbytes, pending_bytes = pending_bytes, 0
-            write_at(place[0], buffers, place[1], nbytes)
+            with elsewhere():
+                write_at(place[0], buffers, place[1], nbytes)
 
     for fd, entry, tensor in work:
         content = tensor.content()
-        if entry.start == entry.end:
+        nbytes = entry.end - entry.start
+        if not nbytes:
+            checksums.append((fd, tensor.name, 0))
             continue
-        if isinstance(content, torch.Tensor) and is_directly_addressable(content):
+        if nbytes <= PIECE_BYTES and isinstance(content, torch.Tensor) and is_directly_addressable(content):
             adjacent = (fd, entry.start) == (place[0], place[1] + pending_bytes)
             if not adjacent or pending_bytes >= _MAX_PENDING_BYTES or len(pending) >= _MAX_PENDING_BUFFERS:
                 flush()
                 place = (fd, entry.start)
-            pending.append(as_buffer(content))
-            pending_bytes += entry.end - entry.start
+            buffer = as_buffer(content)
+            pending.append(buffer)
+            pending_bytes += nbytes
+            checksums.append((fd, tensor.name, crc32(buffer)))
             continue
         position = entry.start
-        for block in host_blocks(content.detach()) if isinstance(content, torch.Tensor) else content:
-            # The block's memory is filled again for the next one: it is written before that.
-            write_at(fd, [as_buffer(block)], position, block.nbytes)
+        checksum = 0
+        for block in _blocks(content):
+            # The block's memory may be filled again for the next one: it is written before that.
+            checksum = _write_block(fd, as_buffer(block), position, checksum)
             position += block.nbytes
-        assert position == entry.end, f"{tensor.name}: {position - entry.start} bytes came, {tensor.nbytes} were due"
+        assert position == entry.end, f"{tensor.name}: {position - entry.start} bytes came, {nbytes} were due"
+        checksums.append((fd, tensor.name, checksum))
     flush()
+    return checksums
+
+
+def _blocks(content: Content) -> Iterable[torch.Tensor]:
+    """Return the contiguous host tensors, each valid until the next, that make up a tensor."""
+    if not isinstance(content, torch.Tensor):
+        return content
+    return [content] if is_directly_addressable(content) else host_blocks(content.detach())
+
+
+def _write_block(fd: int, buffer: Any, position: int, checksum: int) -> int:
+    """Write a buffer, and return the CRC-32 that goes on from the one of what precedes it."""
+    view = memoryview(buffer).cast("B")
+    with elsewhere():
+        for start in range(0, len(view), PIECE_BYTES):
+            # While the processor's cache holds the piece, the write need not fetch it again.
+            piece = view[start : start + PIECE_BYTES]
+            checksum = crc32(piece, checksum)
+            write_at(fd, [piece], position + start, len(piece))
+    return checksum
 
 
 def read_header(path: Path) -> Header:
     """Return the checked header of a file.
 
     Raises:
-        CorruptCheckpointError: It is no safetensors file, or not all of one.
+        CorruptCheckpointError: It is no safetensors file, not all of one, or its header is damaged.
     """
     return identified_header(path)[0]
 
 
-def identified_header(path: Path) -> tuple[Header, FileIdentity]:
+def identified_header(path: Path, *, verify_checksums: bool = True) -> tuple[Header, FileIdentity]:
     """Do as `read_header`, and return also what tells whether the file is the same when it is opened again."""
     fd, found = open_regular(path.parent, path.name)
     try:
@@ -199,6 +242,7 @@ def identified_header(path: Path) -> tuple[Header, FileIdentity]:
                 content += more
             return content
 
-        return parse_header(read, found.st_size, str(path)), FileIdentity.of(found)
+        header = parse_header(read, found.st_size, str(path), verify_checksums=verify_checksums)
+        return header, FileIdentity.of(found)
     finally:
         os.close(fd)

@@ -31,6 +31,7 @@ from tests.adapters.transformers.trainers import (
     fit,
     losses,
     outcome,
+    tiny,
     trainer,
 )
 
@@ -235,6 +236,18 @@ def test_with_hf_weights_a_checkpoint_is_loaded_by_from_pretrained(tmp_path: Pat
         path = tmp_path / f"checkpoint-{step}"
         assert {*OURS, "config.json", "model.safetensors", "training_args.bin"} <= set(files(path))
         assert digest(GPT2LMHeadModel.from_pretrained(path)) == seen.at[step]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_from_pretrained_loads_what_the_safetensors_writer_wrote(tmp_path: Path) -> None:
+    model = tiny()
+    state = model.state_dict()
+    mapping = {name: 1 + number % 2 for number, name in enumerate(state)}
+    dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(tmp_path, mapping))
+    model.config.save_pretrained(tmp_path)
+    loaded = GPT2LMHeadModel.from_pretrained(tmp_path).state_dict()
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[name], value) for name, value in state.items())
 
 
 def test_other_trainers_of_the_process_are_left_alone(tmp_path: Path, whole: Any) -> None:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcp_plugins.errors import CheckpointError, CorruptCheckpointError, UnsupportedValueError
+from dcp_plugins.format.safetensors_checksums import blank_checksums, seal_header
 from dcp_plugins.format.safetensors_header import (
     Header,
     Placement,
@@ -127,6 +128,37 @@ def test_no_bytes_make_the_parser_fail_otherwise(content, length):
             parse(candidate)
         except CheckpointError:
             continue
+
+
+def sealed(num_checksums: int) -> bytes:
+    """A file of two tensors whose header holds some number of checksums."""
+    tensors = [("a", torch.uint8, (3,)), ("b", torch.uint8, (2,))]
+    head, _ = build_header(tensors, {**blank_checksums(num_checksums), "format": "pt"})
+    return seal_header(head, [7, 8, 9][:num_checksums]) + bytes(5)
+
+
+def test_checksums_come_back_by_name_and_any_library_ignores_them():
+    assert parse(sealed(2)).checksums == {"a": 7, "b": 8}
+    assert safetensors.torch.load(sealed(2)).keys() == {"a", "b"}
+    nothing = parse(seal_header(build_header([], blank_checksums(0))[0], []))
+    assert (nothing.tensors, nothing.checksums) == ({}, {})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (sealed(1), "expected a checksum for each of 2 tensors, found 1"),
+        (sealed(3), "expected a checksum for each of 2 tensors, found 3"),
+        (sealed(2).replace(b"00000007", b"0000000x"), "DCP_CRC32 in the header is not a list of checksums"),
+        (sealed(2).replace(b"00000007", b"0000   7"), "DCP_CRC32 in the header is not a list of checksums"),
+        (sealed(2).replace(b'00000008"', b'0000000"8'), "DCP_CRC32 in the header is not a list of checksums"),
+        (sealed(2).replace(b"00000007", b"00000006"), "expected a header with CRC-32 [0-9a-f]{8}, found"),
+        (sealed(2).replace(b'"U8"', b'"U9"', 1), "expected a header with CRC-32 [0-9a-f]{8}, found"),
+    ],
+)
+def test_checksums_that_do_not_fit_the_header_are_refused_as_damage(content, message):
+    with pytest.raises(CorruptCheckpointError, match=rf"x\.safetensors: .*{message}.* load another checkpoint"):
+        parse(content)
 
 
 def test_dtypes_and_names_that_the_format_lacks_are_refused():

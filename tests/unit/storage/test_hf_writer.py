@@ -3,6 +3,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
+import zlib
 from pathlib import Path
 
 import pytest
@@ -66,7 +68,7 @@ def test_a_mapping_spreads_tensors_over_files(tmp_path):
     assert load_file(tmp_path / "model-00003-of-00003.safetensors").keys() == {"b", "d"}
 
 
-def test_strided_conjugated_empty_and_large_tensors_are_written_by_several_threads(tmp_path):
+def test_strided_conjugated_empty_and_large_tensors_are_written_by_several_threads_with_their_crc32(tmp_path):
     state = {
         "strided": torch.rand(30, 20).t(),
         "conj": torch.rand(7, dtype=torch.complex64).conj(),
@@ -82,6 +84,11 @@ def test_strided_conjugated_empty_and_large_tensors_are_written_by_several_threa
     assert loaded.keys() == state.keys()
     for name, value in state.items():
         assert torch.equal(loaded[name], value.resolve_conj()), name
+    path = tmp_path / "model-00001-of-00001.safetensors"
+    content, header = path.read_bytes(), read_header(path)
+    assert header.checksums == {
+        name: zlib.crc32(content[entry.start : entry.end]) for name, entry in header.tensors.items()
+    }
 
 
 def test_several_chunks_of_one_tensor_on_a_rank_are_all_kept(tmp_path):
@@ -252,6 +259,20 @@ def test_a_kill_among_files_of_other_names_leaves_the_old_save_loadable(tmp_path
         failure(save, {"a": torch.zeros(2), "b": torch.zeros(2)}, tmp_path, {"a": 1, "b": 2})
     assert "model-00001-of-00002.safetensors" in names(tmp_path)
     assert found_in(tmp_path) == 1.0
+
+
+def test_of_two_complete_saves_in_one_directory_the_one_is_loaded_that_the_index_names(tmp_path):
+    old, new = ({"a": torch.full((2,), value), "b": torch.full((2,), value)} for value in (1.0, 2.0))
+    save(old, tmp_path / "1.0")
+    save(new, tmp_path / "2.0", {"a": 1, "b": 2})
+    both = tmp_path / "both"
+    both.mkdir()
+    for path in (*(tmp_path / "1.0").glob("model-*"), *(tmp_path / "2.0").glob("model-*")):
+        shutil.copy(path, both)
+    assert found_in(both) == "refused"
+    for value in (1.0, 2.0):
+        shutil.copy(tmp_path / str(value) / INDEX, both)
+        assert found_in(both) == value
 
 
 def test_one_writer_serves_several_saves(tmp_path):
