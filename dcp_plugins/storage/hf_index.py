@@ -66,23 +66,23 @@ def files_of_one_save(directory: Path, headers: Mapping[str, Header]) -> dict[st
         headers: The header of each file, by name.
 
     Raises:
-        CorruptCheckpointError: The files are of several saves, none of which is complete, or more than one.
+        CorruptCheckpointError: No save has all its files here, or several have.
     """
     present: dict[tuple[str, int], list[str]] = {}
     for name, header in headers.items():
         save = save_of(header)
         if save is not None:
             present.setdefault(save, []).append(name)
-    if len(present) < 2:
-        return dict(headers)
     complete = [save for save, names in present.items() if len(names) == save[1]]
+    if len(present) == len(complete) < 2:
+        return dict(headers)
     if len(complete) > 1:
         complete = [save for save in complete if save[0] == read_index(directory).save_id]
     if len(complete) != 1:
         counts = [f"{len(names)} of the {save[1]} files of save {save[0]}" for save, names in present.items()]
         raise CorruptCheckpointError(
-            f"{directory} holds files of several saves, {listing(counts)}: a save that replaced the checkpoint was "
-            "interrupted; load another checkpoint, or delete the files that do not belong to it"
+            f"{directory} holds {listing(counts)}: a save into it was interrupted, or files were deleted since; load "
+            "another checkpoint, or bring back the files of one save and delete those of the others"
         )
     others = {name for save, names in present.items() if save != complete[0] for name in names}
     logger.warning("%s: left out what an interrupted save wrote or was to replace: %s", directory, listing(others))

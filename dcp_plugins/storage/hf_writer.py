@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -231,18 +231,20 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         """Commit: rename the files into place and publish the index, then reclaim what they replaced."""
         written = [result for part in results for result in part]
         names = {result.storage_data.relative_path for result in written}
-        self._rename(names)
-        if self.sync_files:
-            sync_directory(self.path)
         metadata.storage_data = {result.index: result.storage_data for result in written}
         metadata.storage_meta = self.storage_meta()
-        if self.enable_consolidation:
-            self._consolidate(names)
-        elif not self.save_distributed:
+        if not self.save_distributed:
             sizes = {
                 (result.index.fqn, result.storage_data.relative_path): result.storage_data.length for result in written
             }
-            self._publish_index(self.path, dict(sizes), names)
+            # The index is written before any file is replaced: a full disk is met while the old checkpoint is whole.
+            self._publish_index(self.path, dict(sizes), names, first=lambda: self._rename(names))
+            return
+        self._rename(names)
+        if self.sync_files:
+            sync_directory(self.path)
+        if self.enable_consolidation:
+            self._consolidate(names)
         else:
             self._clear(self.path, names)
 
@@ -282,12 +284,18 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         self._clear(self.path, names)
         self._publish_index(output, sizes, {name for _, name in sizes})
 
-    def _publish_index(self, directory: Path, sizes: Mapping[tuple[str, str], int], names: Collection[str]) -> None:
-        """Publish where each tensor is; ``sizes`` are in bytes, by fqn and file."""
+    def _publish_index(
+        self,
+        directory: Path,
+        sizes: Mapping[tuple[str, str], int],
+        names: Collection[str],
+        first: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Publish where each tensor is; ``sizes`` are in bytes, by fqn and file; ``first`` as for `publish`."""
         total_bytes = sum(sizes.values())
         encoded = encode_index(dict(sorted(sizes)), total_bytes, self.save_id)
         temporary = directory / temporary_name(INDEX_NAME, self.save_id)
-        if publish(directory / INDEX_NAME, encoded, temporary, sync=self.sync_files):
+        if publish(directory / INDEX_NAME, encoded, temporary, sync=self.sync_files, first=first):
             self._clear(directory, {*names, INDEX_NAME})
 
     def _clear(self, directory: Path, kept: Collection[str]) -> None:

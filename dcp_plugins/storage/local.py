@@ -61,7 +61,10 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def make_directory(path: Path, *, sync: bool) -> None:
-    """Create a directory and its parents; with ``sync``, so that they survive a loss of power."""
+    """Create a directory and its parents; with ``sync``, so that they survive a loss of power.
+
+    A directory that is there and empty was perhaps made by the caller a moment ago: its name is synced, too.
+    """
     missing = []
     parent = path
     while not parent.is_dir():
@@ -69,7 +72,8 @@ def make_directory(path: Path, *, sync: bool) -> None:
         parent = parent.parent
     path.mkdir(parents=True, exist_ok=True)
     if sync:
-        for made in missing:
+        perhaps_new = missing or ([] if any(path.iterdir()) else [path])
+        for made in perhaps_new:
             sync_directory(made.parent)
 
 
@@ -130,7 +134,9 @@ def write_new(path: Path, content: bytes, *, sync: bool) -> None:
         os.close(fd)
 
 
-def publish(path: Path, content: bytes, temporary: Path, *, sync: bool) -> bool:
+def publish(
+    path: Path, content: bytes, temporary: Path, *, sync: bool, first: Callable[[], None] = lambda: None
+) -> bool:
     """Give ``path`` the content in one atomic step: a reader sees the old file or the new one, never a part.
 
     Nothing raises after that step: what it publishes is there. Where the directory cannot be synced then, a warning is
@@ -142,6 +148,7 @@ def publish(path: Path, content: bytes, temporary: Path, *, sync: bool) -> bool:
             there, such as the rest of a killed call, is deleted.
         sync: Sync the content before the rename, and the directory before and after: everything that was written
             into the directory earlier is durable when the new name appears.
+        first: Called when the content is written under its temporary name, before the rename.
 
     Returns:
         Whether the new name survives a loss of power, as far as was asked for. If not, keep what it replaces.
@@ -149,6 +156,7 @@ def publish(path: Path, content: bytes, temporary: Path, *, sync: bool) -> bool:
     try:
         with naming(path):
             write_new(temporary, content, sync=sync)
+        first()
         if sync:
             sync_directory(path.parent)
         temporary.replace(path)

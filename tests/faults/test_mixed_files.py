@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
@@ -18,6 +19,7 @@ from dcp_plugins.errors import CorruptCheckpointError
 from dcp_plugins.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from dcp_plugins.manager import verify_checkpoint
 from dcp_plugins.manager.directory import is_damage
+from dcp_plugins.testing.faults import Fault, inject, record_steps
 from dcp_plugins.testing.ranks import run_ranks
 
 pytestmark = pytest.mark.filterwarnings(
@@ -103,6 +105,31 @@ def test_a_safetensors_file_that_is_written_to_in_place_beside_a_load_is_refused
 
     with pytest.raises(dcp.CheckpointException, match="was replaced or written to while"):
         _load_replaced(tmp_path, rewrite)
+
+
+def test_safetensors_files_of_a_save_that_lacks_one_are_refused(tmp_path):
+    """A failed first save may have renamed some of its files."""
+    state = {"a": torch.ones(3), "b": torch.ones(3), "c": torch.ones(3)}
+    dcp.save(state, storage_writer=HuggingFaceStorageWriter(tmp_path, fqn_to_index_mapping={"a": 1, "b": 2, "c": 3}))
+    next(tmp_path.glob("*-00002-*")).unlink()
+    with pytest.raises(dcp.CheckpointException, match="2 of the 3 files of save"):
+        dcp.load({"a": torch.zeros(3)}, storage_reader=HuggingFaceStorageReader(tmp_path))
+
+
+def test_safetensors_files_are_not_replaced_if_the_disk_has_no_room_for_the_index(tmp_path):
+    dcp.save({"w": torch.zeros(3)}, storage_writer=HuggingFaceStorageWriter(tmp_path))
+    with record_steps(tmp_path) as steps:
+        dcp.save({"w": torch.zeros(3)}, storage_writer=HuggingFaceStorageWriter(tmp_path))
+    kinds = [step.split()[0] for step in steps]
+    writing = [nth for nth in range(kinds.index("rename")) if kinds[nth] in ("open", "fsync")]
+    assert len(writing) >= 4
+    for nth in writing:
+        with inject(Fault(nth=nth, error=errno.ENOSPC), tmp_path), pytest.raises(dcp.CheckpointException):
+            dcp.save({"w": torch.ones(3)}, storage_writer=HuggingFaceStorageWriter(tmp_path))
+        target = {"w": torch.ones(3)}
+        dcp.load(target, storage_reader=HuggingFaceStorageReader(tmp_path))
+        assert target["w"].tolist() == [0.0] * 3, steps[nth]
+    assert any("index" in step for step in steps[: kinds.index("rename")]), "the index is written before any rename"
 
 
 _MANY = 120
