@@ -4,6 +4,7 @@
 #   make test    what CI runs: lint, types, the whole suite
 #   make lint    ruff and mypy; make test runs both too, mypy as one of its tests
 #   make parallelism-table   run the matrix of parallelisms, and write what it finds into docs/parallelism.md
+#   make torture   every kill, failing call, loss of power, damaged and hostile file that the suite tries a share of
 #   make bench   this package against stock torch, on this machine's storage
 #   make clean   remove .venv and every cache
 
@@ -13,6 +14,7 @@ PYTHON ?= python3
 PYTEST_WORKERS ?= 3
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+TORTURE_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -26,7 +28,7 @@ export UV_FIND_LINKS
 INSTALL := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test style lint format types parallelism-table bench clean
+.PHONY: help venv demo test style lint format types parallelism-table torture bench clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -66,6 +68,9 @@ types: $(VENV)/.dev
 
 parallelism-table: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.matrix.table
+
+torture: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.torture $(TORTURE_ARGS)
 
 bench: $(VENV)/.runtime
 	$(BIN)/dcp-plugins bench $(BENCH_ARGS)

@@ -15,8 +15,10 @@ import time
 from pathlib import Path
 
 from tests.torture.campaign import Campaign
+from tests.torture.shim import is_preloaded, run_preloaded
 
-CAMPAIGNS: tuple[str, ...] = ()
+CAMPAIGNS = ("calls", "power")
+UNDER_SHIM = {"calls", "power"}
 
 
 def main() -> int:
@@ -24,17 +26,20 @@ def main() -> int:
     parser.add_argument("campaigns", nargs="*", metavar="CAMPAIGN", help=f"any of {', '.join(CAMPAIGNS)}; else all")
     parser.add_argument("--share", type=float, default=1.0, help="the part of the cases to run (default: all, 1.0)")
     parser.add_argument("--seed", type=int, default=0, help="chooses the cases of a share")
+    parser.add_argument("--match", default="", help="try only kinds of saves whose names contain this text")
     parser.add_argument("--folder", help="where to write; a directory of the system's for temporary files otherwise")
     parser.add_argument("--json", type=Path, help="also write counts and violations to this file")
     options = parser.parse_args()
     unknown = set(options.campaigns) - set(CAMPAIGNS)
     if unknown:
         parser.error(f"no such campaign: {', '.join(sorted(unknown))}; there are {', '.join(CAMPAIGNS)}")
+    if UNDER_SHIM & set(options.campaigns or CAMPAIGNS) and not is_preloaded():
+        return run_preloaded(["-m", "tests.torture", *sys.argv[1:]])
     record = {}
     for name in options.campaigns or CAMPAIGNS:
         start = time.monotonic()
         with tempfile.TemporaryDirectory(prefix=f"torture-{name}-", dir=options.folder) as folder:
-            campaign = Campaign(Path(folder).resolve(), options.share, options.seed)
+            campaign = Campaign(Path(folder).resolve(), options.share, options.seed, options.match)
             importlib.import_module(f"tests.torture.{name}").run(campaign)
         counts = dict(sorted(campaign.counts.items()))
         seconds, cases = time.monotonic() - start, sum(counts.values())

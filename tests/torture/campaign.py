@@ -22,6 +22,7 @@ class Campaign:
         folder: An empty directory for whatever the campaign writes.
         share: The part of the cases that is run, from 0 to 1.
         seed: Chooses which cases they are. The same seed and share choose the same cases.
+        match: Only kinds of saves whose names contain this text are tried.
         counts: How many cases were tried, by kind.
         violations: What broke a promise: the case, and what was seen.
     """
@@ -29,6 +30,7 @@ class Campaign:
     folder: Path
     share: float = 1.0
     seed: int = 0
+    match: str = ""
     counts: Counter[str] = field(default_factory=Counter)
     violations: list[str] = field(default_factory=list)
 
