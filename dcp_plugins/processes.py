@@ -8,7 +8,7 @@ from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
-__all__ = ["activity_of", "is_running", "machine", "start_of"]
+__all__ = ["activity_of", "is_running", "is_stopped", "machine", "start_of"]
 
 
 @lru_cache(1)
@@ -53,6 +53,14 @@ def activity_of(pid: int) -> tuple[str, tuple[int, ...]]:
         lines = Path(f"/proc/{pid}/io").read_text(encoding="ascii").splitlines()
         counters += [int(line.partition(":")[2]) for line in lines]
     return state, tuple(counters)
+
+
+def is_stopped(pid: int) -> bool:
+    """Tell whether a process of this machine has been stopped by a signal; False of one that cannot be asked."""
+    try:
+        return _fields_of(pid)[0] == "T"
+    except OSError:
+        return False
 
 
 def is_running(pid: int, started: str | None) -> bool:

@@ -19,7 +19,9 @@ import torch.distributed as dist
 from dcp_plugins import progress
 from dcp_plugins.coord.outcomes import Failure, dumps, failures_in, loads, outcome_of, stack_of
 from dcp_plugins.coord.roll_call import exchanges_of
+from dcp_plugins.coord.verdict import Verdicts, verdicts_of
 from dcp_plugins.errors import CheckpointException, LostContactError, WrappedException, listing
+from dcp_plugins.user_warnings import warn_user
 
 __all__ = ["Ranks"]
 
@@ -45,17 +47,33 @@ class Ranks:
             raise ValueError(f"coordinator_rank {coordinator_rank} is not in a group of {self.world_size} ranks")
         # A group of one has nobody to talk to: its exchanges are function calls too.
         self.distributed = self.world_size > 1
+        self._has_lost_contact = False
 
     @property
     def is_coordinator(self) -> bool:
         return self.rank == self.coordinator_rank
 
-    def settle(self, step: str, local: Callable[[], T]) -> T:
-        """Run ``local`` on every rank and return its result here, once it is known that no rank failed."""
+    def settle(self, step: str, local: Callable[[], T], *, is_last: bool = False) -> T:
+        """Run ``local`` on every rank and return its result here, once it is known that no rank failed.
+
+        Args:
+            step: What messages call it.
+            local: What this rank does.
+            is_last: Whether the call ends with this exchange: then all living ranks return or all raise, even if the
+                transport fails on some of them only. It costs a request to the process group's store.
+        """
         outcome = outcome_of(local)
         # A failure is exchanged, a result stays here: only whether there is one travels.
-        outcomes = self._all_gather(step, outcome if isinstance(outcome, Failure) else None)
-        _raise_failures(step, outcomes)
+        report = outcome if isinstance(outcome, Failure) else None
+        verdicts = self._begin_last() if is_last else None
+        try:
+            _raise_failures(step, self._all_gather(step, report))
+            if verdicts is not None and verdicts.say("complete") == "lost":
+                raise self._given_up(step)
+        except CheckpointException as exc:
+            if not self._has_lost_contact or verdicts is None or report is not None or verdicts.say("lost") == "lost":
+                raise
+            warn_user(f"{step} is complete on all ranks, but since then {exc}")
         return cast("T", outcome)
 
     def all_gather(self, step: str, local: Callable[[], T]) -> list[T]:
@@ -86,6 +104,7 @@ class Ranks:
         reduce: Callable[[list[T]], R],
         *,
         undo: Callable[[list[T]], object] | None = None,
+        if_unheard: Callable[[str], R] | None = None,
     ) -> R:
         """Run ``local`` on every rank, ``reduce`` on the coordinator over all results; every rank gets the value.
 
@@ -96,13 +115,44 @@ class Ranks:
             local: Returns this rank's result.
             reduce: Called if no rank failed.
             undo: Called on the coordinator in its place if some rank failed, with the results of the others.
+            if_unheard: Given if the call ends with this exchange: then all living ranks return or all raise, even if
+                the transport fails on some of them only. Called with the reason on a rank that the value does not
+                reach although the coordinator has it; returns what stands for the value there.
         """
-        outcomes = self._gather(step, outcome_of(local))
-        reply = self._reduce(step, outcomes, reduce) if outcomes is not None else None
-        if undo is not None and outcomes is not None and failures_in(outcomes):
-            results = [outcome for outcome in outcomes if not isinstance(outcome, Failure)]
-            outcome_of(lambda: undo(results))
-        return _value(cast("R | CheckpointException", self._broadcast(step, reply)))
+        verdicts = self._begin_last() if if_unheard is not None else None
+        reply: Any = None
+        try:
+            outcomes = self._gather(step, outcome_of(local))
+            reply = self._reduce(step, outcomes, reduce) if outcomes is not None else None
+            if undo is not None and outcomes is not None and failures_in(outcomes):
+                results = [outcome for outcome in outcomes if not isinstance(outcome, Failure)]
+                outcome_of(lambda: undo(results))
+            return _value(cast("R | CheckpointException", self._broadcast(step, reply, verdicts)))
+        except CheckpointException as exc:
+            if not self._has_lost_contact:
+                raise
+            if isinstance(reply, CheckpointException):
+                # The failure that the other ranks were to hear of.
+                raise reply from exc
+            if verdicts is None or if_unheard is None or verdicts.say("lost") == "lost":
+                raise
+            if not self.is_coordinator:
+                return if_unheard(str(exc))
+            warn_user(f"{step} is complete, but since then {exc}")
+            return cast("R", reply)
+
+    def check_is_awaited(self) -> None:
+        """Check, in the last exchange of a call, that the other ranks have not given up waiting for this one.
+
+        Raises:
+            LostContactError: One has: this rank was stopped, or took too long.
+        """
+        if self.distributed and verdicts_of(self.group).have_others_given_up():
+            raise LostContactError(
+                f"rank {self.rank} of {self.world_size} took longer than the process group's timeout, or was stopped: "
+                "the other ranks have given up waiting for it. Start the job again, which goes on from the last "
+                "committed checkpoint"
+            )
 
     def any_of(self, step: str, flags: Sequence[bool]) -> list[bool]:
         """Return, for each place, whether the flag is set on some rank: the least exchange, for what is asked often.
@@ -176,12 +226,16 @@ class Ranks:
         )
         return own if values is not None else self._unpacked_reply(step, received[0])
 
-    def _broadcast(self, step: str, value: Any) -> Any:
-        """Send all ranks the same reply, which is passed on the coordinator."""
+    def _broadcast(self, step: str, value: Any, verdicts: Verdicts | None = None) -> Any:
+        """Send all ranks the same reply, which is passed on the coordinator; none if they have given up waiting."""
         if not self.distributed:
             return value
         values = [value]
         payload: list[Any] = self._packed_replies(step, values, [True]) if self.is_coordinator else [None]
+        is_result = self.is_coordinator and not isinstance(values[0], CheckpointException)
+        # Before the first rank hears of it, so that each one which does not hear can learn it from the store.
+        if is_result and verdicts is not None and verdicts.say("complete") == "lost":
+            raise self._given_up(step)
         self._exchange(
             step,
             lambda: dist.broadcast_object_list(payload, group=self.group, group_src=self.coordinator_rank),
@@ -214,6 +268,17 @@ class Ranks:
     def _begin(self) -> None:
         exchanges_of(self.group).begin()
 
+    def _begin_last(self) -> Verdicts | None:
+        if not self.distributed:
+            return None
+        verdicts = verdicts_of(self.group)
+        verdicts.begin()
+        return verdicts
+
+    def _given_up(self, step: str) -> CheckpointException:
+        """Return the error of a rank that could go on, were it not for others that have given up already."""
+        return self._lost_contact(step, ConnectionError("other ranks have lost contact in the same step, and given up"))
+
     def _exchange(self, step: str, collective: Callable[[], object]) -> None:
         """Run a collective; after a failure of the transport, raise an error that names the ranks that are gone."""
         progress.step()
@@ -224,6 +289,7 @@ class Ranks:
         progress.step()
 
     def _lost_contact(self, step: str, cause: Exception) -> CheckpointException:
+        self._has_lost_contact = True
         missing = exchanges_of(self.group).who_is_missing()
         stack = stack_of(cause)
         lost = f"rank {self.rank} of {self.world_size} lost contact with the other ranks in step {step!r}"
@@ -238,18 +304,26 @@ class Ranks:
                 f"system's. {lost}. {advice}"
             )
             failures[rank] = (error, stack)
+        for rank, process in missing.stopped.items():
+            error = LostContactError(
+                f"rank {rank} of {self.world_size} does not answer: {process} has been stopped by a signal. Continue "
+                f"or end it. {lost}. {advice}"
+            )
+            failures[rank] = (error, stack)
         if failures:
             return CheckpointException(step, failures)
-        late = "has died or did not come within the process group's timeout"
-        if len(missing.silent) == 1:
-            (culprit,) = missing.silent
+        late = "did not come within the process group's timeout"
+        # A rank whose process runs may only not have noticed yet that the others have lost contact.
+        absent, late = (
+            (missing.silent, f"has died or {late}") if missing.silent else (missing.running, f"runs, but {late}")
+        )
+        culprit = absent[0] if len(absent) == 1 else self.rank
+        if len(absent) == 1:
             who = f"rank {culprit} does not answer: it {late}; see its own log"
-        elif missing.silent:
-            culprit = self.rank
-            who = f"of ranks {listing(missing.silent)}, which do not answer, one {late}; see their own logs"
+        elif absent:
+            who = f"of ranks {listing(absent)}, which do not answer, one {late}; see their own logs"
         else:
-            culprit = self.rank
-            who = f"one of them {late}; see their own logs"
+            who = "one of them has died or did not come within the process group's timeout; see their own logs"
         failures[culprit] = (LostContactError(f"{lost}: {who}. {advice}"), stack)
         return CheckpointException(step, failures)
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from dcp_plugins.processes import is_running, machine, start_of
+from dcp_plugins.processes import is_running, is_stopped, machine, start_of
 
 __all__ = ["Exchanges", "Missing", "exchanges_of", "store_of"]
 
@@ -41,8 +41,12 @@ class Missing:
 
     gone: dict[int, str] = field(default_factory=dict)
     """Ranks whose process has ended, with the evidence for it."""
+    stopped: dict[int, str] = field(default_factory=dict)
+    """Ranks whose process has been stopped by a signal, with its name."""
     silent: list[int] = field(default_factory=list)
     """Ranks that did not answer and of which nothing else is known."""
+    running: list[int] = field(default_factory=list)
+    """Ranks that did not answer and whose process runs."""
 
 
 class Exchanges:
@@ -99,15 +103,15 @@ class _RollCall:
         self._unknown = set(range(world_size)) - {rank}
         self._missing = Missing()
         self._store_failure: str | None = None
-        # Processes of this machine that have not ended.
-        self._running: set[int] = set()
+        # Processes of this machine that have not ended, with whether they are stopped.
+        self._running: dict[int, tuple[str, bool]] = {}
 
     def take(self) -> None:
         """Answer, and read the other ranks' answers until all are known, one is gone, or the deadline has passed."""
         began = time.monotonic()
         try:
             self._store.set(f"{_PREFIX}/answer/{self._rank}", str(self._count))
-            while self._unknown - self._running or time.monotonic() < began + _SETTLING_SECONDS:
+            while self._unknown - self._running.keys() or time.monotonic() < began + _SETTLING_SECONDS:
                 self._read_all(began + _DEADLINE_SECONDS)
                 elapsed = time.monotonic() - began
                 is_found = bool(self._missing.gone) and elapsed >= _MORE_DEATHS_SECONDS
@@ -119,7 +123,12 @@ class _RollCall:
             self._store_failure = f"{type(exc).__name__}: {exc}"
 
     def result(self, *, is_over: bool, keeper: int | None) -> Missing:
-        missing = Missing(dict(self._missing.gone), sorted(self._unknown - self._running - self._missing.gone.keys()))
+        missing = Missing(dict(self._missing.gone))
+        # Copied: the thread may still be at work.
+        running = dict(self._running)
+        missing.stopped = {rank: process for rank, (process, is_stopped) in running.items() if is_stopped}
+        missing.running = sorted(running.keys() - missing.stopped.keys())
+        missing.silent = sorted(self._unknown - missing.gone.keys() - running.keys())
         if self._store_failure is not None or not is_over:
             if keeper is not None and not missing.gone:
                 why = self._store_failure or "it did not answer in time"
@@ -136,6 +145,7 @@ class _RollCall:
             # A rank may have passed the exchange that failed here, and fail in the next one, or one earlier.
             if answer is not None and int(answer) >= self._count - 1:
                 self._unknown.discard(rank)
+                self._running.pop(rank, None)
                 continue
             record = self._read(f"{_PREFIX}/record/{rank}")
             if record is None:
@@ -143,12 +153,13 @@ class _RollCall:
             process = json.loads(record)
             if process["machine"] != machine():
                 continue
+            name = f"process {process['pid']} on host {process['host']}"
             if is_running(process["pid"], process["started"]):
-                self._running.add(rank)
+                self._running[rank] = (f"its {name}", is_stopped(process["pid"]))
             else:
-                self._running.discard(rank)
+                self._running.pop(rank, None)
                 self._unknown.discard(rank)
-                self._missing.gone[rank] = f"its process {process['pid']} on host {process['host']} has ended"
+                self._missing.gone[rank] = f"its {name} has ended"
 
     def _read(self, key: str) -> bytes | None:
         # `get` waits for a key that does not exist.

@@ -29,17 +29,26 @@ def commit(writer: StorageWriter, ranks: Ranks, metadata: Metadata | None, write
 
     def finish(results: list[Any]) -> Sealed[Metadata]:
         assert metadata is not None, "the coordinator commits what it has planned"
-        return Sealed(commit_alone(writer, metadata, *results), "write")
+        if not isinstance(writer, FileSystemWriter):
+            return Sealed(commit_alone(writer, metadata, *results), "write")
+        writer.confirm_commit = ranks.check_is_awaited
+        try:
+            return Sealed(commit_alone(writer, metadata, *results), "write")
+        finally:
+            writer.confirm_commit = None
+
+    def unavailable(reason: str) -> Sealed[Metadata]:
+        # The checkpoint exists, and no exchange follows to tell the other ranks: this rank must not raise alone.
+        warn_user(f"the save is complete, but its metadata cannot be returned on rank {ranks.rank}: {reason}")
+        return Sealed(_UnavailableMetadata(reason), "write")
 
     # A rank that failed has deleted its files. Those of the others would take the room of the next save.
     undo = writer.abandon if isinstance(writer, FileSystemWriter) else None
-    reply = ranks.all_reduce("write", write, finish, undo=undo)
+    reply = ranks.all_reduce("write", write, finish, undo=undo, if_unheard=unavailable)
     try:
         return reply.open()
     except UnsupportedValueError as exc:
-        # The checkpoint exists, and no exchange follows to tell the other ranks: this rank must not raise alone.
-        warn_user(f"the save is complete, but its metadata cannot be returned on rank {ranks.rank}: {exc}")
-        return _UnavailableMetadata(str(exc))
+        return unavailable(str(exc)).open()
 
 
 def commit_alone(writer: StorageWriter, metadata: Metadata, *results: Any) -> Metadata:

@@ -80,7 +80,7 @@ def load(
             plain = run_load(
                 lambda: to_plain(state_dict, keep_completing=True), opening, planner or DefaultLoadPlanner(), ranks
             )
-        ranks.settle("apply", lambda: put_back(state_dict, plain))
+        ranks.settle("apply", lambda: put_back(state_dict, plain), is_last=True)
 
 
 def load_state_dict(
@@ -134,7 +134,7 @@ def _load_opened(
     ranks = Ranks(process_group, distributed=not no_dist, coordinator_rank=coordinator_rank)
     opening = Opening(open_storage)
     with opening.unwrapped():
-        run_load(lambda: state_dict, opening, planner or DefaultLoadPlanner(), ranks)
+        run_load(lambda: state_dict, opening, planner or DefaultLoadPlanner(), ranks, is_last=True)
 
 
 def load_from_keys(
@@ -168,12 +168,15 @@ def run_load(
     open_storage: Callable[[], StorageReader],
     planner: LoadPlanner,
     ranks: Ranks,
+    *,
+    is_last: bool = False,
 ) -> dict[str, Any]:
     """Run the phases of a load; everything a rank can fail in is inside an exchange that tells the others.
 
     Args:
         describe: Returns the dict to fill, without ``Stateful`` objects in it; called inside of the first exchange.
         open_storage: Returns the reader, reset; called once, after ``describe``.
+        is_last: Whether the ranks' call ends with this, without another exchange.
 
     Returns:
         That dict, filled.
@@ -182,7 +185,7 @@ def run_load(
     with record("plan"):
         plan = step.agreed_plan()
     with record("read"):
-        ranks.settle("read", lambda: step.read(plan.open()))
+        ranks.settle("read", lambda: step.read(plan.open()), is_last=is_last)
     return step.state_dict
 
 

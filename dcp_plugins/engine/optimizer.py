@@ -72,7 +72,7 @@ def load_sharded_optimizer_state_dict(
     describing = Opening(lambda: _describe(model_state_dict, optimizer_key, storage_reader, planner))
     with describing.unwrapped():
         flat, paths, own_planner = ranks.settle("describe", describing)
-    run_load(lambda: flat, lambda: storage_reader, own_planner, ranks)
+    run_load(lambda: flat, lambda: storage_reader, own_planner, ranks, is_last=True)
     return unflatten_state_dict(flat, dict(paths))
 
 

@@ -110,7 +110,7 @@ class ProcessRunner:
                 return None
 
         # Raises, on every rank, if some rank's process died: only its own rank knows.
-        metadata = ranks.settle("save", save)
+        metadata = ranks.settle("save", save, is_last=True)
         if failure is not None:
             try:
                 raise failure from next(iter(failure.failures.values()))[0]

@@ -64,7 +64,7 @@ def restore(
             safe_globals=safe_globals,
         )
         plain = run_load(lambda: to_plain(state, keep_completing=True), open_storage, planner, ranks)
-        ranks.settle("apply", lambda: _put_back(state, plain))
+        ranks.settle("apply", lambda: _put_back(state, plain), is_last=True)
 
 
 def _outline_of(state: Mapping[Any, Any]) -> Outline:

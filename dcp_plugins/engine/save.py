@@ -238,7 +238,7 @@ class _Save:
             return commit_alone(self.writer, metadata, self.write(plan))
 
         metadata = self._ranks.settle("save", local)
-        self._ranks.settle("commit", self._retire_whole)
+        self._ranks.settle("commit", self._retire_whole, is_last=True)
         return metadata
 
     def _retire_whole(self) -> None:

@@ -10,7 +10,7 @@ import io
 import logging
 import os
 import threading
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,9 @@ class FsStore:
         if not self.exists(name):
             raise FileNotFoundError(f"{self._at(name)} does not exist")
 
-    def publish(self, name: str, content: bytes, temporary: str, *, sync: bool) -> bool:
+    def publish(
+        self, name: str, content: bytes, temporary: str, *, sync: bool, confirm: Callable[[], None] | None
+    ) -> bool:
         """Write the content under a temporary name, and rename that.
 
         Where the rename replaces the old file in one step, either content is there at every instant. Where it refuses
@@ -97,6 +99,8 @@ class FsStore:
                 file.write_all([content], len(content))
                 if sync:
                     file.sync()
+            if confirm is not None:
+                confirm()
             if not self._renamed(temporary, name):
                 self._replace(name, temporary)
         except BaseException:

@@ -254,6 +254,8 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         Raises:
             StorageWriteError: A file exists under neither name.
         """
+        if self.confirm_commit is not None:
+            self.confirm_commit()
         missing = []
         for name in sorted(names):
             final = self.path / name
@@ -289,7 +291,7 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         directory: Path,
         sizes: Mapping[tuple[str, str], int],
         names: Collection[str],
-        first: Callable[[], None] = lambda: None,
+        first: Callable[[], None] | None = None,
     ) -> None:
         """Publish where each tensor is; ``sizes`` are in bytes, by fqn and file; ``first`` as for `publish`."""
         total_bytes = sum(sizes.values())

@@ -135,7 +135,13 @@ def write_new(path: Path, content: bytes, *, sync: bool) -> None:
 
 
 def publish(
-    path: Path, content: bytes, temporary: Path, *, sync: bool, first: Callable[[], None] = lambda: None
+    path: Path,
+    content: bytes,
+    temporary: Path,
+    *,
+    sync: bool,
+    first: Callable[[], None] | None = None,
+    confirm: Callable[[], None] | None = None,
 ) -> bool:
     """Give ``path`` the content in one atomic step: a reader sees the old file or the new one, never a part.
 
@@ -149,6 +155,7 @@ def publish(
         sync: Sync the content before the rename, and the directory before and after: everything that was written
             into the directory earlier is durable when the new name appears.
         first: Called when the content is written under its temporary name, before the rename.
+        confirm: Called right before the rename, which does not take place if it raises.
 
     Returns:
         Whether the new name survives a loss of power, as far as was asked for. If not, keep what it replaces.
@@ -156,9 +163,12 @@ def publish(
     try:
         with naming(path):
             write_new(temporary, content, sync=sync)
-        first()
+        if first is not None:
+            first()
         if sync:
             sync_directory(path.parent)
+        if confirm is not None:
+            confirm()
         temporary.replace(path)
     except BaseException:
         with suppress(OSError):  # The caller needs the first error.

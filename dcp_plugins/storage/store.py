@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -75,10 +75,13 @@ class Store(Protocol):
     def create(self, name: str) -> AbstractContextManager[NewFile]:
         """Open a new file for writing."""
 
-    def publish(self, name: str, content: bytes, temporary: str, *, sync: bool) -> bool:
+    def publish(
+        self, name: str, content: bytes, temporary: str, *, sync: bool, confirm: Callable[[], None] | None
+    ) -> bool:
         """Write a file under a temporary name and rename it, in one step as far as this store can.
 
         Nothing raises after that step. If it returns False, keep what the file replaces: a loss of power might undo it.
+        ``confirm`` is called right before that step, which does not take place if it raises.
         """
 
     def sizes(self, names: Collection[str], infos: Iterable[StorageInfo]) -> dict[str, int]:
@@ -147,9 +150,11 @@ class LocalStore:
         finally:
             os.close(fd)
 
-    def publish(self, name: str, content: bytes, temporary: str, *, sync: bool) -> bool:
+    def publish(
+        self, name: str, content: bytes, temporary: str, *, sync: bool, confirm: Callable[[], None] | None
+    ) -> bool:
         with self._naming_deletion():
-            return publish(self._path / name, content, self._path / temporary, sync=sync)
+            return publish(self._path / name, content, self._path / temporary, sync=sync, confirm=confirm)
 
     def sizes(self, names: Collection[str], infos: Iterable[StorageInfo]) -> dict[str, int]:
         # Ask the files: a file of another rank may not be visible on this machine, which must not stay unnoticed.

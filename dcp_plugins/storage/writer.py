@@ -111,6 +111,8 @@ class FileSystemWriter(StorageWriter):
     names_marked_files = True
     """Whether all data files that the commit names end with marks: another save's may not."""
 
+    confirm_commit: Callable[[], None] | None = None
+    """Called right before the rename of the commit, which does not take place if it raises."""
     fs: FileSystemBase = FileSystem()
     """The file system; a subclass may set another one, and makes ``path`` with it."""
 
@@ -352,7 +354,8 @@ class FileSystemWriter(StorageWriter):
         extras = {"save_id": self.save_id, "files": files, MARKED: self.names_marked_files}
         content = encoder.encode(metadata, extras=extras)
         old = old_names(store, name, self.path, folders=self.all_folders, kept=referenced, save_id=self.save_id)
-        if not store.publish(name, content, temporary_name(name, self.save_id), sync=self.sync_files):
+        temporary = temporary_name(name, self.save_id)
+        if not store.publish(name, content, temporary, sync=self.sync_files, confirm=self.confirm_commit):
             return
         try:
             self._reclaim(store, referenced, old)

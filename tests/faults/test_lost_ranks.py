@@ -138,9 +138,9 @@ def _wait_for_a_rank_that_lives(folder: str) -> Any:
     return list(caught.value.failures), str(caught.value)
 
 
-def test_a_rank_that_lives_and_does_not_come_is_not_said_to_be_gone(tmp_path):
+def test_a_rank_that_lives_and_does_not_come_is_named_and_not_said_to_be_gone(tmp_path):
     answers = run_ranks(2, _wait_for_a_rank_that_lives, str(tmp_path / "c"), collective_timeout_seconds=4)
     ranks, text = answers[0]
-    assert ranks == [0]
+    assert ranks == [1]
     assert "is gone" not in text
-    assert "did not come within the process group's timeout" in text
+    assert "rank 1 does not answer: it runs, but did not come within the process group's timeout" in text
