@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 # The part of each campaign that takes some ten to thirty seconds.
-SHARES = {"calls": 0.01, "power": 0.03}
+SHARES = {"calls": 0.01, "power": 0.03, "neighbours": 0.06, "ranks": 0.012, "soak": 0.01}
 
 
 def _run(folder: Path, name: str, *options: str) -> tuple[dict[str, Any], str]:
