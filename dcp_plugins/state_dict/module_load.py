@@ -7,7 +7,7 @@ what it is given. Modules take part here as they do there: hooks, ``_load_from_s
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -46,8 +46,7 @@ def load_module(
         found = call(state_dict, strict=strict, **({"assign": True} if assign else {}))
         if strict:
             return [], []
-        # A model's own load_state_dict may return nothing.
-        return list(getattr(found, "missing_keys", ())), list(getattr(found, "unexpected_keys", ()))
+        return _keys(found, "missing_keys"), _keys(found, "unexpected_keys")
     walk = _Walk(versions or {}, assign=assign)
     walk.visit(module, state_dict, "")
     if walk.errors:
@@ -61,6 +60,12 @@ def has_own_load(module: nn.Module) -> bool:
     """Tell whether a model has a ``load_state_dict()`` of its own."""
     call = state_dict_call(module, "load_state_dict")
     return getattr(call, "__func__", None) is not nn.Module.load_state_dict
+
+
+def _keys(found: Any, kind: str) -> list[str]:
+    """Return the keys in the result of a model's own ``load_state_dict()``, which may return anything or nothing."""
+    keys = getattr(found, kind, None)
+    return list(keys) if isinstance(keys, Collection) else []
 
 
 class _Walk:

@@ -114,6 +114,25 @@ def test_a_model_that_judges_its_keys_itself_is_asked_to_be_strict(load: Any) ->
         load(model, {"old.weight": torch.ones(2, 2)})
 
 
+class _Answering(nn.Linear):
+    """Loads in its own way, and returns an object whose attributes are no keys."""
+
+    class Answer:
+        missing_keys = 0
+        unexpected_keys = property(lambda self: (key for key in "ab"))
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, **options: Any) -> Any:
+        super().load_state_dict(state_dict, strict)
+        return self.Answer()
+
+
+def test_a_models_own_load_may_return_anything() -> None:
+    model = _Answering(2, 2)
+    options = StateDictOptions(strict=False)
+    assert set_model_state_dict(model, {"weight": torch.ones(2, 2)}, options=options) == ([], [])
+    assert torch.equal(model.weight, torch.ones(2, 2))
+
+
 class _Transposed(nn.Module):
     """Decodes with the encoder's weight, transposed, and loads in its own way."""
 
