@@ -24,12 +24,21 @@ def test_only_another_outcome_is_a_difference_and_a_reason_is_found_by_framework
     ]
 
 
+def test_files_that_a_mode_has_not_run_are_counted_and_are_no_differences() -> None:
+    stock = STOCK | {"u.py::one": "passed", "u.py::two": "failed"}
+    ours = {"off": STOCK, "thread": stock}
+    assert differences("accelerate", stock, ours, []) == []
+    table = rendered("accelerate", "1.2", stock, ours, [])
+    assert "| ours, off | 2 | 1 | 0 | 2 |" in table
+    assert "| ours, thread | 3 | 1 | 1 | 0 |" in table
+
+
 def test_the_table_has_one_row_for_each_reason_and_shows_where_a_reason_is_missing() -> None:
     late = Reason("accelerate", "t.py::t*", "it is late")
     ours = OURS | {"off": STOCK | {"t.py::two": "failed"}}
     table = rendered("accelerate", "1.2", STOCK, ours, differences("accelerate", STOCK, ours, [late]))
-    assert "| stock | 2 | 1 | 0 |" in table
-    assert "| ours, thread | 1 | 0 | 1 |" in table
+    assert "| stock | 2 | 1 | 0 | 0 |" in table
+    assert "| ours, thread | 1 | 0 | 1 | 0 |" in table
     assert "| `t.py::one` | 1 | thread | passed | failed | **none** |" in table
     assert "| `t.py::t*` | 2 | off, thread | passed, skipped | failed, not run | it is late |" in table
     page = "before\n<!-- accelerate: written by tests.frameworks.run -->\nold\n<!-- end of accelerate -->\nafter\n"

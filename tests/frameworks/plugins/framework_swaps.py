@@ -92,7 +92,13 @@ def _swap_flags(kind: type, strategies: ModuleType, package: str, mode: str) -> 
         swapped: Any = flag if mode == "sync" else f"{flag}_async"
         if start_method != "popen" or of_ddp:
             swapped = ours.DCPDDPStrategy(asynchronous=mode == "async", start_method=start_method, **of_ddp)
-        make(self, *args, **{**options, "strategy": swapped})
+        # The strategy that Fabric's command line has set would contradict ours.
+        set_by_command_line = os.environ.pop("LT_STRATEGY", None)
+        try:
+            make(self, *args, **{**options, "strategy": swapped})
+        finally:
+            if set_by_command_line is not None:
+                os.environ["LT_STRATEGY"] = set_by_command_line
 
     kind.__init__ = made  # type: ignore[misc]
 
