@@ -73,7 +73,7 @@ def files_of_one_save(directory: Path, headers: Mapping[str, Header]) -> dict[st
         save = save_of(header)
         if save is not None:
             present.setdefault(save, []).append(name)
-    complete = [save for save, names in present.items() if len(names) == save[1]]
+    complete = [save for save, names in present.items() if len(names) >= save[1]]
     if len(present) == len(complete) < 2:
         return dict(headers)
     if len(complete) > 1:
