@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,17 +17,17 @@ from contextlib import contextmanager
 import torch.distributed as dist
 
 from dcp_plugins.coord.outcomes import stack_of
-from dcp_plugins.coord.roll_call import store_of
+from dcp_plugins.coord.per_group import PerGroup, store_of
 from dcp_plugins.errors import CheckpointException, LostContactError, listing
 
 __all__ = ["naming_absent"]
 
 log = logging.getLogger(__name__)
 
-_PREFIX = "dcp_plugins/arrivals"
+_PREFIX = "arrivals"
 _LOG_AFTER_SECONDS = 3.0
 
-_calls: weakref.WeakKeyDictionary[dist.ProcessGroup, Counter[str]] = weakref.WeakKeyDictionary()
+_calls: PerGroup[Counter[str]] = PerGroup(lambda _: Counter())
 """How often this process has made each call, by process group."""
 
 
@@ -49,7 +48,7 @@ def naming_absent(call: str, advice: str, *, group: dist.ProcessGroup | None = N
     if chosen is None or store is None:
         yield
         return
-    calls = _calls.setdefault(chosen, Counter())
+    calls = _calls.of(chosen)
     calls[call] += 1
     rank, number = dist.get_rank(chosen), calls[call]
     has_ended = threading.Event()

@@ -15,18 +15,17 @@ import json
 import os
 import threading
 import time
-import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
+from dcp_plugins.coord.per_group import PerGroup, store_of
 from dcp_plugins.processes import is_running, is_stopped, machine, start_of
 
-__all__ = ["Exchanges", "Missing", "exchanges_of", "store_of"]
+__all__ = ["Exchanges", "Missing", "exchanges_of"]
 
-_PREFIX = "dcp_plugins/ranks"
+_PREFIX = "ranks"
 _DEADLINE_SECONDS = 5.0
 # A killed process closes its connections a moment before /proc shows that it has ended.
 _SETTLING_SECONDS = 1.0
@@ -168,25 +167,10 @@ class _RollCall:
 
 def exchanges_of(group: dist.ProcessGroup | None) -> Exchanges:
     """Return the count of a group's exchanges, None for the default group."""
-    chosen = dist.group.WORLD if group is None else group
-    assert chosen is not None
-    found = _by_group.get(chosen)
-    if found is None:
-        found = _by_group[chosen] = Exchanges(chosen)
-    return found
+    return _exchanges.of(group)
 
 
-_by_group: weakref.WeakKeyDictionary[dist.ProcessGroup, Exchanges] = weakref.WeakKeyDictionary()
-
-
-def store_of(group: dist.ProcessGroup) -> dist.Store | None:
-    """Return the store through which the ranks of a group found each other; None if torch does not tell."""
-    try:
-        # Torch has no public function for the store of a group.
-        found: dist.Store = distributed_c10d._world.pg_map[group][1]
-    except (AttributeError, KeyError):
-        return None
-    return found
+_exchanges = PerGroup(Exchanges)
 
 
 def _own_record() -> dict[str, Any]:

@@ -10,19 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import time
-import weakref
-from collections import Counter
 from typing import Literal
 
 import torch.distributed as dist
 
-from dcp_plugins.coord.roll_call import store_of
+from dcp_plugins.coord.per_group import PerGroup, store_of
 
 __all__ = ["Verdicts", "Word", "verdicts_of"]
 
 Word = Literal["complete", "lost"]
 
-_KEY = "dcp_plugins/ranks/verdict"
+_KEY = "verdict"
 # A rank that asks the store earlier than this would delay each small save, and find nothing.
 _ASK_AFTER_SECONDS = 1.0
 
@@ -32,14 +30,10 @@ class Verdicts:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._store = store_of(group)
-        # A group that is made anew, under the same name and in the same store, finds the words of the one before. The
-        # ranks make it together: each has counted the same number of them.
-        _made[group.group_name] += 1
-        self._key = f"{_KEY}/{_made[group.group_name]}"
         self._number = 0
         self._began = 0.0
-        # What was said last under each of two keys, which are used in turn: a rank may have to read a verdict when the
-        # others are an exchange further on.
+        # The last word under each key. There are two keys, used in turn: a rank may read the verdict of an exchange
+        # when the others are already in the next one.
         self._seen: dict[str, str] = {}
 
     def begin(self) -> None:
@@ -49,7 +43,7 @@ class Verdicts:
 
     def say(self, word: Word) -> Word:
         """Say what this rank has found, unless that was said before, by any rank; return the word that counts."""
-        key = f"{self._key}/{self._number % 2}"
+        key = self._key
         # If the store does not answer, each rank is left to its own word.
         with contextlib.suppress(RuntimeError, OSError):
             while self._store is not None and self._heard is None:
@@ -63,16 +57,20 @@ class Verdicts:
         """Whether a rank has said that it has lost contact, as far as that can be known without a delay."""
         if self._store is None or time.monotonic() - self._began < _ASK_AFTER_SECONDS:
             return False
-        key = f"{self._key}/{self._number % 2}"
+        key = self._key
         with contextlib.suppress(RuntimeError, OSError):
             if self._store.check([key]):
                 self._seen[key] = self._store.get(key).decode()
         return self._heard == "lost"
 
     @property
+    def _key(self) -> str:
+        return f"{_KEY}/{self._number % 2}"
+
+    @property
     def _heard(self) -> Word | None:
-        """What is known to have been said on this exchange."""
-        number, _, word = self._seen.get(f"{self._key}/{self._number % 2}", "").partition(" ")
+        """The word on this exchange, as far as this rank knows."""
+        number, _, word = self._seen.get(self._key, "").partition(" ")
         if number != str(self._number):
             return None
         return "lost" if word == "lost" else "complete"
@@ -80,13 +78,7 @@ class Verdicts:
 
 def verdicts_of(group: dist.ProcessGroup | None) -> Verdicts:
     """Return the verdicts in a group, None for the default group."""
-    chosen = dist.group.WORLD if group is None else group
-    assert chosen is not None
-    found = _by_group.get(chosen)
-    if found is None:
-        found = _by_group[chosen] = Verdicts(chosen)
-    return found
+    return _verdicts.of(group)
 
 
-_made: Counter[str] = Counter()
-_by_group: weakref.WeakKeyDictionary[dist.ProcessGroup, Verdicts] = weakref.WeakKeyDictionary()
+_verdicts = PerGroup(Verdicts)
