@@ -15,7 +15,7 @@ __all__ = ["activity_of", "is_running", "is_stopped", "machine", "start_of"]
 def machine() -> str:
     """Return the scope of process ids: the boot of a machine, and the pid namespace on it.
 
-    Where the system does not tell, this process, and those that it forks, are taken for a machine of their own.
+    If the system does not tell, the result is one that only this process and those that it forks have.
     """
     with suppress(OSError):
         # In a container /proc may be the host's, with other processes under the same numbers.

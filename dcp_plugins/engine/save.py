@@ -24,6 +24,7 @@ from dcp_plugins.plan.codec import PackedChoice, PackedPlan, choose, chosen, pac
 from dcp_plugins.plan.unloadable import noting_values, warn_of_unloadable
 from dcp_plugins.storage import FileSystemWriter
 from dcp_plugins.storage.planned import check_results, item_bytes, metadata_bytes, plain_bytes
+from dcp_plugins.storage.room import Room
 from dcp_plugins.user_warnings import warn_user
 
 __all__ = ["described", "run_save", "save", "save_state_dict"]
@@ -193,13 +194,16 @@ class _Save:
 
         If it does, the ranks look closer. Each of them could find room for its part, and still not for all parts.
         """
-        room = self.writer.room() if isinstance(self.writer, FileSystemWriter) else None
+        room = self._room()
         return room is not None and num_bytes is not None and room.lacks(num_bytes)
 
     def _require_room(self, num_bytes: list[int]) -> None:
-        room = self.writer.room() if isinstance(self.writer, FileSystemWriter) else None
+        room = self._room()
         if room is not None:
             room.require(sum(num_bytes))
+
+    def _room(self) -> Room | None:
+        return self.writer.room() if isinstance(self.writer, FileSystemWriter) else None
 
     def _final_plan(self, answer: _Reuse | _Resend | _NewPlan) -> SavePlan:
         """Return the plan of this rank's writes, from the coordinator's answer, and keep it for the next save."""

@@ -121,7 +121,7 @@ class Cleaner:
         try:
             with self._deletion_lock:
                 self._delete_unkept()
-        # Whatever could not be deleted, the save has not failed.
+        # The save is committed: an error of the deletion must not make it fail, whatever the error is.
         except Exception:
             log.warning("could not delete what is not kept in %s; the next save tries again", self._root, exc_info=True)
 

@@ -17,15 +17,13 @@ from dcp_plugins.format.data_mark import MARK_BYTES, mark
 from dcp_plugins.format.memory import PLAIN_TENSORS, as_buffer, is_directly_addressable
 from dcp_plugins.format.subclass_pickle import pickle_subclass
 from dcp_plugins.pace import elsewhere
+from dcp_plugins.storage.arrays import PIECE_BYTES
 from dcp_plugins.storage.container_parts import saved_by_torch
 from dcp_plugins.storage.host_blocks import host_blocks
 from dcp_plugins.storage.store import NewFile
 
 __all__ = ["DataFile"]
 
-# Fits the last-level cache: the checksum brings a piece in, the write finds it there. Pieces for the second-level cache
-# are no faster, and each takes the interpreter lock twice from a training loop beside it.
-_PIECE_BYTES = 2 * 1024 * 1024
 # Limits of the buffers in one system call; IOV_MAX is 1024 on Linux.
 _MAX_PENDING_BUFFERS = 1000
 _MAX_PENDING_BYTES = 4 * 1024 * 1024
@@ -163,12 +161,12 @@ class DataFile:
         return crc
 
     def _write_data(self, buffer: memoryview, nbytes: int, crc: int) -> int:
-        if nbytes <= _PIECE_BYTES:
+        if nbytes <= PIECE_BYTES:
             self.write(buffer, nbytes)
             return crc32(buffer, crc)
         view = memoryview(buffer).cast("B")
-        for start in range(0, nbytes, _PIECE_BYTES):
-            piece = view[start : start + _PIECE_BYTES]
+        for start in range(0, nbytes, PIECE_BYTES):
+            piece = view[start : start + PIECE_BYTES]
             with elsewhere():
                 crc = crc32(piece, crc)
             self.write(piece, len(piece))

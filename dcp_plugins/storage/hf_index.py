@@ -59,7 +59,7 @@ def read_index(directory: Path) -> Index:
 def files_of_one_save(directory: Path, headers: Mapping[str, Header]) -> dict[str, Header]:
     """Leave out the files of an interrupted save, or of the save that it was to replace.
 
-    Of several complete saves, the index names the one that counts.
+    If several saves are complete, the index says which one is the checkpoint.
 
     Args:
         directory: Where the files are.

@@ -314,7 +314,7 @@ class HuggingFaceStorageReader(FileSystemReader):
     def _read_from(self, fd: int, reads: Iterable[ArrayRead], files: OpenFiles[_OpenArrays]) -> None:
         """Fill targets from one file; ranges that follow each other are read with one system call."""
         buffers: list[Any] = []
-        # Of those in `buffers` that are whole tensors.
+        # Checksums of those buffers that are whole tensors.
         checks: list[tuple[ArrayRead, Any, int]] = []
         start, end, where = 0, 0, ""
 

@@ -96,7 +96,7 @@ def _files_of_saves(
 ) -> Iterator[tuple[str, str, str]]:
     """Yield folder, name and save id of the files that saves have made."""
     for folder in folders:
-        # What is wrong with a directory that cannot be listed, its save says.
+        # The save itself raises the error of a directory that cannot be listed.
         with suppress(OSError):
             for name in os.listdir(os.path.join(path, folder)):
                 if (save_id := id_of(name)) is not None:

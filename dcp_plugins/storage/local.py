@@ -72,9 +72,13 @@ def make_directory(path: Path, *, sync: bool) -> None:
         parent = parent.parent
     path.mkdir(parents=True, exist_ok=True)
     if sync:
-        perhaps_new = missing or ([] if any(path.iterdir()) else [path])
-        for made in perhaps_new:
-            sync_directory(made.parent)
+        for new in missing or ([path] if _is_empty(path) else []):
+            sync_directory(new.parent)
+
+
+def _is_empty(path: Path) -> bool:
+    with os.scandir(path) as entries:
+        return next(entries, None) is None
 
 
 def sync_file(fd: int) -> None:
@@ -90,7 +94,7 @@ def sync_file(fd: int) -> None:
 
 
 _RANGE_BYTES = 64 * 1024 * 1024
-# Of the system call sync_file_range, which Python does not have.
+# Flags of the system call sync_file_range, which Python does not have.
 _START_WRITING, _WRITE_AND_WAIT = 2, 1 | 2 | 4
 _sync_file_range = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_range", None)
 # The file system does not have the call.
@@ -118,7 +122,7 @@ def sync_directory(path: Path) -> None:
 def write_new(path: Path, content: bytes, *, sync: bool) -> None:
     """Write a new file, in the place of what stands under its name.
 
-    What stands there may be a link, to a file of somebody else's: it is not written through.
+    A link that stands there is deleted and not followed: it may lead to a file of somebody else.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     try:

@@ -9,12 +9,12 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Generic, TypeVar
 
-__all__ = ["OpenFiles"]
+__all__ = ["MAX_OPEN", "OpenFiles"]
 
 F = TypeVar("F")
 
-# A process may usually open 1,024 files, and needs descriptors for other purposes, too.
-_MAX_OPEN = 256
+MAX_OPEN = 256
+"""A process may usually open 1,024 files, and needs descriptors for other purposes, too."""
 
 
 class _Entry(Generic[F]):
@@ -45,7 +45,7 @@ class OpenFiles(Generic[F]):
         max_open: How many files stay open while no thread uses them.
     """
 
-    def __init__(self, open_file: Callable[[str], AbstractContextManager[F]], max_open: int = _MAX_OPEN) -> None:
+    def __init__(self, open_file: Callable[[str], AbstractContextManager[F]], max_open: int = MAX_OPEN) -> None:
         self._open_file = open_file
         self._max_open = max_open
         # In the order of their last use.

@@ -24,6 +24,7 @@ from dcp_plugins.pace import elsewhere
 from dcp_plugins.storage.arrays import PIECE_BYTES, write_at
 from dcp_plugins.storage.host_blocks import BLOCK_BYTES, host_blocks, row_blocks, scratch
 from dcp_plugins.storage.local import sync_file
+from dcp_plugins.storage.open_files import MAX_OPEN
 from dcp_plugins.storage.regular import FileIdentity, open_regular
 from dcp_plugins.storage.threads import run_all, split_by_bytes
 
@@ -41,8 +42,6 @@ __all__ = [
 # What is collected before a system call; IOV_MAX is 1024 on Linux.
 _MAX_PENDING_BUFFERS = 1000
 _MAX_PENDING_BYTES = 4 * 1024 * 1024
-
-_MAX_OPEN = 256
 
 # Either the tensor, or its elements in row-major order as contiguous host tensors, each valid until the next.
 Content = torch.Tensor | Iterator[torch.Tensor]
@@ -114,7 +113,7 @@ def write_files(files: Sequence[NewFile], *, thread_count: int, sync: bool) -> l
         sync: Sync each file to the device.
     """
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    num_open = _MAX_OPEN if limit == resource.RLIM_INFINITY else max(1, min(_MAX_OPEN, limit // 4))
+    num_open = MAX_OPEN if limit == resource.RLIM_INFINITY else max(1, min(MAX_OPEN, limit // 4))
     return [
         header
         for first in range(0, len(files), num_open)

@@ -25,6 +25,7 @@ from tests.torture.disk import Disk
 from tests.torture.scenario import REFUSED, Scenario, aftermath, attempt, found
 from tests.torture.scenarios import chosen, modules_of
 from tests.torture.shim import ALL, Action, Call, CallFault, Kind, Shim, recorded
+from tests.torture.watching import children_of
 
 OLD, NEW, NEXT = 1, 2, 3
 
@@ -179,7 +180,7 @@ class Trials:
 
 
 def _children() -> set[int]:
-    return {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
+    return set(children_of(os.getpid()))
 
 
 def _server() -> int | None:

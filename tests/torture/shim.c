@@ -63,24 +63,22 @@ static char inside_fd[65536];
 static __thread int busy;
 
 #define REAL(name) ((__typeof__(&name))real_##name)
-#define DECLARE(name) static void *real_##name
-DECLARE(open); DECLARE(open64); DECLARE(openat); DECLARE(openat64); DECLARE(creat); DECLARE(fopen); DECLARE(fopen64);
-DECLARE(close); DECLARE(write); DECLARE(pwrite); DECLARE(pwrite64); DECLARE(writev); DECLARE(pwritev); DECLARE(pwritev64);
-DECLARE(fsync); DECLARE(fdatasync); DECLARE(rename); DECLARE(renameat); DECLARE(renameat2); DECLARE(unlink);
-DECLARE(unlinkat); DECLARE(remove); DECLARE(rmdir); DECLARE(mkdir); DECLARE(mkdirat); DECLARE(link); DECLARE(linkat);
-DECLARE(symlink); DECLARE(symlinkat); DECLARE(ftruncate); DECLARE(ftruncate64); DECLARE(sendfile); DECLARE(sendfile64);
-DECLARE(copy_file_range); DECLARE(read); DECLARE(pread); DECLARE(pread64); DECLARE(preadv); DECLARE(preadv64);
+/* All calls that are replaced. */
+#define CALLS(X) \
+    X(open) X(open64) X(openat) X(openat64) X(creat) X(fopen) X(fopen64) X(close) X(write) X(pwrite) \
+    X(pwrite64) X(writev) X(pwritev) X(pwritev64) X(fsync) X(fdatasync) X(rename) X(renameat) X(renameat2) \
+    X(unlink) X(unlinkat) X(remove) X(rmdir) X(mkdir) X(mkdirat) X(link) X(linkat) X(symlink) X(symlinkat) \
+    X(ftruncate) X(ftruncate64) X(sendfile) X(sendfile64) X(copy_file_range) X(read) X(pread) X(pread64) \
+    X(preadv) X(preadv64)
+
+#define DECLARE(name) static void *real_##name;
+CALLS(DECLARE)
 
 static void forked(void) { log_fd = -1; }
 
 __attribute__((constructor)) static void start(void) {
-#define FIND(name) real_##name = dlsym(RTLD_NEXT, #name)
-    FIND(open); FIND(open64); FIND(openat); FIND(openat64); FIND(creat); FIND(fopen); FIND(fopen64);
-    FIND(close); FIND(write); FIND(pwrite); FIND(pwrite64); FIND(writev); FIND(pwritev); FIND(pwritev64);
-    FIND(fsync); FIND(fdatasync); FIND(rename); FIND(renameat); FIND(renameat2); FIND(unlink);
-    FIND(unlinkat); FIND(remove); FIND(rmdir); FIND(mkdir); FIND(mkdirat); FIND(link); FIND(linkat);
-    FIND(symlink); FIND(symlinkat); FIND(ftruncate); FIND(ftruncate64); FIND(sendfile); FIND(sendfile64);
-    FIND(copy_file_range); FIND(read); FIND(pread); FIND(pread64); FIND(preadv); FIND(preadv64);
+#define FIND(name) real_##name = dlsym(RTLD_NEXT, #name);
+    CALLS(FIND)
     const char *path = getenv("TORTURE_CONTROL");
     if (path == NULL) return;
     int fd = REAL(open)(path, O_RDWR | O_CLOEXEC);
