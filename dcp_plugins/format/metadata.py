@@ -74,8 +74,7 @@ def decode(data: bytes | bytearray | memoryview, source: str, *, trust_pickle: b
     """Read the bytes of a ``.metadata`` file, by us or by any torch, as data: no code in it runs.
 
     Fields that an older torch did not write have their defaults. A hostile file cannot make this call import, call or
-    change anything outside the result. It can make it raise, slow, or (with tuples nested some 100,000 deep, used as
-    a key) overflow the C stack: whoever reads files of strangers in a process that must not die reads them in another.
+    change anything outside the result. It can make it raise, or be slow.
 
     Args:
         data: The whole file.

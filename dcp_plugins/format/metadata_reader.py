@@ -1,9 +1,11 @@
 """Reads the pickle of a ``.metadata`` file without trusting it.
 
-Three things stand between a hostile file and the process:
+Four things stand between a hostile file and the process:
 
 - A scan of the opcodes, which admits those that pickle protocols 2 to 5 emit for plain objects, and refuses memo
   indexes beyond the file's length (the unpickler allocates an array up to the index it is told to store at).
+- A check that the file's length bounds the time that the unpickler takes, which hashes and compares keys. The forms in
+  ``pickle_forms`` need no scan and no check: they are seen to have these properties.
 - A table of every global that may be named. What pickle may call or instantiate is not torch's class or function but
   a stand-in: it makes the one object it is meant to make, checks its arguments, and cannot be changed. With the
   classes themselves admitted, BUILD could set attributes on them, and so change the process for everybody.
@@ -13,11 +15,13 @@ Three things stand between a hostile file and the process:
 from __future__ import annotations
 
 import collections
+import contextlib
 import io
 import pathlib
 import pickle
 import re
 import struct
+from collections.abc import Callable
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -35,8 +39,16 @@ from dcp_plugins.contract import (
     TensorStorageMetadata,
 )
 from dcp_plugins.errors import CorruptCheckpointError, UnsafeCheckpointError
+from dcp_plugins.format.pickle_costs import check_costs
+from dcp_plugins.format.pickle_forms import has_cheap_keys, without_frames
+from dcp_plugins.format.value_errors import DecodingError
 
-__all__ = ["PickledPath", "PickledProperties", "read_pickle", "read_trusted_pickle"]
+__all__ = ["MAX_DIMENSIONS", "PickledIndex", "PickledPath", "PickledProperties", "read_pickle", "read_trusted_pickle"]
+
+MAX_DIMENSIONS = 64
+"""Of a tensor that metadata describes. A size is hashed wherever a reference to it stands."""
+# Honest sizes do not have the hash of another size; those that have it are compared with each other.
+_MAX_COLLISIONS = 1000
 
 
 class _Locked(type):
@@ -46,13 +58,35 @@ class _Locked(type):
         raise UnsafeCheckpointError(f"the pickle sets attribute {name!r} of class {cls.__name__}")
 
 
-def _blank(kind: type) -> type:
+def _blank(kind: type, name: str | None = None) -> type:
     """Return a stand-in for ``kind`` that makes empty instances, for BUILD to fill."""
 
     def make(cls: type) -> Any:
         return object.__new__(kind)
 
-    return _Locked(kind.__name__, (), {"__slots__": (), "__new__": make})
+    return _Locked(name or kind.__name__, (), {"__slots__": (), "__new__": make})
+
+
+class PickledIndex(MetadataIndex):
+    """Stands for ``MetadataIndex``, whose hash may be chosen, or take for ever, if its fields are of wrong types.
+
+    Its hash is that of the real index, so that the verifier can change the class of a key.
+    """
+
+    __slots__ = ()
+
+    def __hash__(self) -> int:
+        fields = self.__dict__
+        fqn, offset = fields.get("fqn"), fields.get("offset")
+        if type(fqn) is not str:
+            found = type(fqn).__name__.removeprefix("Pickled")
+            raise DecodingError(f"a name in storage_data: expected a string, found a {found}")
+        if offset is not None and type(offset) is not torch.Size:
+            raise DecodingError(f"storage of {fqn[:100]!r} offset: expected a size, found a {type(offset).__name__}")
+        return hash((fqn, offset))
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise UnsafeCheckpointError(f"the pickle sets attribute {name!r} of a MetadataIndex")
 
 
 class PickledProperties(metaclass=_Locked):
@@ -73,6 +107,8 @@ class PickledPath(tuple[str, ...], metaclass=_Locked):
     """
 
     __slots__ = ()
+
+    __hash__ = None  # type: ignore[assignment]  # No save uses a path as a key; a path may have thousands of parts.
 
     family: ClassVar[type[pathlib.PurePath]] = pathlib.PurePosixPath
     concrete: ClassVar[bool] = False
@@ -111,6 +147,8 @@ class _MemoryFormat(metaclass=_Locked):
     __slots__ = ()
 
     def __new__(cls, value: int) -> Any:
+        if type(value) is not int:
+            raise TypeError("a memory format is encoded as an integer")
         return _MEMORY_FORMATS_BY_VALUE[value]
 
 
@@ -120,7 +158,7 @@ class _MemberByName(metaclass=_Locked):
     __slots__ = ()
 
     def __new__(cls, enum: type, name: str) -> Any:
-        if enum is not _MemoryFormat:
+        if enum is not _MemoryFormat or type(name) is not str:
             raise UnsafeCheckpointError(f"the pickle reads attribute {name!r} of something other than a memory format")
         return _MEMORY_FORMATS_BY_NAME[name]
 
@@ -131,6 +169,8 @@ class _Layout(metaclass=_Locked):
     __slots__ = ()
 
     def __new__(cls, name: str) -> Any:
+        if type(name) is not str:
+            raise TypeError("the name of a layout must be a string")
         return _LAYOUTS[name]
 
 
@@ -155,10 +195,10 @@ def _admitted() -> dict[tuple[str, str], Any]:
         TensorStorageMetadata,
         ChunkStorageMetadata,
         BytesStorageMetadata,
-        MetadataIndex,
         StorageMeta,
     )
     homes: list[tuple[str, str, Any]] = [("metadata", kind.__name__, _blank(kind)) for kind in metadata]
+    homes.append(("metadata", "MetadataIndex", _blank(PickledIndex, "MetadataIndex")))
     homes += [
         ("metadata", "TensorProperties", PickledProperties),
         ("metadata", "_MEM_FORMAT_ENCODING", _MemoryFormat),
@@ -177,7 +217,7 @@ def _admitted() -> dict[tuple[str, str], Any]:
     for name, dtype in _DTYPES.items():
         table["torch", name] = dtype
     # Classes written in C: they cannot be changed, and what they make of plain data is plain data.
-    table["torch", "Size"] = torch.Size
+    table["torch", "Size"] = torch.Size  # Replaced by ``_Unpickler``.
     table["collections", "OrderedDict"] = collections.OrderedDict
     # `__builtin__` is how protocol 2 spells `builtins`.
     for module in ("builtins", "__builtin__"):
@@ -196,16 +236,62 @@ def _admitted() -> dict[tuple[str, str], Any]:
 _ADMITTED = _admitted()
 
 
+# These make tuples of any form, or copy as much as they are given, in one opcode.
+_COSTLY = (set, frozenset, list, tuple, dict, complex, collections.OrderedDict, _ByteArray)
+
+
+class _NotCheapError(Exception):
+    """The pickle needs the check of its costs."""
+
+
+def _size_maker() -> Callable[[Any], torch.Size]:
+    """Return what stands for ``torch.Size`` in one pickle; it returns one object for equal sizes."""
+    by_hash: dict[int, torch.Size] = {}
+    num_collisions = 0
+
+    def make(lengths: Any) -> torch.Size:
+        nonlocal num_collisions
+        size = torch.Size(lengths)
+        if len(size) > MAX_DIMENSIONS:
+            raise DecodingError(f"a size of {len(size)} dimensions; expected at most {MAX_DIMENSIONS}")
+        known = by_hash.setdefault(hash(size), size)
+        if known is size or known == size:
+            return known
+        num_collisions += 1
+        if num_collisions > _MAX_COLLISIONS:
+            raise DecodingError("sizes that were chosen to have one hash")
+        return size
+
+    return make
+
+
 class _Unpickler(pickle.Unpickler):
+    """Names nothing but what is admitted.
+
+    Args:
+        stream: The pickle.
+        is_checked: Whether its costs were checked.
+    """
+
+    def __init__(self, stream: io.BytesIO, *, is_checked: bool) -> None:
+        super().__init__(stream)
+        self._is_checked = is_checked
+        self._make_size = _size_maker()
+
     def find_class(self, module: str, name: str) -> Any:
         try:
-            return _ADMITTED[module, name]
+            found = _ADMITTED[module, name]
         except KeyError:
             raise UnsafeCheckpointError(
                 f"it names {f'{module}.{name}'[:200]!r}, which is no part of a checkpoint's description; loading it "
                 "could run code. If a planner or storage of yours put it there and you trust where the file comes "
                 "from, read it with trust_pickle=True"
             ) from None
+        if found is torch.Size:
+            return self._make_size
+        if not self._is_checked and found in _COSTLY:
+            raise _NotCheapError
+        return found
 
 
 def read_pickle(data: bytes, source: str) -> Any:
@@ -217,19 +303,32 @@ def read_pickle(data: bytes, source: str) -> Any:
         UnsafeCheckpointError: It names something outside the vocabulary.
         CorruptCheckpointError: It cannot be read.
     """
-    _scan(data, source)
-    # One frame around everything: the unpickler then reads once, and parses what was scanned (without it, a frame that
-    # ends inside an opcode makes it drop bytes).
-    framed = b"".join((b"\x80\x04\x95", struct.pack("<Q", len(data)), data))
+    bare = without_frames(data)
+    is_cheap = has_cheap_keys(bare)
+    if not is_cheap:
+        _scan(data, source)
     try:
-        return _Unpickler(io.BytesIO(framed)).load()
+        if is_cheap:
+            with contextlib.suppress(_NotCheapError):
+                return _load(bare, is_checked=False)
+        check_costs(data)
+        return _load(data, is_checked=True)
     except UnsafeCheckpointError as exc:
         raise UnsafeCheckpointError(f"{source} is unsafe to load: {exc}") from exc
+    except DecodingError as exc:
+        raise _damaged(source, str(exc)) from exc
     except Exception as exc:  # Damaged opcodes can raise anything that the classes' own methods raise.
         raise CorruptCheckpointError(
             f"{source} is damaged: expected the pickle of a checkpoint's metadata, and reading it failed with "
             f"{type(exc).__name__}: {exc}"
         ) from exc
+
+
+def _load(data: bytes, *, is_checked: bool) -> Any:
+    # One frame around everything: the unpickler then reads once, and parses what was scanned (without it, a frame that
+    # ends inside an opcode makes it drop bytes).
+    framed = b"".join((b"\x80\x04\x95", struct.pack("<Q", len(data)), data))
+    return _Unpickler(io.BytesIO(framed), is_checked=is_checked).load()
 
 
 def read_trusted_pickle(data: bytes, source: str) -> Metadata:
@@ -286,7 +385,7 @@ def _scan(data: bytes, source: str) -> None:
             position = name_end + 1 if name_end >= 0 else end
         elif opcode == _LONG_BINPUT:
             if int.from_bytes(data[position + 1 : position + 5], "little") > end:
-                raise _damaged(source, position, "a memo index beyond the file's length")
+                raise _damaged(source, f"a memo index beyond the file's length at byte {position}")
             position += 5
         elif opcode == _STOP:
             if position + 1 != end:
@@ -296,11 +395,9 @@ def _scan(data: bytes, source: str) -> None:
                 )
             return
         else:
-            raise _damaged(source, position, f"opcode {bytes((opcode,))!r}")
+            raise _damaged(source, f"opcode {bytes((opcode,))!r} at byte {position}")
     raise CorruptCheckpointError(f"{source} is truncated: its {end} bytes end before the metadata does")
 
 
-def _damaged(source: str, position: int, found: str) -> CorruptCheckpointError:
-    return CorruptCheckpointError(
-        f"{source} is damaged: expected the pickle of a checkpoint's metadata, found {found} at byte {position}"
-    )
+def _damaged(source: str, found: str) -> CorruptCheckpointError:
+    return CorruptCheckpointError(f"{source} is damaged: expected the pickle of a checkpoint's metadata, found {found}")

@@ -7,6 +7,7 @@ write get their defaults, and sizes are ``torch.Size`` throughout. Everything wr
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -25,7 +26,7 @@ from dcp_plugins.contract import (
     TensorStorageMetadata,
 )
 from dcp_plugins.errors import CorruptCheckpointError, listing
-from dcp_plugins.format.metadata_reader import PickledPath, PickledProperties
+from dcp_plugins.format.metadata_reader import MAX_DIMENSIONS, PickledIndex, PickledPath, PickledProperties
 
 __all__ = ["verify"]
 
@@ -39,13 +40,18 @@ _RECORDS = {
         BytesStorageMetadata,
         ChunkStorageMetadata,
         HFStorageInfo,
-        MetadataIndex,
+        PickledIndex,
         StorageInfo,
         StorageMeta,
         StoragePrefix,
         TensorStorageMetadata,
     )
 }
+# Past ``MetadataIndex.__setattr__``, which refuses every change.
+_set_attribute = object.__setattr__
+# Honest properties are few. Equal hashes of others can be chosen, and each lookup compares with all of them.
+_MAX_KNOWN_PROPERTIES = 256
+_MAX_USUAL_PATH = 64
 # The state of a TensorProperties as torch has pickled it since 1.12. Later versions append fields: torch 2.15, strides.
 _PROPERTIES = {
     "dtype": torch.dtype,
@@ -89,11 +95,13 @@ class _Verifier:
 
     def __init__(self) -> None:
         self.problems: list[str] = []
-        self._sizes: set[torch.Size] = set()
+        # By their ids, since equal hashes can be chosen. The reader makes one object of equal sizes.
+        self._sizes: set[int] = set()
         # (size of the tensor, offsets, sizes) of the chunks that were found to lie inside.
-        self._fitting: set[tuple[Any, Any, Any]] = set()
+        self._fitting: set[tuple[int, int, int]] = set()
         self._properties: dict[Any, dict[str, Any]] = {}
-        self._walked: set[int] = set()
+        # By their ids, which stay theirs because they are kept.
+        self._walked: dict[int, Any] = {}
 
     def metadata(self, metadata: Metadata) -> None:
         fields = vars(metadata)
@@ -144,7 +152,7 @@ class _Verifier:
                     if (
                         type(offsets) is not size_type
                         or type(sizes) is not size_type
-                        or (size, offsets, sizes) not in fitting
+                        or (id(size), id(offsets), id(sizes)) not in fitting
                         or type(chunk) is not ChunkStorageMetadata
                         or len(part) != 2
                     ):
@@ -187,10 +195,9 @@ class _Verifier:
             return None
         # The installed torch has no name, and so no use, for the fields of a newer one.
         known = dict(zip(_ALL_PROPERTIES, state, strict=False))
-        try:
-            self._properties[state] = known
-        except TypeError:  # A list or a dict in a field of a newer torch.
-            return known
+        if len(self._properties) < _MAX_KNOWN_PROPERTIES:
+            with contextlib.suppress(TypeError):  # A list or a dict in a field of a newer torch.
+                self._properties[state] = known
         return known
 
     def _chunk(self, chunk: Any, size: torch.Size, where: str) -> None:
@@ -205,7 +212,7 @@ class _Verifier:
         if len(offsets) == len(sizes) == len(size) and all(
             offset + length <= total for offset, length, total in zip(offsets, sizes, size, strict=True)
         ):
-            self._fitting.add((size, offsets, sizes))
+            self._fitting.add((id(size), id(offsets), id(sizes)))
         else:
             box = f"offsets {tuple(offsets)} and sizes {tuple(sizes)}"
             self._expect(False, where, f"a box inside the tensor's {tuple(size)}", box)
@@ -213,16 +220,16 @@ class _Verifier:
     def _size(self, fields: dict[str, Any], name: str, where: str) -> torch.Size | None:
         """Make ``fields[name]`` a ``torch.Size``; return it, or ``None`` if it cannot be one."""
         value: Any = fields.get(name)
-        if type(value) is torch.Size and value in self._sizes:
+        if type(value) is torch.Size and id(value) in self._sizes:
             return value
-        if type(value) in (torch.Size, tuple, list):
+        if type(value) in (torch.Size, tuple, list) and len(value) <= MAX_DIMENSIONS:
             try:
-                size = torch.Size(value)
+                size = value if type(value) is torch.Size else torch.Size(value)
             except (TypeError, ValueError, OverflowError, RuntimeError):
                 size = None
             if size is not None and all(length >= 0 for length in size):
-                self._sizes.add(size)
                 fields[name] = size
+                self._sizes.add(id(size))
                 return size
         self._expect(False, f"{where} {name}", "integers that are not negative", value)
         return None
@@ -230,13 +237,14 @@ class _Verifier:
     def _storage(self, storage: Any) -> None:
         sizes, size_type = self._sizes, torch.Size
         for index, info in storage.items():
-            if type(index) is MetadataIndex:
+            if type(index) is PickledIndex:
+                _set_attribute(index, "__class__", MetadataIndex)
                 fields = index.__dict__
                 fqn, offset, hint = fields.get("fqn"), fields.get("offset"), fields.get("index")
                 if (
                     type(fqn) is not str
                     or (hint is not None and type(hint) is not int)
-                    or (offset is not None and (type(offset) is not size_type or offset not in sizes))
+                    or (offset is not None and (type(offset) is not size_type or id(offset) not in sizes))
                     or len(fields) > 3
                 ):
                     self._index(index)
@@ -285,13 +293,15 @@ class _Verifier:
 
     def _paths(self, paths: Any) -> None:
         for fqn, path in paths.items():
-            if type(path) is tuple and type(fqn) is str:
+            # A longer path is walked once, though there may be many references to it.
+            if type(path) is tuple and len(path) <= _MAX_USUAL_PATH and type(fqn) is str:
                 for key in path:
                     if type(key) is not str and type(key) is not int:
                         break
                 else:
                     continue
-            self._plain((fqn, path), f"planner_data of {_shown(fqn)}")
+            self._plain(fqn, f"planner_data of {_shown(fqn)}")
+            self._plain(path, f"planner_data of {_shown(fqn)}")
 
     def _storage_meta(self, storage_meta: Any) -> None:
         if storage_meta is None:
@@ -324,7 +334,6 @@ class _Verifier:
             kind = type(item)
             if kind in _ATOMS or id(item) in self._walked:
                 continue
-            # Ids stay unique: whatever is walked is part of the metadata, or of a pair made here and dropped.
             if kind in _CONTAINERS:
                 stack.extend(item)
             elif kind in (dict, collections.OrderedDict):
@@ -333,10 +342,11 @@ class _Verifier:
                 stack.extend(vars(item).values() if kind is not dict else ())
             elif kind in _RECORDS and all(name in vars(item) for name in _RECORDS[kind]):
                 stack.extend(vars(item).values())
+                if kind is PickledIndex:
+                    _set_attribute(item, "__class__", MetadataIndex)
             else:
                 self._expect(False, where, "plain data", item)
-            if item is not value:
-                self._walked.add(id(item))
+            self._walked[id(item)] = item
 
 
 def _new_properties(fields: dict[str, Any]) -> TensorProperties:
