@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fnmatch
 import io
+import pickle
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ from torch.optim import Optimizer
 
 from dcp_plugins.accelerate import layout
 from dcp_plugins.accelerate.layout import Contents
-from dcp_plugins.errors import PlanError, UnsafeCheckpointError, UnsupportedValueError, listing
+from dcp_plugins.errors import CorruptCheckpointError, PlanError, UnsafeCheckpointError, UnsupportedValueError, listing
 from dcp_plugins.format.trust import SafeGlobal
 from dcp_plugins.manager.diverging import Replicas
 from dcp_plugins.plan.flatten import KeyPath
@@ -42,6 +43,8 @@ from dcp_plugins.storage.regular import read_regular
 _HOW_TO_TRUST = (
     "weights_only=False in DCPPlugin or its section of the YAML file, or load_kwargs={'weights_only': False}"
 )
+# A registered object's state may be of any type. A sampler's file holds the sampler itself.
+_WITH_ANY_VALUE = ("custom_checkpoint_", SAMPLER_NAME)
 _SMALL_FILES = (
     f"{SCHEDULER_NAME}*.bin",
     f"{SAMPLER_NAME}*.bin",
@@ -257,7 +260,7 @@ def restore_files(
 def _rewrite(accelerator: Accelerator, folder: Path, target: Path, safe_globals: Iterable[SafeGlobal]) -> None:
     """Decode the small files in a directory as plain data, and write the values into another directory."""
     for path in sorted(folder.iterdir()):
-        if not path.is_file() or not any(fnmatch.fnmatch(path.name, pattern) for pattern in _SMALL_FILES):
+        if path.is_dir() or not any(fnmatch.fnmatch(path.name, pattern) for pattern in _SMALL_FILES):
             continue
         try:
             state = load_value(
@@ -267,6 +270,7 @@ def _rewrite(accelerator: Accelerator, folder: Path, target: Path, safe_globals:
                 safe_globals=safe_globals,
                 map_location="cpu",
                 how_to_trust=_HOW_TO_TRUST,
+                verify_checksums=True,
             )
         except UnsafeCheckpointError as exc:
             if fnmatch.fnmatch(path.name, f"{SAMPLER_NAME}*.bin"):
@@ -275,6 +279,8 @@ def _rewrite(accelerator: Accelerator, folder: Path, target: Path, safe_globals:
             raise UnsupportedValueError(
                 f"The state of {_owner(accelerator, path.name)} is no plain data: {exc}"
             ) from exc
+        if not isinstance(state, dict) and not path.name.startswith(_WITH_ANY_VALUE):
+            raise CorruptCheckpointError(f"{path} holds a {type(state).__name__}, expected a state dict")
         torch.save(state, target / path.name)
 
 
@@ -290,17 +296,24 @@ def _restore_trusted(
     accelerator: Accelerator, folder: Path, *, map_location: Any, load_kwargs: Mapping[str, Any]
 ) -> None:
     """Restore from files that may be unpickled."""
-    restored = load_accelerator_state(
-        str(folder),
-        [],
-        [],
-        accelerator._schedulers,
-        accelerator._dataloaders,
-        accelerator.process_index,
-        accelerator.scaler,
-        map_location,
-        {**load_kwargs, "weights_only": False},
-    )
+    try:
+        restored = load_accelerator_state(
+            str(folder),
+            [],
+            [],
+            accelerator._schedulers,
+            accelerator._dataloaders,
+            accelerator.process_index,
+            accelerator.scaler,
+            map_location,
+            {**load_kwargs, "weights_only": False},
+        )
+    except pickle.UnpicklingError as exc:
+        # Accelerate reads random states with a list of classes of its own.
+        raise CorruptCheckpointError(
+            f"the small files of the checkpoint ({RNG_STATE_NAME}_*.pkl, {SCHEDULER_NAME}.bin, ...) hold what "
+            f"Accelerate does not save: {exc}"
+        ) from exc
     first = folder / f"{RNG_STATE_NAME}_0.pkl"
     if "step" not in restored and first.is_file():
         # Fewer processes saved the checkpoint: this process keeps its random state. The step count is the same on all.

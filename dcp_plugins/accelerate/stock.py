@@ -10,15 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils.constants import FSDP_MODEL_NAME, MODEL_NAME, OPTIMIZER_NAME, SAFE_MODEL_NAME
-from safetensors.torch import load_file
 from torch import nn
 from torch.optim import Optimizer
 
 from dcp_plugins.accelerate import layout
 from dcp_plugins.accelerate.collect import owner_of
-from dcp_plugins.errors import PlanError, listing
+from dcp_plugins.errors import CorruptCheckpointError, PlanError, listing
 from dcp_plugins.manager import is_committed, load_state
 from dcp_plugins.state_dict import (
     StateDictOptions,
@@ -28,6 +26,7 @@ from dcp_plugins.state_dict import (
 from dcp_plugins.state_dict.names import names_of
 from dcp_plugins.state_dict.numbered import by_name
 from dcp_plugins.state_dict.owned import own_model_state, own_optimizer_state, restore_optimizer_state
+from dcp_plugins.storage.whole_files import read_safetensors_file, read_torch_file
 
 __all__ = ["load_stock_model", "load_stock_optimizer"]
 
@@ -59,7 +58,11 @@ def load_stock_optimizer(
         restore_optimizer_state(owner, optimizer, state["optimizer"])
         return
     name = f"{OPTIMIZER_NAME}_{index}.bin" if index else f"{OPTIMIZER_NAME}.bin"
-    saved = by_name(_read_weights(path, [name], part), owner, optimizer)
+    read = _read_weights(path, [name], part)
+    try:
+        saved = by_name(read, owner, optimizer)
+    except (KeyError, TypeError, AttributeError) as exc:
+        raise CorruptCheckpointError(f"{path / name} does not hold an optimizer's state: {exc!r}") from exc
     restore_optimizer_state(owner, optimizer, saved, options=StateDictOptions(full_state_dict=True))
 
 
@@ -68,9 +71,11 @@ def _read_weights(path: Path, names: Sequence[str], part: Path) -> dict[str, Any
         file = path / name
         if file.is_file():
             if file.suffix == ".safetensors":
-                return dict(load_file(file))
-            loaded: dict[str, Any] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-            return loaded
+                return read_safetensors_file(file)
+            loaded: Any = read_torch_file(file)
+            if not isinstance(loaded, Mapping):
+                raise CorruptCheckpointError(f"{file} holds a {type(loaded).__name__}, expected a state dict")
+            return dict(loaded)
     ours = sorted(entry.name for entry in path.glob(f"{part.name}_rank*"))
     hint = (
         f" Found {listing(ours)}: shards that only as many processes load as saved them, with stock Accelerate."

@@ -287,7 +287,8 @@ def record_checksums(data: memoryview, where: str) -> None:
         CorruptCheckpointError: The container is damaged; names the record.
     """
     read = _reader_of(data, where)
-    for record in directory(read, len(data), where)[0]:
+    # A value may hold any number of tensors, each a record of its own.
+    for record in directory(read, len(data), where, max_directory_bytes=len(data))[0]:
         start = content_start(read, record, len(data), where)
         found = crc32(data[start : start + record.size])
         if found != record.crc:

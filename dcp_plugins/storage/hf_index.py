@@ -79,7 +79,10 @@ def files_of_one_save(directory: Path, headers: Mapping[str, Header]) -> dict[st
     if len(complete) > 1:
         complete = [save for save in complete if save[0] == read_index(directory).save_id]
     if len(complete) != 1:
-        counts = [f"{len(names)} of the {save[1]} files of save {save[0]}" for save, names in present.items()]
+        counts = [
+            f"{len(names)} of the {save[1]} files of save {save[0]} ({listing(names)})"
+            for save, names in present.items()
+        ]
         raise CorruptCheckpointError(
             f"{directory} holds {listing(counts)}: a save into it was interrupted, or files were deleted since; load "
             "another checkpoint, or bring back the files of one save and delete those of the others"

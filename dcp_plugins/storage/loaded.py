@@ -1,53 +1,34 @@
-"""Reading containers with torch: of subclasses, quantised tensors, and other byte orders."""
+"""Reading containers whole: of subclasses, quantised tensors, and other byte orders."""
 
 from __future__ import annotations
 
-import io
-import pickle
 from collections.abc import Sequence
 
 import torch
 
 from dcp_plugins.contract import ReadItem
-from dcp_plugins.errors import CorruptCheckpointError, UnsafeCheckpointError, UnsupportedValueError, listing
+from dcp_plugins.errors import CorruptCheckpointError, UnsupportedValueError
 from dcp_plugins.format.memory import copy_elements
 from dcp_plugins.format.subclasses import assign, handles_operators, narrow
+from dcp_plugins.format.value_container import decode_value
 
 __all__ = ["fill_from_loaded", "load_container"]
 
 
 def load_container(content: bytes | bytearray, sizes: Sequence[int], where: str) -> torch.Tensor:
-    """Return the tensor in a container, read by torch and checked to have the shape ``sizes``.
+    """Return the tensor in a container, checked to have the shape ``sizes``.
 
     Raises:
         CorruptCheckpointError: The container is damaged, or holds something else.
         UnsafeCheckpointError: The tensor is of a class that is not admitted.
     """
-    try:
-        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    # On damaged bytes torch's unpickler fails with any error.
-    except Exception as exc:
-        names = _names_not_admitted(content) if isinstance(exc, pickle.UnpicklingError) else []
-        if not names:
-            raise CorruptCheckpointError(f"{where}: the container cannot be read: {exc}") from exc
-        raise UnsafeCheckpointError(
-            f"{where}: the saved tensor needs classes or functions that are not admitted: {listing(names)}. If you "
-            "trust them, import them and call torch.serialization.add_safe_globals([...]) with them before the load"
-        ) from exc
+    loaded = decode_value(memoryview(content), where, map_location="cpu")
     if not isinstance(loaded, torch.Tensor) or loaded.layout is not torch.strided or loaded.shape != tuple(sizes):
         raise CorruptCheckpointError(
             f"{where}: the metadata says a tensor of shape {tuple(sizes)}, "
             f"the container holds {type(loaded).__name__} {tuple(getattr(loaded, 'shape', ()))}"
         )
     return loaded
-
-
-def _names_not_admitted(content: bytes | bytearray) -> list[str]:
-    try:
-        return torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content))
-    # On damaged bytes it fails with any error, and the load's own error says that they are damaged.
-    except Exception:
-        return []
 
 
 @torch.no_grad()

@@ -153,6 +153,7 @@ class FileSystemReader(StorageReader):
             if not isinstance(entry, TensorStorageMetadata):
                 continue
             stored = 0
+            short: set[str] = set()
             for position, chunk in enumerate(entry.chunks):
                 info = metadata.storage_data.get(MetadataIndex(fqn, chunk.offsets, position))
                 if not isinstance(info, StorageInfo) or getattr(info, "transform_descriptors", None):
@@ -166,9 +167,12 @@ class FileSystemReader(StorageReader):
                 fitting = available // entry.properties.dtype.itemsize
                 if fitting < chunk.sizes.numel() and available == info.length and not _is_plain(store, info):
                     fitting = available * _MAX_ELEMENTS_PER_BYTE
+                if fitting < chunk.sizes.numel():
+                    short.add(name)
                 stored += min(chunk.sizes.numel(), fitting)
             if stored < entry.size.numel():
-                problems.append(f"{fqn} has {entry.size.numel()} elements, its files hold {stored}")
+                where = f" ({listing(short)})" if short else ""
+                problems.append(f"{fqn} has {entry.size.numel()} elements, its files{where} hold {stored}")
         if problems:
             raise CorruptCheckpointError(f"{self.path}: data files do not fit the metadata: {listing(problems)}")
 
@@ -194,7 +198,11 @@ class FileSystemReader(StorageReader):
                 if item.type is LoadItemType.BYTE_IO:
                     with _opened(files, info.relative_path) as (file, _):
                         content = self._read_bytes(file, info, item)
-                    planner.load_bytes(item, io.BytesIO(content))
+                    try:
+                        planner.load_bytes(item, io.BytesIO(content))
+                    except CorruptCheckpointError as exc:
+                        # The planner knows the key, and only this reader the file.
+                        raise type(exc)(f"{info.relative_path} at {info.offset}: {exc}") from exc
                 elif 0 in item.lengths:
                     continue
                 elif getattr(info, "transform_descriptors", None):

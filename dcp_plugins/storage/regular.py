@@ -74,6 +74,8 @@ def open_regular(root: str | os.PathLike[str], relative: str) -> tuple[int, os.s
             raise
         behind = _behind_links(Path(root), relative)
         if behind is None:
+            if exc.errno == errno.ELOOP:
+                raise _not_regular(path, "a link to itself") from None
             exc.filename = path
             raise
     try:
@@ -87,7 +89,7 @@ def read_regular(root: str | os.PathLike[str], relative: str, *, max_bytes: int 
     """Return the contents of a file of a checkpoint.
 
     Raises:
-        CorruptCheckpointError: It has more than ``max_bytes``.
+        CorruptCheckpointError: It has more than ``max_bytes``, or more than there is memory for.
         OSError, UnsafeCheckpointError: As from `open_regular`.
     """
     fd, found = open_regular(root, relative)
@@ -96,7 +98,13 @@ def read_regular(root: str | os.PathLike[str], relative: str, *, max_bytes: int 
             raise CorruptCheckpointError(
                 f"{os.path.join(root, relative)} has {found.st_size} bytes, expected {max_bytes} at most"
             )
-        return stream.read()
+        try:
+            return stream.read()
+        except MemoryError as exc:
+            raise CorruptCheckpointError(
+                f"{os.path.join(root, relative)} has {found.st_size} bytes, more than there is memory for: no save "
+                "writes such a file. Load another checkpoint"
+            ) from exc
 
 
 def _open_below(base: str, parts: list[str]) -> int:

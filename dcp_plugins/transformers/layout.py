@@ -22,6 +22,7 @@ from pathlib import Path
 from accelerate.utils.constants import FSDP_MODEL_NAME
 from accelerate.utils.constants import OPTIMIZER_NAME as ACCELERATE_OPTIMIZER_NAME
 from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import dcp_plugins as dcp
@@ -208,10 +209,24 @@ def publish_state(path: Path, text: str, *, sync: bool) -> None:
 
 
 def restore_state(path: Path) -> None:
-    """Write ``trainer_state.json`` from the DCP data, if a kill came between the commit and its publication."""
-    if is_committed(path) and not (path / TRAINER_STATE_NAME).is_file():
-        item = dcp.load_from_keys(f"{TRAINER}.{STATE}", storage_reader=dcp.FileSystemReader(path))
-        publish_state(path, item[TRAINER][STATE], sync=False)
+    """Write ``trainer_state.json`` from the DCP data, if it is damaged, or a kill came before its publication.
+
+    Raises:
+        UnsafeCheckpointError: A link to a file outside the checkpoint is in its place.
+    """
+    file = path / TRAINER_STATE_NAME
+    if not is_committed(path):
+        return
+    if file.is_file():
+        read_regular(path, TRAINER_STATE_NAME)
+        try:
+            TrainerState.load_from_json(str(file))
+            return
+        # Damaged text can make it raise any error.
+        except Exception as exc:
+            warn_user(f"{file} is damaged ({type(exc).__name__}: {exc}): wrote it anew from the checkpoint's data")
+    item = dcp.load_from_keys(f"{TRAINER}.{STATE}", storage_reader=dcp.FileSystemReader(path))
+    publish_state(path, item[TRAINER][STATE], sync=False)
 
 
 def forget_state(path: Path) -> None:

@@ -11,7 +11,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils.constants import FSDP_MODEL_NAME, OPTIMIZER_NAME
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
@@ -19,6 +18,7 @@ from transformers.trainer_callback import TrainerState
 
 from dcp_plugins.manager import OptimizerState, RandomState, is_committed, load_state, verify_checkpoint
 from dcp_plugins.manager.agreement import deciding_ranks
+from dcp_plugins.storage.whole_files import read_torch_file
 from dcp_plugins.transformers.layout import OPTIMIZER, restore_state
 from dcp_plugins.transformers.load import load_model, load_optimizer_and_scheduler, load_random_state, names_in
 from dcp_plugins.transformers.unwrapped import bare_optimizer, model_of, scheduler_of
@@ -46,9 +46,7 @@ def fsdp_optimizer_directory(checkpoint: Path) -> Path | None:
 def load_fsdp_optimizer_and_scheduler(trainer: Trainer, checkpoint: Path, directory: Path) -> None:
     """Load the sharded optimizer's state that the stock Trainer wrote, and the scheduler's beside it."""
     load_state({OPTIMIZER: OptimizerState(model_of(trainer), [bare_optimizer(trainer)])}, directory)
-    scheduler_of(trainer).load_state_dict(
-        torch.load(checkpoint / SCHEDULER_NAME, map_location="cpu", weights_only=True)
-    )
+    scheduler_of(trainer).load_state_dict(read_torch_file(checkpoint / SCHEDULER_NAME))
 
 
 def write_stock_checkpoint(trainer: Trainer, checkpoint: str | Path, folder: str | Path) -> None:

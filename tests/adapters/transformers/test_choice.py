@@ -111,9 +111,10 @@ def test_a_kill_between_commit_and_state_file_costs_nothing(folder: Path) -> Non
     state.unlink()
     restore_state(folder / "checkpoint-4")
     assert state.read_text() == text
-    state.write_text("edited by hand")
+    edited = text.replace('"best_metric": null', '"best_metric": 0.5')
+    state.write_text(edited)
     restore_state(folder / "checkpoint-4")
-    assert state.read_text() == "edited by hand"
+    assert state.read_text() == edited != text, "what was edited by hand stays"
 
 
 def test_a_folder_that_both_trainers_saved_into_is_not_mixed_up(folder: Path) -> None:
@@ -197,3 +198,13 @@ def test_importing_the_adapter_changes_nothing_and_the_seam_is_put_in_once() -> 
     DCPCallback()
     assert Trainer.train is train
     assert not hasattr(train.__wrapped__, "__wrapped__")
+
+
+@pytest.mark.parametrize("damage", ['{"epoch": ', '{"no_such_field": 1}', "\ud800"])
+def test_a_damaged_state_of_the_trainer_is_written_anew_from_the_checkpoints_data(folder: Path, damage: str) -> None:
+    state = folder / "checkpoint-2" / "trainer_state.json"
+    good = state.read_bytes()
+    state.write_bytes(damage.encode("utf-8", "surrogatepass"))
+    with pytest.warns(UserWarning, match=r"trainer_state\.json is damaged"):
+        restore_state(folder / "checkpoint-2")
+    assert state.read_bytes() == good
