@@ -97,7 +97,7 @@ def write_twin(source: Path, writer: CompanionWriter, values: Mapping[str, Any])
                 offset, length = file.write_bytes(dump_value(values[index.fqn]))
                 info = StorageInfo(own, offset, length)
             results.append(WriteResult(index, info.length, info))
-        file.write_mark(writer.save_id)
+        file.write_mark(own)
     for name in {result.storage_data.relative_path for result in results} - {own}:
         _link(source / name, writer.path / name, sync=writer.sync_files)
     writer.finish(metadata, [results])

@@ -13,7 +13,7 @@ import torch
 
 from dcp_plugins import progress
 from dcp_plugins.format.container import ALIGNMENT_BYTES, ContainerBuilder, Layout, crc32, predicted_layout
-from dcp_plugins.format.data_mark import MARK_BYTES, mark
+from dcp_plugins.format.data_mark import mark
 from dcp_plugins.format.memory import PLAIN_TENSORS, as_buffer, is_directly_addressable
 from dcp_plugins.format.subclass_pickle import pickle_subclass
 from dcp_plugins.pace import elsewhere
@@ -116,9 +116,10 @@ class DataFile:
             self.flush()
         return places
 
-    def write_mark(self, save_id: str) -> None:
-        """Append the mark of a save; nothing follows it."""
-        self.write(mark(save_id), MARK_BYTES)
+    def write_mark(self, name: str) -> None:
+        """Append the mark of the file's name; nothing follows it."""
+        content = mark(name)
+        self.write(content, len(content))
 
     def write_bytes(self, data: io.BytesIO) -> tuple[int, int]:
         """Append a byte string and return its offset and length in bytes."""

@@ -18,7 +18,7 @@ from typing import Any
 from dcp_plugins import progress
 from dcp_plugins.contract import FileSystemBase, StorageInfo
 from dcp_plugins.errors import CorruptCheckpointError, StorageWriteError
-from dcp_plugins.format.data_mark import MARK_BYTES
+from dcp_plugins.format.data_mark import mark
 from dcp_plugins.format.names import check_relative, new_save_id, temporary_name
 from dcp_plugins.storage.arrays import OpenFile
 from dcp_plugins.storage.file_system import FileSystem
@@ -142,8 +142,8 @@ class FsStore:
         # The mark follows a file's last item. Asking the file system would take a request for each file.
         ends = dict.fromkeys(sorted(names), 0)
         for info in infos:
-            ends[info.relative_path] = max(ends[info.relative_path], info.offset + info.length + MARK_BYTES)
-        return ends
+            ends[info.relative_path] = max(ends[info.relative_path], info.offset + info.length)
+        return {name: end + len(mark(name)) for name, end in ends.items()}
 
     def remove(self, names: Iterable[str], *, sync: bool = False) -> None:
         for name in names:

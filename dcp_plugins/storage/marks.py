@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dcp_plugins.errors import CorruptCheckpointError
-from dcp_plugins.format.data_mark import MARK_BYTES, check_mark
+from dcp_plugins.format.data_mark import MAX_MARK_BYTES, check_mark
 from dcp_plugins.format.names import save_id_of
 from dcp_plugins.storage.arrays import OpenFile, read_bytes
 
@@ -21,13 +21,13 @@ def check_data_file(file: OpenFile, size: int, name: str, *, end: int, marked: b
         marked: Whether the save that wrote the metadata marked its files.
 
     Raises:
-        CorruptCheckpointError: The file is too short, another save wrote it, or its mark is missing. The message begins
+        CorruptCheckpointError: The file is too short, it is another file, or its mark is missing. The message begins
             with the file's name.
     """
     if size < end:
         raise CorruptCheckpointError(f"{name} has {size} bytes, the metadata names bytes up to {end}")
     save_id = save_id_of(name.rpartition("/")[2])
-    if save_id is None:
-        return  # Stock torch's names have no id to compare with.
-    length = min(size, MARK_BYTES)
-    check_mark(read_bytes(file, length, size - length, name), save_id, required=marked, where=name)
+    if save_id is None and not marked:
+        return  # Stock torch writes no marks.
+    length = min(size, MAX_MARK_BYTES)
+    check_mark(read_bytes(file, length, size - length, name), name, save_id, required=marked)

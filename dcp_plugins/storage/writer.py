@@ -307,7 +307,7 @@ class FileSystemWriter(StorageWriter):
                 results += [
                     WriteResult(item.index, info.length, info) for item, info in zip(run.items, infos, strict=True)
                 ]
-            file.write_mark(self.save_id)
+            file.write_mark(name)
         return results
 
     def _append_run(self, file: DataFile, run: Run, planner: SavePlanner) -> list[tuple[int, int]]:

@@ -42,17 +42,29 @@ def test_a_data_file_of_another_save_is_refused_by_load_and_by_verify(tmp_path):
     first, second = _saved(tmp_path / "1", 1), _saved(tmp_path / "2", 2)
     assert first.stat().st_size == second.stat().st_size
     shutil.copy(second, first)
-    with pytest.raises(dcp.CheckpointException, match="files of two checkpoints were mixed") as info:
+    with pytest.raises(dcp.CheckpointException, match=f"{first.name} was written as {second.name}"):
         dcp.load(_state(0), checkpoint_id=tmp_path / "1")
-    assert first.name in str(info.value)
-    with pytest.raises(CorruptCheckpointError, match="files of two checkpoints were mixed"):
+    with pytest.raises(CorruptCheckpointError, match="files were mixed up"):
         verify_checkpoint(tmp_path / "1")
+
+
+def test_data_files_of_one_save_that_changed_places_are_refused_by_load_and_by_verify(tmp_path):
+    writer = dcp.FileSystemWriter(tmp_path, single_file_per_rank=False)
+    dcp.save({"a": torch.zeros(3), "b": torch.ones(3)}, storage_writer=writer)
+    first, second = sorted(tmp_path.glob("*.distcp"))
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+    with pytest.raises(dcp.CheckpointException, match=f"{first.name} was written as {second.name}"):
+        dcp.load({"a": torch.zeros(3), "b": torch.zeros(3)}, checkpoint_id=tmp_path)
+    with pytest.raises(CorruptCheckpointError, match="files were mixed up"):
+        verify_checkpoint(tmp_path)
 
 
 def test_a_data_file_that_lost_its_end_is_refused_though_no_tensor_is_damaged(tmp_path):
     file = _saved(tmp_path / "c", 1)
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(dcp.CheckpointException, match="does not end with the mark of save"):
+    with pytest.raises(dcp.CheckpointException, match="does not end with the mark of its name"):
         dcp.load(_state(0), checkpoint_id=tmp_path / "c")
 
 
