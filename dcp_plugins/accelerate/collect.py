@@ -260,7 +260,7 @@ def restore_files(
 def _rewrite(accelerator: Accelerator, folder: Path, target: Path, safe_globals: Iterable[SafeGlobal]) -> None:
     """Decode the small files in a directory as plain data, and write the values into another directory."""
     for path in sorted(folder.iterdir()):
-        if path.is_dir() or not any(fnmatch.fnmatch(path.name, pattern) for pattern in _SMALL_FILES):
+        if not any(fnmatch.fnmatch(path.name, pattern) for pattern in _SMALL_FILES):
             continue
         try:
             state = load_value(
@@ -296,6 +296,7 @@ def _restore_trusted(
     accelerator: Accelerator, folder: Path, *, map_location: Any, load_kwargs: Mapping[str, Any]
 ) -> None:
     """Restore from files that may be unpickled."""
+    first = folder / f"{RNG_STATE_NAME}_0.pkl"
     try:
         restored = load_accelerator_state(
             str(folder),
@@ -308,16 +309,15 @@ def _restore_trusted(
             map_location,
             {**load_kwargs, "weights_only": False},
         )
+        if "step" not in restored and first.is_file():
+            # Fewer processes saved the checkpoint: this process keeps its random state, but not its step count.
+            restored = load_file(first)
     except pickle.UnpicklingError as exc:
         # Accelerate reads random states with a list of classes of its own.
         raise CorruptCheckpointError(
-            f"the small files of the checkpoint ({RNG_STATE_NAME}_*.pkl, {SCHEDULER_NAME}.bin, ...) hold what "
-            f"Accelerate does not save: {exc}"
+            f"the small files of the checkpoint ({first.name}, {SCHEDULER_NAME}.bin, ...) hold what Accelerate does "
+            f"not save: {exc}"
         ) from exc
-    first = folder / f"{RNG_STATE_NAME}_0.pkl"
-    if "step" not in restored and first.is_file():
-        # Fewer processes saved the checkpoint: this process keeps its random state. The step count is the same on all.
-        restored = load_file(first)
     accelerator.step = restored.get("step", accelerator.step)
     for index, value in enumerate(accelerator._custom_objects):
         path = folder / f"custom_checkpoint_{index}.pkl"

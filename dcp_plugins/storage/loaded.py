@@ -24,9 +24,10 @@ def load_container(content: bytes | bytearray, sizes: Sequence[int], where: str)
     """
     loaded = decode_value(memoryview(content), where, map_location="cpu")
     if not isinstance(loaded, torch.Tensor) or loaded.layout is not torch.strided or loaded.shape != tuple(sizes):
+        shape = f" of shape {tuple(loaded.shape)}" if isinstance(loaded, torch.Tensor) else ""
         raise CorruptCheckpointError(
             f"{where}: the metadata says a tensor of shape {tuple(sizes)}, "
-            f"the container holds {type(loaded).__name__} {tuple(getattr(loaded, 'shape', ()))}"
+            f"the container holds a {type(loaded).__name__}{shape}"
         )
     return loaded
 

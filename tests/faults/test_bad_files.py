@@ -20,6 +20,7 @@ from dcp_plugins.format.container import record_checksums
 from dcp_plugins.format.metadata import decode
 from dcp_plugins.hf_storage import HuggingFaceStorageWriter
 from dcp_plugins.plan.values import load_value
+from dcp_plugins.storage.loaded import load_container
 from dcp_plugins.storage.regular import open_regular
 from dcp_plugins.storage.whole_files import read_safetensors_file, read_torch_file
 
@@ -64,6 +65,12 @@ def test_a_container_whose_records_share_their_bytes_is_refused_before_their_che
         archive.filelist += [record] * 40
     with pytest.raises(CorruptCheckpointError, match="records overlap"):
         record_checksums(memoryview(stream.getvalue()), "file")
+
+
+@pytest.mark.parametrize("value", [torch.Tensor, {"shape": 5}, [torch.ones(3)]], ids=["class", "dict", "list"])
+def test_a_container_that_holds_no_tensor_is_refused(value):
+    with pytest.raises(CorruptCheckpointError, match="says a tensor of shape"):
+        load_container(_saved(value), (3,), "file")
 
 
 def _saved(value: Any) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import gc
 import logging
@@ -16,7 +17,7 @@ import torch
 from accelerate import Accelerator
 
 from dcp_plugins.accelerate import DCPPlugin, enable
-from dcp_plugins.errors import CheckpointException, CheckpointNotFoundError
+from dcp_plugins.errors import CheckpointException, CheckpointNotFoundError, CorruptCheckpointError
 from dcp_plugins.manager import is_committed
 from dcp_plugins.testing.ranks import run_ranks
 from tests.adapters.accelerate.trainers import run
@@ -45,6 +46,25 @@ def test_an_empty_path_is_refused_before_anything_is_written(tmp_path: Path, mon
     with pytest.raises(ValueError, match="Tried to find ''"):
         accelerator.load_state("")
     assert not list(tmp_path.iterdir())
+
+
+def test_small_files_that_accelerate_did_not_save_are_refused(tmp_path: Path) -> None:
+    run("plain", plugin=None).accelerator.save_state(str(tmp_path))
+    good = (tmp_path / "random_states_0.pkl").read_bytes()
+    torch.save({"random_state": collections.deque()}, tmp_path / "random_states_0.pkl")
+    with pytest.raises(CorruptCheckpointError, match=r"random_states_0\.pkl.*hold what Accelerate does not save"):
+        run("plain").accelerator.load_state(tmp_path)
+    (tmp_path / "random_states_0.pkl").write_bytes(good)
+    for content in (torch.ones(1), [1]):
+        torch.save(content, tmp_path / "scheduler.bin")
+        with pytest.raises(
+            CorruptCheckpointError, match=r"scheduler\.bin holds a (Tensor|list), expected a state dict"
+        ):
+            run("plain").accelerator.load_state(tmp_path)
+    (tmp_path / "scheduler.bin").unlink()
+    (tmp_path / "scheduler.bin").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"scheduler\.bin"):
+        run("plain").accelerator.load_state(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["off", "thread"])
