@@ -26,6 +26,8 @@ BIT_GENERATORS: dict[str, Any] = {
 _GENERATOR_BYTES = 4096
 _MAX_ARRAY_NESTING = 50
 _MAX_SEED_POOL = 256
+# NumPy needs quadratic time for a seed of many digits: for one of this size, some ten milliseconds.
+_MAX_SEED = 1 << 65536
 _MAX_DIMENSIONS = 64
 
 _DTYPE = re.compile(r"([biufcSUVMmO])(\d{1,10})")
@@ -290,7 +292,7 @@ def _finished_sequence(decoder: Decoder, state: Any) -> np.random.SeedSequence:
     parts = entropy if isinstance(entropy, (list, tuple)) else [entropy]
     if isinstance(entropy, np.ndarray):
         parts = entropy.ravel().tolist()
-    is_good = all(type(part) is int and part >= 0 for part in (*parts, spawned, *spawn_key))
+    is_good = all(type(part) is int and 0 <= part < _MAX_SEED for part in (*parts, spawned, *spawn_key))
     if not is_good or not _is_number(pool_size, _MAX_SEED_POOL):
         raise DecodingError("the seed of a bit generator")
     decoder.limits.charge(64 * len(parts))

@@ -213,3 +213,10 @@ def _with_shared_records(content: bytes) -> bytes:
             for part in (slice(16, 28), slice(42, 46)):
                 data[at + part.start : at + part.stop] = data[first + part.start : first + part.stop]
     return bytes(data)
+
+
+def test_a_seed_that_numpy_would_take_long_to_read_is_refused() -> None:
+    longest = np.random.SeedSequence((1 << 65536) - 1)
+    assert decode_value(pickle.dumps(longest), "x").entropy == longest.entropy
+    with pytest.raises(CorruptCheckpointError, match="the seed of a bit generator"):
+        decode_value(pickle.dumps(np.random.SeedSequence(1 << 65536)), "x")
