@@ -33,7 +33,7 @@ INSTALL := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/pyth
 help:
 	@sed -n 's/^#   //p' Makefile
 
-# Two stamps, so that the demo does not wait for the developers' tools.
+# Several stamps: the demo does not wait for the developers' tools, nor the tests for the fuzzer.
 $(VENV)/.runtime: pyproject.toml constraints.txt
 	@echo "Making $(VENV) (a minute or two the first time)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -43,6 +43,10 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.runtime
 	$(INSTALL) --editable '.[dev,lightning,accelerate,transformers]'
+	touch $@
+
+$(VENV)/.fuzz: $(VENV)/.dev
+	$(INSTALL) --editable '.[fuzz]'
 	touch $@
 
 venv: $(VENV)/.dev
@@ -69,7 +73,7 @@ types: $(VENV)/.dev
 parallelism-table: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.matrix.table
 
-torture: $(VENV)/.dev
+torture: $(VENV)/.fuzz
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.torture $(TORTURE_ARGS)
 
 bench: $(VENV)/.runtime

@@ -281,7 +281,12 @@ def _rewrite(accelerator: Accelerator, folder: Path, target: Path, safe_globals:
             ) from exc
         if not isinstance(state, dict) and not path.name.startswith(_WITH_ANY_VALUE):
             raise CorruptCheckpointError(f"{path} holds a {type(state).__name__}, expected a state dict")
-        torch.save(state, target / path.name)
+        try:
+            torch.save(state, target / path.name)
+        except RecursionError as exc:
+            raise CorruptCheckpointError(
+                f"{path} holds a value that is nested so deeply that no save can have written it"
+            ) from exc
 
 
 def _owner(accelerator: Accelerator, name: str) -> str:

@@ -59,6 +59,10 @@ def load_stock_optimizer(
         return
     name = f"{OPTIMIZER_NAME}_{index}.bin" if index else f"{OPTIMIZER_NAME}.bin"
     read = _read_weights(path, [name], part)
+    if not read.keys() >= {"state", "param_groups"}:
+        raise CorruptCheckpointError(
+            f"{path / name} holds {listing(map(str, read))}, expected the state and param_groups of an optimizer"
+        )
     try:
         saved = by_name(read, owner, optimizer)
     except (KeyError, TypeError, AttributeError) as exc:

@@ -77,5 +77,8 @@ def _mapped(path: Path) -> memoryview:
             raise CorruptCheckpointError(f"{path} is empty: expected a checkpoint's file")
         # A private mapping may be written to, and leaves the file as it is.
         return memoryview(mmap.mmap(fd, found.st_size, access=mmap.ACCESS_COPY))
+    except OSError as exc:
+        exc.filename = str(path)
+        raise
     finally:
         os.close(fd)

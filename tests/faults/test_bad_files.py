@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import resource
 import struct
 import zipfile
 from pathlib import Path
@@ -138,6 +139,20 @@ def test_a_whole_file_that_is_a_pipe_or_a_program_is_refused(tmp_path, read):
     with pytest.raises(CorruptCheckpointError):
         read(tmp_path / "program")
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("read", [read_torch_file, read_safetensors_file])
+def test_an_error_of_the_system_about_a_whole_file_names_it(tmp_path, read):
+    path = tmp_path / "file"
+    path.touch()
+    os.truncate(path, 1 << 43)
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 42, before[1]))
+    try:
+        with pytest.raises(OSError, match="file"):
+            read(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 class _Program:

@@ -17,7 +17,7 @@ from pathlib import Path
 from tests.torture.campaign import Campaign
 from tests.torture.shim import is_preloaded, run_preloaded
 
-CAMPAIGNS = ("calls", "power", "neighbours", "ranks", "soak")
+CAMPAIGNS = ("calls", "power", "damage", "hostile", "fuzz", "neighbours", "ranks", "soak")
 UNDER_SHIM = {"calls", "power"}
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +12,19 @@ from typing import Any
 
 import pytest
 
+from tests.torture.children import run_in_children
+
 # The part of each campaign that takes some ten to thirty seconds.
-SHARES = {"calls": 0.01, "power": 0.03, "neighbours": 0.06, "ranks": 0.012, "soak": 0.01}
+SHARES = {
+    "calls": 0.01,
+    "power": 0.03,
+    "damage": 0.005,
+    "hostile": 0.05,
+    "fuzz": 0.01,
+    "neighbours": 0.06,
+    "ranks": 0.012,
+    "soak": 0.01,
+}
 
 
 def _run(folder: Path, name: str, *options: str) -> tuple[dict[str, Any], str]:
@@ -29,7 +42,32 @@ def test_a_share_of_the_campaign_finds_no_broken_promise(name, tmp_path):
     assert not found["violations"], report[-8000:]
 
 
-@pytest.mark.parametrize(("name", "kind"), [("calls", "kills"), ("power", "losses of power")])
-def test_the_campaign_finds_what_stock_torch_loses_by_writing_over_a_checkpoint(name, kind, tmp_path):
-    found, _ = _run(tmp_path, name, "--match", "stock torch", "--share", "0.1")
+@pytest.mark.parametrize(
+    ("name", "kind", "share"),
+    [("calls", "kills", 0.1), ("power", "losses of power", 0.1), ("damage", "files with a flipped bit", 0.005)],
+)
+def test_the_campaign_finds_what_stock_torch_loses(name, kind, share, tmp_path):
+    found, _ = _run(tmp_path, name, "--match", "stock torch", "--share", str(share))
     assert any(violation.startswith(kind) for violation in found["violations"])
+
+
+def _fail(prepared: Path, case: str) -> None:
+    if case == "broken promise":
+        raise AssertionError("broken")
+    if case == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if case == "unexpected error":
+        raise KeyError(case)
+
+
+def test_a_case_that_crashes_the_interpreter_is_named_and_all_others_are_checked(tmp_path):
+    cases = ["good", "crash", "crash", "broken promise", "good", "unexpected error", "crash", "good"]
+    found = sorted(run_in_children(cases, lambda folder: folder, _fail, tmp_path / "work"))
+    assert [case for case, _ in found] == sorted(cases)
+    problems = {case: problem.splitlines()[-1] if problem else "" for case, problem in found}
+    assert problems == {
+        "good": "",
+        "crash": "the interpreter crashed: SIGSEGV",
+        "broken promise": "broken",
+        "unexpected error": "KeyError: 'unexpected error'",
+    }

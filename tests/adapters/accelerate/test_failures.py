@@ -50,17 +50,25 @@ def test_an_empty_path_is_refused_before_anything_is_written(tmp_path: Path, mon
 
 def test_small_files_that_accelerate_did_not_save_are_refused(tmp_path: Path) -> None:
     run("plain", plugin=None).accelerator.save_state(str(tmp_path))
-    good = (tmp_path / "random_states_0.pkl").read_bytes()
+    good, optimizer = ((tmp_path / name).read_bytes() for name in ("random_states_0.pkl", "optimizer.bin"))
     torch.save({"random_state": collections.deque()}, tmp_path / "random_states_0.pkl")
     with pytest.raises(CorruptCheckpointError, match=r"random_states_0\.pkl.*hold what Accelerate does not save"):
         run("plain").accelerator.load_state(tmp_path)
     (tmp_path / "random_states_0.pkl").write_bytes(good)
+    deep = b"\x80\x02" + b"}N" * 100_000 + b"N" + b"s" * 100_000 + b"."
+    (tmp_path / "scheduler.bin").write_bytes(deep)
+    with pytest.raises(CorruptCheckpointError, match=r"scheduler\.bin holds a value that is nested so deeply"):
+        run("plain").accelerator.load_state(tmp_path)
     for content in (torch.ones(1), [1]):
         torch.save(content, tmp_path / "scheduler.bin")
         with pytest.raises(
             CorruptCheckpointError, match=r"scheduler\.bin holds a (Tensor|list), expected a state dict"
         ):
             run("plain").accelerator.load_state(tmp_path)
+    torch.save({"last_epoch": 1}, tmp_path / "optimizer.bin")
+    with pytest.raises(CorruptCheckpointError, match=r"optimizer\.bin holds last_epoch, expected the state and"):
+        run("plain").accelerator.load_state(tmp_path)
+    (tmp_path / "optimizer.bin").write_bytes(optimizer)
     (tmp_path / "scheduler.bin").unlink()
     (tmp_path / "scheduler.bin").mkdir()
     with pytest.raises(IsADirectoryError, match=r"scheduler\.bin"):
