@@ -259,7 +259,7 @@ def parse_layout(read: Callable[[int, int], bytes], length: int, where: str) -> 
         return None
     if data_record is None:
         raise CorruptCheckpointError(f"{where}: the container has no record data/0")
-    start = content_start(read, data_record, length, where)
+    start = content_start(read, data_record, tail_start, where)
     if data_record.size != stored.storage_nbytes:
         raise CorruptCheckpointError(
             f"{where}: data.pkl describes {stored.storage_nbytes} bytes, the record data/0 has {data_record.size}"

@@ -166,7 +166,7 @@ def _decoded(record: Iterable[Any]) -> Iterable[tuple[KeyPath, SavedMapping]]:
                 raise ValueError(f"expected a list of keys, found {shared!r}")
             actual = None if keys is None else tuple(_decoded_key(key) for key in keys)
             yield tuple(path), SavedMapping(kind, actual, tuple(shared))
-        except (TypeError, ValueError, AttributeError) as exc:
+        except (TypeError, ValueError, AttributeError, LookupError, OverflowError) as exc:
             raise CorruptCheckpointError(f"the record of containers in .metadata is malformed: {exc}") from exc
 
 

@@ -140,8 +140,8 @@ def directory(
             full_size, packed_size, header_start = _zip64(extra, full_size, packed_size, header_start)
         if signature != b"PK\x01\x02" or method != 0 or flags & 1 or packed_size != full_size:
             raise CorruptCheckpointError(f"{where}: a zip record is compressed, encrypted or damaged")
-        if header_start + _LOCAL.size + full_size > length:
-            raise CorruptCheckpointError(f"{where}: a zip record of {full_size} bytes leaves the container")
+        if header_start + _LOCAL.size + full_size > start:
+            raise CorruptCheckpointError(f"{where}: a zip record of {full_size} bytes reaches into the directory")
         # Without this check, a small file whose records share their bytes could keep a reader busy for ever.
         contents += full_size
         if contents > length:

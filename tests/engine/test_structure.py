@@ -168,6 +168,9 @@ def test_the_record_that_somebody_has_tampered_with_is_refused(tmp_path: Path) -
     records: list[Any] = [
         [[["model"], "os.system", None]],
         [[["model"], "dict", [{"eval": "1"}]]],
+        [[["model"], "dict", [{"numpy": ["int64", ""]}]]],
+        [[["model"], "dict", [{"numpy": {}}]]],
+        [[["model"], "dict", [{"float": "0x1p+9999"}]]],
         [["model"]],
         [[{}, "dict", None]],
     ]

@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as stock
 
 import dcp_plugins as dcp
 from dcp_plugins.errors import CorruptCheckpointError, UnsafeCheckpointError
-from dcp_plugins.format.container import record_checksums
+from dcp_plugins.format.container import parse_layout, record_checksums
 from dcp_plugins.format.metadata import decode
 from dcp_plugins.hf_storage import HuggingFaceStorageWriter
 from dcp_plugins.plan.values import load_value
@@ -66,6 +66,23 @@ def test_a_container_whose_records_share_their_bytes_is_refused_before_their_che
         archive.filelist += [record] * 40
     with pytest.raises(CorruptCheckpointError, match="records overlap"):
         record_checksums(memoryview(stream.getvalue()), "file")
+
+
+def test_a_container_whose_data_reaches_into_the_zips_directory_is_refused():
+    tensor = torch.ones(64)
+    content = bytearray(_saved(tensor))
+    directory = content.index(b"PK\1\2")
+    data = content.index(tensor.numpy().tobytes())
+    header = content.rindex(b"PK\3\4", 0, data)
+    # The length of the extra field says where the data begins.
+    struct.pack_into("<H", content, header + 28, directory - header - 100)
+
+    def read(at: int, size: int) -> bytes:
+        assert 0 <= at <= at + size <= len(content)
+        return bytes(content[at : at + size])
+
+    with pytest.raises(CorruptCheckpointError, match="leaves the container"):
+        parse_layout(read, len(content), "file")
 
 
 @pytest.mark.parametrize("value", [torch.Tensor, {"shape": 5}, [torch.ones(3)]], ids=["class", "dict", "list"])
