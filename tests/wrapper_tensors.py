@@ -20,13 +20,13 @@ class Parts(torch.Tensor):
         return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
 
     def __init__(self, parts: dict[str, torch.Tensor], shape: Any, dtype: torch.dtype, note: Any = None) -> None:
-        self.names = list(parts)
+        self.part_names = list(parts)
         self.note = note
         for name, part in parts.items():
             setattr(self, name, part)
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return self.names, (tuple(self.shape), self.dtype, self.note)
+        return self.part_names, (tuple(self.shape), self.dtype, self.note)
 
     @classmethod
     def __tensor_unflatten__(cls, parts: Any, context: Any, outer_size: Any = None, outer_stride: Any = None) -> Parts:
@@ -39,7 +39,7 @@ class Parts(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     def __repr__(self, **_: Any) -> str:
-        return f"Parts({self.names})"
+        return f"Parts({self.part_names})"
 
 
 class UnknownParts(Parts):

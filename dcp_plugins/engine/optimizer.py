@@ -8,10 +8,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torch.distributed._shard.sharded_tensor.metadata import TensorProperties as ShardedTensorProperties
-from torch.distributed._shard.sharded_tensor.shard import Shard
-from torch.distributed._shard.sharding_spec.chunk_sharding_spec import ChunkShardingSpec
 from torch.distributed.tensor import DTensor
 
 from dcp_plugins.contract import (
@@ -34,6 +30,7 @@ from dcp_plugins.plan import (
     create_read_items_for_chunk_list,
     unflatten_state_dict,
 )
+from dcp_plugins.torch_private import ChunkShardingSpec, LocalShard, ShardedTensor, ShardedTensorProperties
 
 __all__ = ["load_sharded_optimizer_state_dict"]
 
@@ -190,7 +187,7 @@ def _sharded(
     rank = dist.get_rank()
     device = _device_of(group)
     shards = [
-        Shard(_empty(properties, torch.Size(place.shard_sizes), device), place)
+        LocalShard(_empty(properties, torch.Size(place.shard_sizes), device), place)
         for place in metadata.shards_metadata
         if place.placement.rank() == rank  # type: ignore[union-attr]
     ]
@@ -221,7 +218,9 @@ class _PartLoadPlanner(DefaultLoadPlanner):
         return LoadPlan(items)
 
 
-def _reads_of_part(fqn: str, entry: TensorStorageMetadata, shard: Shard, offset: tuple[int, ...]) -> list[ReadItem]:
+def _reads_of_part(
+    fqn: str, entry: TensorStorageMetadata, shard: LocalShard, offset: tuple[int, ...]
+) -> list[ReadItem]:
     own = torch.Size(shard.metadata.shard_offsets)
     wanted = ChunkStorageMetadata(
         offsets=torch.Size([base + inner for base, inner in zip(offset, own, strict=True)]),

@@ -21,20 +21,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dcp_plugins.engine.process_received import (
     Place,
     TensorTable,
     make_dtensor,
-    make_mesh,
     make_sharded,
-    make_spec,
     make_wrapper,
     private_tensor,
     shared_tensor,
@@ -43,6 +38,8 @@ from dcp_plugins.errors import UnsupportedValueError, listing
 from dcp_plugins.format.memory import PLAIN_TENSORS, addresses_of
 from dcp_plugins.pace import give_way
 from dcp_plugins.staging.wrappers import is_plain_memory
+from dcp_plugins.torch_private import DTensorSpec, ShardedTensor, is_traceable_wrapper_subclass
+from dcp_plugins.torch_versions import explicit_shard_order, make_mesh, make_spec
 
 __all__ = ["BlockTable", "Packed", "pack"]
 
@@ -256,9 +253,7 @@ class _Pickler(pickle.Pickler):
             # Its process groups stay here; what a tensor's layout needs of it is a table of ranks.
             return make_mesh, (value.device_type, value.mesh, value.mesh_dim_names, dist.get_rank())
         if isinstance(value, DTensorSpec):
-            by_placements = value.use_strided_shard_as_shard_order
-            order = None if by_placements else value.shard_order
-            return make_spec, (value.mesh, value.placements, value.tensor_meta, order, by_placements)
+            return make_spec, (value.mesh, value.placements, value.tensor_meta, explicit_shard_order(value))
         return NotImplemented
 
     def _reduce_tensor(self, value: Any) -> Any:

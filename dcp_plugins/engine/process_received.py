@@ -11,14 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.distributed._shard.sharded_tensor.api import ShardedTensorBase
-from torch.distributed._shard.sharded_tensor.shard import Shard
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from dcp_plugins.format.memory import as_buffer, with_own_storage
 from dcp_plugins.format.tensor_pickle import row_major_strides
+from dcp_plugins.torch_private import DTensorSpec, LocalShard, ShardedTensorBase
 
 __all__ = [
     "Buffers",
@@ -27,9 +24,7 @@ __all__ = [
     "TensorTable",
     "blocks",
     "make_dtensor",
-    "make_mesh",
     "make_sharded",
-    "make_spec",
     "make_wrapper",
     "private_tensor",
     "shared_tensor",
@@ -186,17 +181,6 @@ def _dressed(
     return tensor
 
 
-def make_mesh(device_type: str, ranks: torch.Tensor, names: tuple[str, ...] | None, rank: int) -> DeviceMesh:
-    """Make a mesh that is the sender's as far as layouts go."""
-    # Given the rank and told to set up nothing, it talks to nobody, and a process without a device can make it.
-    return DeviceMesh(device_type, ranks, mesh_dim_names=names, _init_backend=False, _rank=rank)
-
-
-def make_spec(mesh: DeviceMesh, placements: Any, meta: Any, order: Any, by_placements: bool) -> DTensorSpec:
-    """Make the layout of a DTensor."""
-    return DTensorSpec(mesh, placements, meta, order, by_placements)
-
-
 def make_dtensor(local: torch.Tensor, spec: DTensorSpec, requires_grad: bool) -> DTensor:
     """Make a DTensor around its local tensor."""
     return DTensor(local, spec, requires_grad=requires_grad)  # type: ignore[no-untyped-call]
@@ -206,7 +190,7 @@ def make_sharded(shards: list[tuple[torch.Tensor, Any]], metadata: Any, spec: An
     """Make a ShardedTensor around this rank's shards."""
     # The base class's constructor: ShardedTensor's own talks to the process group.
     return ShardedTensorBase._init_from_local_shards_and_global_metadata(
-        [Shard(tensor, place) for tensor, place in shards], metadata, sharding_spec=spec
+        [LocalShard(tensor, place) for tensor, place in shards], metadata, sharding_spec=spec
     )
 
 

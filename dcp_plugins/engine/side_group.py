@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from dcp_plugins.torch_versions import new_group_in_order
+
 __all__ = ["cpu_timeout", "side_group"]
 
 logger = logging.getLogger(__name__)
@@ -55,14 +57,13 @@ def _make_twin(parent: dist.ProcessGroup, use: Use) -> dist.ProcessGroup:
     is_default = parent is dist.group.WORLD
     if not is_default:
         _level_group_counts(parent)
-    twin: dist.ProcessGroup = dist.new_group(
+    twin: dist.ProcessGroup = new_group_in_order(
         dist.get_process_group_ranks(parent),
         timeout=cpu_timeout(parent),
         backend="gloo",
         # Ranks outside of the group know nothing of its saves and do not come.
         use_local_synchronization=not is_default,
         group_desc="dcp_async_save" if use == "saves" else "dcp_decisions",
-        sort_ranks=False,
     )
     logger.info("made a gloo group of %d ranks for %s", dist.get_world_size(twin), use)
     return twin

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from dcp_plugins.torch_versions import DTYPES_NOT_COPIED_YET
+
 __all__ = [
     "DTYPES_WITHOUT_COPY",
     "PLAIN_TENSORS",
@@ -55,7 +57,7 @@ def is_directly_addressable(tensor: torch.Tensor) -> bool:
     )
 
 
-DTYPES_WITHOUT_COPY = frozenset(
+DTYPES_WITHOUT_COPY = DTYPES_NOT_COPIED_YET.union(
     dtype
     for kind in ("uint", "int")
     for bits in range(1, 8)

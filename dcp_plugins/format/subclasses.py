@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dcp_plugins.errors import UnsupportedValueError
 from dcp_plugins.format.memory import PLAIN_TENSORS, copyable
+from dcp_plugins.torch_private import is_traceable_wrapper_subclass
 
 __all__ = [
     "assign",

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
 import dcp_plugins as dcp
@@ -40,6 +39,7 @@ from dcp_plugins.plan.unloadable import warn_of_unloadable
 from dcp_plugins.plan.values import dump_value, load_value
 from dcp_plugins.storage.companion import replaced_name
 from dcp_plugins.storage.regular import read_regular
+from dcp_plugins.torch_private import ShardedTensor
 from dcp_plugins.user_warnings import warn_user
 
 __all__ = [

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from dcp_plugins.plan.flatten import KeyPath
+from dcp_plugins.torch_private import ShardedTensor
 
 __all__ = ["Replicas"]
 

@@ -14,7 +14,6 @@ from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import torch
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -24,6 +23,7 @@ from dcp_plugins.staging.memory import HostMemory
 from dcp_plugins.staging.snapshot import take_snapshot
 from dcp_plugins.staging.streams import Copies
 from dcp_plugins.staging.wrappers import is_plain_memory, parts
+from dcp_plugins.torch_private import ShardedTensor
 
 __all__ = ["OverlappedStager"]
 

@@ -10,9 +10,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor, ShardedTensorBase
-from torch.distributed._shard.sharded_tensor.shard import Shard
 from torch.distributed.tensor import DTensor
 
 from dcp_plugins.errors import UnsupportedValueError
@@ -20,6 +17,7 @@ from dcp_plugins.format.memory import PLAIN_TENSORS, as_buffer
 from dcp_plugins.format.subclasses import flattened, handles_operators, is_wrapper
 from dcp_plugins.tensors import find_shard, write_items
 from dcp_plugins.tensors.describe import has_hooks
+from dcp_plugins.torch_private import AsyncCollectiveTensor, LocalShard, ShardedTensor, ShardedTensorBase
 
 __all__ = ["copies_itself", "is_plain_memory", "parts", "rebuild"]
 
@@ -98,7 +96,7 @@ def copies_itself(value: object) -> bool:
 
 def _rebuild_sharded(tensor: ShardedTensor, build: Build) -> torch.Tensor:
     shards = [
-        Shard(build(str(tuple(shard.metadata.shard_offsets)), shard.tensor), copy.deepcopy(shard.metadata))
+        LocalShard(build(str(tuple(shard.metadata.shard_offsets)), shard.tensor), copy.deepcopy(shard.metadata))
         for shard in tensor.local_shards()
     ]
     # The base class's constructor: ShardedTensor's own talks to the process group, and insists on shards being on the

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
 from dcp_plugins.errors import PlanError, UnsupportedValueError
@@ -16,6 +15,7 @@ from dcp_plugins.events import record
 from dcp_plugins.state_dict.buckets import least_limit_bytes
 from dcp_plugins.state_dict.fill import Announced, Copy, fill_all
 from dcp_plugins.state_dict.scopes import default_scope, global_rank, settle
+from dcp_plugins.torch_private import ShardedTensor
 
 __all__ = ["agree", "announce", "is_tensor_source", "receive"]
 

@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torch.distributed._shard.sharded_tensor.shard import Shard
 from torch.distributed.tensor import DTensor
 
 from dcp_plugins.errors import UnsupportedValueError
 from dcp_plugins.geometry import Box
 from dcp_plugins.state_dict.scopes import Scope
 from dcp_plugins.tensors.dtensor import Shards, local_tensor, shards_of
+from dcp_plugins.torch_private import AsyncCollectiveTensor, LocalShard, ShardedTensor
+from dcp_plugins.torch_versions import explicit_shard_order, spec_key
 
 __all__ = [
     "Description",
@@ -58,7 +57,7 @@ def described_dtensor(value: DTensor, known: dict[Any, Description]) -> Descript
     # With CPU offload only the way through a bucket reaches the mesh's device.
     plain = type(local) in (torch.Tensor, torch.nn.Parameter, AsyncCollectiveTensor)
     fits = plain and local.layout == torch.strided
-    key = (value.shape, local.dtype, spec.placements, spec.shard_order, local.shape, fits, local.is_meta)
+    key = (value.shape, local.dtype, spec_key(spec), local.shape, fits, local.is_meta)
     if key in known:
         return known[key]
     shards = shards_of(value) if fits else None
@@ -72,7 +71,7 @@ def described_dtensor(value: DTensor, known: dict[Any, Description]) -> Descript
         if sum(box.numel for box in boxes) != local.numel() or (len(boxes) == 1 and boxes[0].sizes != local.shape):
             shards = None  # What its maker did not tell DTensor, the other ranks cannot know.
     kind = "DTensor on meta" if local.is_meta else "DTensor" if shards is not None else f"DTensor of {type(local)}"
-    text = f"{kind} {tuple(value.shape)} {local.dtype} {spec.placements} {spec.shard_order} {spec.mesh.shape}"
+    text = f"{kind} {tuple(value.shape)} {local.dtype} {spec.placements} {explicit_shard_order(spec)} {spec.mesh.shape}"
     description = known[key] = Description(kind, value.shape, local.dtype, shards, text)
     return description
 
@@ -115,7 +114,7 @@ def _placed_boxes(value: ShardedTensor) -> list[tuple[int, tuple[int, ...], tupl
     return found
 
 
-def _not_empty(value: ShardedTensor) -> list[Shard]:
+def _not_empty(value: ShardedTensor) -> list[LocalShard]:
     return [shard for shard in value.local_shards() if 0 not in shard.metadata.shard_sizes]
 
 
@@ -153,7 +152,7 @@ def sharding_of(value: torch.Tensor) -> object:
     """
     if isinstance(value, DTensor):
         spec = value._spec
-        return (spec.mesh, spec.placements, spec.shard_order)
+        return (spec.mesh, spec_key(spec))
     if isinstance(value, ShardedTensor):
         return _placed_boxes(value)
     return None

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
 from dcp_plugins.errors import PlanError
@@ -19,6 +18,7 @@ from dcp_plugins.state_dict.described import sharding_of
 from dcp_plugins.state_dict.gather import gathered
 from dcp_plugins.tensors.dtensor import layout_of, like_sharded, local_tensor
 from dcp_plugins.tensors.sharded import size_of
+from dcp_plugins.torch_private import ShardedTensor
 
 __all__ = ["Announced", "Copy", "fill", "fill_all", "is_resharded", "materialised", "memory_of_class"]
 
@@ -143,13 +143,8 @@ def _paired(fqn: str, target: torch.Tensor, source: torch.Tensor, pairs: _Pairs)
 
 def _alike(target: torch.Tensor, source: torch.Tensor) -> bool:
     """Tell whether every rank holds the same boxes of both; the answer is the same on every rank."""
-    if isinstance(target, DTensor) and isinstance(source, DTensor):
-        mine, theirs = target._spec, source._spec
-        if mine is theirs or (mine.mesh is theirs.mesh and mine.placements == theirs.placements):
-            return mine.shard_order == theirs.shard_order
-    elif type(target) is not type(source):
-        return False
-    return sharding_of(target) == sharding_of(source)
+    are_dtensors = isinstance(target, DTensor) and isinstance(source, DTensor)
+    return (are_dtensors or type(target) is type(source)) and sharding_of(target) == sharding_of(source)
 
 
 def _held_boxes(fqn: str, target: torch.Tensor) -> list[tuple[Box, torch.Tensor]]:

@@ -20,16 +20,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed._shard.metadata import ShardMetadata
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata
-from torch.distributed._shard.sharded_tensor.metadata import TensorProperties as ShardedTensorProperties
-from torch.distributed._shard.sharded_tensor.shard import Shard
-from torch.distributed._shard.sharding_spec import EnumerableShardingSpec
-from torch.distributed.remote_device import _remote_device  # What ShardMetadata says where a shard is with.
 
 from dcp_plugins.errors import PlanError, UnsupportedValueError
 from dcp_plugins.geometry import boxes_of_range
+from dcp_plugins.torch_private import (
+    EnumerableShardingSpec,
+    LocalShard,
+    ShardedTensor,
+    ShardedTensorMetadata,
+    ShardedTensorProperties,
+    ShardMetadata,
+    remote_device,
+)
 
 __all__ = ["FlatPiece", "flat_memory", "groups_of", "is_flat", "own_hooks_only", "pieces_of"]
 
@@ -123,7 +125,7 @@ class FlatPiece:
         return made
 
     def _sharded(self, local: torch.Tensor, stored_shape: list[int], places: list[int]) -> ShardedTensor:
-        shards: list[Shard] = []
+        shards: list[LocalShard] = []
         listed: list[ShardMetadata] = []
         first_rank = self.start // self.shard_size
         last_rank = (self.start + self.shape.numel() - 1) // self.shard_size
@@ -138,7 +140,7 @@ class FlatPiece:
                 listed.append(metadata)
                 if group_rank == self.group_rank:
                     view = local.narrow(0, at, box.numel).view(box.sizes).permute(places)
-                    shards.append(Shard(view, metadata))
+                    shards.append(LocalShard(view, metadata))
                     at += box.numel
         made: ShardedTensor = ShardedTensor.__new__(
             ShardedTensor,
@@ -300,8 +302,8 @@ def _memory_order(shape: torch.Size, stride: tuple[int, ...]) -> tuple[int, ...]
     return tuple(dim if shape[dim] == 1 else next(in_place) for dim in dims)
 
 
-def _placement(rank: int, device: torch.device) -> _remote_device:
+def _placement(rank: int, device: torch.device) -> remote_device:
     if device.type == "cpu":
-        return _remote_device(f"rank:{rank}/cpu")
+        return remote_device(f"rank:{rank}/cpu")
     index = device.index if rank == dist.get_rank() else rank % max(1, torch.get_device_module(device).device_count())
-    return _remote_device(f"rank:{rank}/{device.type}:{index}")
+    return remote_device(f"rank:{rank}/{device.type}:{index}")

@@ -12,9 +12,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torch.distributed._shard.sharded_tensor.shard import Shard
-from torch.distributed.remote_device import _remote_device  # What ShardMetadata says where a shard is with.
 
 from dcp_plugins.state_dict.broadcast import agree, announce, is_tensor_source, receive
 from dcp_plugins.state_dict.described import ListPlace, Path, TuplePlace
@@ -24,6 +21,7 @@ from dcp_plugins.state_dict.names import memory_key
 from dcp_plugins.state_dict.options import StateDictOptions
 from dcp_plugins.state_dict.scopes import global_rank
 from dcp_plugins.tensors.sharded import dtype_of, size_of
+from dcp_plugins.torch_private import LocalShard, ShardedTensor, remote_device
 
 __all__ = [
     "Announced",
@@ -178,9 +176,9 @@ def _on_cpu(value: Any) -> Any:
     metadata = copying.deepcopy(value.metadata())
     for place in metadata.shards_metadata:
         placement: Any = place.placement
-        place.placement = _remote_device(f"rank:{placement.rank()}/cpu")
+        place.placement = remote_device(f"rank:{placement.rank()}/cpu")
     shards = [
-        Shard(
+        LocalShard(
             shard.tensor.detach().cpu(),
             next(p for p in metadata.shards_metadata if p.shard_offsets == shard.metadata.shard_offsets),
         )

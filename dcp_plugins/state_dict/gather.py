@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
 from dcp_plugins.errors import PlanError, UnsupportedValueError, listing
@@ -31,6 +29,7 @@ from dcp_plugins.state_dict.described import (
 )
 from dcp_plugins.state_dict.scopes import Scope, Scopes, settle
 from dcp_plugins.tensors.dtensor import local_tensor
+from dcp_plugins.torch_private import AsyncCollectiveTensor, ShardedTensor
 
 __all__ = ["Extra", "gathered"]
 

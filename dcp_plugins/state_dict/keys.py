@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.module import _IncompatibleKeys  # What nn.Module.load_state_dict returns; it has no public name.
 
 from dcp_plugins.errors import PlanError, listing
 from dcp_plugins.state_dict.names import Names
 from dcp_plugins.state_dict.options import StateDictOptions
+from dcp_plugins.torch_private import IncompatibleKeys
 
 __all__ = ["check_keys", "is_extra_state", "judged", "keeps_keys", "self_loading", "suggestion", "title_of"]
 
@@ -88,7 +88,7 @@ def judged(
     options: StateDictOptions,
     *,
     outcome: str = "The rest has been loaded.",
-) -> _IncompatibleKeys:
+) -> IncompatibleKeys:
     """Return what is missing and unexpected, or raise if the options are strict.
 
     Args:
@@ -116,7 +116,7 @@ def judged(
         lines.append(outcome)
         advice = "To load what fits and be told the rest, pass StateDictOptions(strict=False)."
         raise PlanError("\n    ".join(lines), advice)
-    return _IncompatibleKeys(missing, unexpected)
+    return IncompatibleKeys(missing, unexpected)
 
 
 def _described(keys: list[str], candidates: Iterable[str]) -> str:

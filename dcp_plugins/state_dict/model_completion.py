@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.nn.parameter import is_lazy
 
 from dcp_plugins.errors import PlanError, listing
@@ -18,6 +17,7 @@ from dcp_plugins.state_dict.keys import is_extra_state, keeps_keys, self_loading
 from dcp_plugins.state_dict.names import Names
 from dcp_plugins.templates import CompletingDict, Notes, SavedValue, like_saved, saved_values
 from dcp_plugins.tensors.sharded import size_of
+from dcp_plugins.torch_private import ShardedTensor
 
 __all__ = ["model_template"]
 

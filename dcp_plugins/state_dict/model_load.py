@@ -9,9 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
-from torch.nn.modules.module import _IncompatibleKeys  # What nn.Module.load_state_dict returns; it has no public name.
 
 from dcp_plugins.errors import PlanError, listing
 from dcp_plugins.events import record
@@ -34,11 +32,10 @@ from dcp_plugins.state_dict.options import StateDictOptions
 from dcp_plugins.state_dict.together import model_pairs, relaid, settled
 from dcp_plugins.tensors import chunks
 from dcp_plugins.tensors.sharded import size_of
+from dcp_plugins.torch_private import IncompatibleKeys, ShardedTensor
 from dcp_plugins.user_warnings import warn_user
 
 __all__ = ["IncompatibleKeys", "ModelPlan", "load_model", "load_planned", "plan_model", "warn_about_module_keys"]
-
-IncompatibleKeys = _IncompatibleKeys
 
 
 def warn_about_module_keys(state_dict: Mapping[Any, Any]) -> None:
@@ -69,7 +66,7 @@ def load_model(
     options: StateDictOptions,
     *,
     skip_if_empty: bool = False,
-) -> _IncompatibleKeys:
+) -> IncompatibleKeys:
     """Load a state dict with canonical names into the model; the dict is left as it is.
 
     Args:
@@ -93,12 +90,12 @@ def load_model(
         return load_planned(planned, names, options)
     tree, tensors = announce(lambda: _by_name(state_dict, names))
     if skip_if_empty and not tree:
-        return _IncompatibleKeys([], [])
+        return IncompatibleKeys([], [])
     versions = getattr(state_dict, "_metadata", None)
     plan = agree(lambda: ModelPlan(tree, *_plan_fill(tree, names, options), versions))
     receive(tree, tensors, plan.copies)
     # Rank 0 may have more to send, for the optimizers.
-    loaded: _IncompatibleKeys = agree(lambda: _load(plan, names, options))
+    loaded: IncompatibleKeys = agree(lambda: _load(plan, names, options))
     return loaded
 
 
@@ -118,16 +115,16 @@ def plan_model(
 
 
 @torch.no_grad()
-def load_planned(plan: ModelPlan | None, names: Names, options: StateDictOptions) -> _IncompatibleKeys:
+def load_planned(plan: ModelPlan | None, names: Names, options: StateDictOptions) -> IncompatibleKeys:
     """Do what ``plan_model`` has planned; returns and raises what ``load_model`` does."""
     if plan is None:
-        return _IncompatibleKeys([], [])
+        return IncompatibleKeys([], [])
     if plan.values is plan.tree:
         plan = replace(plan, values=relaid(plan.values, names))
     return _load(plan, names, options)
 
 
-def _load(plan: ModelPlan, names: Names, options: StateDictOptions) -> _IncompatibleKeys:
+def _load(plan: ModelPlan, names: Names, options: StateDictOptions) -> IncompatibleKeys:
     fill_all(plan.copies)
     strict = options.strict and not options.ignore_frozen_params
     missing, unexpected = _load_stored(plan.values, plan.versions, names, assign=plan.assign, strict=strict)

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.nn.modules.module import _IncompatibleKeys  # What post-hooks are given; it has no public name.
 
 from dcp_plugins.errors import PlanError
 from dcp_plugins.state_dict.names import memory_key, state_dict_call
+from dcp_plugins.torch_private import IncompatibleKeys
+from dcp_plugins.torch_versions import is_same_spec
 
 __all__ = ["has_own_load", "load_module"]
 
@@ -102,7 +103,7 @@ class _Walk:
                 if child is not None:
                     self.visit(child, below.get(name, {}), f"{prefix}{name}.")
         if module._load_state_dict_post_hooks:
-            keys = _IncompatibleKeys(self.missing, self.unexpected)
+            keys = IncompatibleKeys(self.missing, self.unexpected)
             for hook in module._load_state_dict_post_hooks.values():
                 hook(module, keys)
 
@@ -123,7 +124,7 @@ def _copied(module: nn.Module, entries: Mapping[str, Any], prefix: str) -> set[s
                 continue
             if value is target or ((place := memory_key(target)) is not None and place == memory_key(value)):
                 done.add(key)
-            elif type(value) is DTensor and isinstance(target, DTensor) and value._spec == target._spec:
+            elif type(value) is DTensor and isinstance(target, DTensor) and is_same_spec(value._spec, target._spec):
                 target._local_tensor.copy_(value._local_tensor)
                 done.add(key)
     # The keys of a buffer that is not persistent are unexpected, which is for the module to say.

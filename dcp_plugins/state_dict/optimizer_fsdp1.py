@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -17,6 +16,7 @@ from dcp_plugins.state_dict.full import Announced, Copy, is_tensor_source
 from dcp_plugins.state_dict.initial import is_fresh
 from dcp_plugins.tensors import chunks
 from dcp_plugins.tensors.sharded import dtype_of, size_of
+from dcp_plugins.torch_private import ShardedTensor
 
 __all__ = ["FlatState", "is_memory_of", "merge", "piece_copy"]
 

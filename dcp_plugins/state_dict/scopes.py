@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from dcp_plugins.errors import PlanError
+from dcp_plugins.torch_private import ShardedTensor
 
 __all__ = ["Lane", "Scope", "Scopes", "default_scope", "global_rank", "is_gloo", "settle"]
 

@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -22,6 +21,7 @@ from dcp_plugins.state_dict.names import Model, Names, names_of
 from dcp_plugins.state_dict.optimizer import as_optimizers
 from dcp_plugins.state_dict.options import StateDictOptions
 from dcp_plugins.state_dict.scopes import Scopes, settle
+from dcp_plugins.torch_private import ShardedTensor
 
 __all__ = ["begun", "model_pairs", "optimizer_pairs", "relaid", "settled"]
 

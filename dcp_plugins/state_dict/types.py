@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
+
+from dcp_plugins.torch_private import ShardedTensor
 
 __all__ = ["FQNS_T", "DictValueType", "ListDictValueType", "OptimizerStateType", "PrimitiveType", "ValueType"]
 

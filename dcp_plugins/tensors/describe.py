@@ -12,7 +12,6 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 
 from dcp_plugins.contract import ChunkStorageMetadata, MetadataIndex, WriteItem
@@ -35,6 +34,8 @@ from dcp_plugins.tensors.sharded import (
     sharded_shard,
     sharded_signature,
 )
+from dcp_plugins.torch_private import AsyncCollectiveTensor
+from dcp_plugins.torch_versions import spec_key
 
 __all__ = [
     "chunks",
@@ -284,8 +285,6 @@ def _dtensor_signature(value: DTensor) -> Hashable | None:
         local.shape,
         local.is_meta,
         local.layout,
-        spec.placements,
         spec.mesh,
-        spec.use_strided_shard_as_shard_order,
-        spec.shard_order,
+        spec_key(spec),
     )

@@ -20,9 +20,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torch.distributed.tensor.placement_types import Placement
 
 from dcp_plugins.contract import ChunkStorageMetadata, MetadataIndex, WriteItem
 from dcp_plugins.errors import PlanError, UnsupportedValueError, listing
@@ -31,6 +30,8 @@ from dcp_plugins.format.subclasses import handles_operators, narrow_view
 from dcp_plugins.geometry import Box
 from dcp_plugins.tensors.items import check_savable, properties_of, shard_item
 from dcp_plugins.tensors.runs import Run, Split, split_runs, total_length
+from dcp_plugins.torch_private import AsyncCollectiveTensor, StridedShard
+from dcp_plugins.torch_versions import STRIDED_SHARD_IS_CUT_ONCE, ShardOrder, explicit_shard_order
 
 __all__ = [
     "Layout",
@@ -92,7 +93,7 @@ def layout_of(value: DTensor, fqn: str | None = None) -> Layout:
     placements = spec.placements
     for placement in placements:
         kind = type(placement)
-        if kind is not Shard and kind is not Replicate and kind is not _StridedShard:
+        if kind is not Shard and kind is not Replicate and kind is not StridedShard:
             _refuse(value, fqn)
     coordinate = spec.mesh.get_coordinate()
     if coordinate is None:
@@ -103,8 +104,7 @@ def layout_of(value: DTensor, fqn: str | None = None) -> Layout:
         # Nobody holds an element, but the metadata must know the tensor: every rank gives the same empty box.
         box = Box((0,) * len(shape), tuple(shape))
         return Layout((Piece(box, box),), {box.offsets: Piece(box, box)})
-    # A spec that reads _StridedShard as an order carries none of its own.
-    order = None if spec.use_strided_shard_as_shard_order else spec.shard_order
+    order = explicit_shard_order(spec)
     layout = _layout(shape, spec.mesh.shape, tuple(coordinate), placements, order, local_shape)
     if layout is None:
         name = f"'{fqn}'" if fqn is not None else "a DTensor"
@@ -125,10 +125,9 @@ def shards_of(value: DTensor) -> Shards | None:
     spec = value._spec
     for placement in spec.placements:
         kind = type(placement)
-        if kind is not Shard and kind is not Replicate and kind is not _StridedShard:
+        if kind is not Shard and kind is not Replicate and kind is not StridedShard:
             return None
-    order = None if spec.use_strided_shard_as_shard_order else spec.shard_order
-    return _shards(value.shape, spec.mesh.shape, spec.placements, order)
+    return _shards(value.shape, spec.mesh.shape, spec.placements, explicit_shard_order(spec))
 
 
 def dtensor_items(fqn: str, value: DTensor) -> list[WriteItem]:
@@ -193,12 +192,9 @@ def _refuse(value: DTensor, fqn: str | None) -> None:
             "the tensor's values. Reduce it first: value.redistribute(placements=[Replicate() or Shard(dim), ...])."
         )
     raise UnsupportedValueError(
-        f"Cannot checkpoint {name}: expected placements Shard, Replicate or _StridedShard, found {placements}. "
+        f"Cannot checkpoint {name}: expected placements Shard, Replicate or StridedShard, found {placements}. "
         "Redistribute it to one of these, or give its class the checkpoint hooks (__create_write_items__ and others)."
     )
-
-
-_ShardOrder = tuple[tuple[int, tuple[int, ...]], ...]
 
 
 @lru_cache(maxsize=4096)
@@ -207,7 +203,7 @@ def _layout(
     mesh_shape: tuple[int, ...],
     coordinate: tuple[int, ...],
     placements: tuple[Placement, ...],
-    shard_order: _ShardOrder | None,
+    shard_order: ShardOrder | None,
     local_shape: torch.Size,
 ) -> Layout | None:
     """Return the layout, or None if the local shape is none that the placements can give.
@@ -224,7 +220,7 @@ def _layout(
     runs_per_dim: list[list[Run]] = []
     fits = len(local_shape) == len(shape)
     for dim, size in enumerate(shape):
-        mesh_dims = [at for at, p in enumerate(placements) if isinstance(p, Shard | _StridedShard) and p.dim == dim]
+        mesh_dims = [at for at, p in enumerate(placements) if isinstance(p, Shard | StridedShard) and p.dim == dim]
         readings = [
             _apply(size, splits)
             for splits in _readings(dim, mesh_dims, mesh_shape, coordinate, placements, shard_order)
@@ -248,10 +244,10 @@ def _shards(
     shape: torch.Size,
     mesh_shape: tuple[int, ...],
     placements: tuple[Placement, ...],
-    shard_order: _ShardOrder | None,
+    shard_order: ShardOrder | None,
 ) -> Shards | None:
     """As ``_layout``, for every coordinate at once, and without a local shape to decide between readings."""
-    dims = tuple([at for at, p in enumerate(placements) if isinstance(p, Shard | _StridedShard) and mesh_shape[at] > 1])
+    dims = tuple([at for at, p in enumerate(placements) if isinstance(p, Shard | StridedShard) and mesh_shape[at] > 1])
     parts = []
     coordinate = [0] * len(mesh_shape)
     for place in itertools.product(*[range(mesh_shape[at]) for at in dims]):
@@ -259,7 +255,7 @@ def _shards(
             coordinate[at] = index
         runs_per_dim: list[list[Run]] = []
         for dim, size in enumerate(shape):
-            mesh_dims = [at for at, p in enumerate(placements) if isinstance(p, Shard | _StridedShard) and p.dim == dim]
+            mesh_dims = [at for at, p in enumerate(placements) if isinstance(p, Shard | StridedShard) and p.dim == dim]
             first, *others = [
                 _apply(size, splits)
                 for splits in _readings(dim, mesh_dims, mesh_shape, tuple(coordinate), placements, shard_order)
@@ -285,12 +281,12 @@ def _readings(
     mesh_shape: tuple[int, ...],
     coordinate: tuple[int, ...],
     placements: tuple[Placement, ...],
-    shard_order: _ShardOrder | None,
+    shard_order: ShardOrder | None,
 ) -> list[list[Split]]:
     """Return the sequences of splits that the placements of one tensor dimension can mean, the likelier first."""
     plain = {at: Split(mesh_shape[at], coordinate[at]) for at in mesh_dims}
     factors = {at: _split_factor(placements[at]) for at in mesh_dims}
-    literal = [plain[at]._replace(split_factor=factors[at]) for at in mesh_dims]
+    literal = [plain[at]._replace(split_factor=factors[at], is_cut_once=STRIDED_SHARD_IS_CUT_ONCE) for at in mesh_dims]
     if all(factor == 1 for factor in factors.values()):
         orders = dict(shard_order or ())
         return [[plain[at] for at in orders.get(dim, mesh_dims)]]
@@ -302,7 +298,7 @@ def _readings(
 
 
 def _split_factor(placement: Placement) -> int:
-    return int(placement.split_factor) if isinstance(placement, _StridedShard) else 1
+    return int(placement.split_factor) if isinstance(placement, StridedShard) else 1
 
 
 def _recorded_order(mesh_dims: list[int], mesh_shape: tuple[int, ...], factors: dict[int, int]) -> list[int] | None:

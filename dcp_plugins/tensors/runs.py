@@ -21,6 +21,8 @@ class Split(NamedTuple):
     coordinate: int  # This rank's coordinate on it.
     # In how many pieces the dimension is cut first; the rank then takes its chunk of every piece. 1: a plain shard.
     split_factor: int = 1
+    # Whether it is cut into the chunks of all pieces in one step: other sizes where it does not divide evenly.
+    is_cut_once: bool = False
 
 
 def total_length(runs: list[Run]) -> int:
@@ -33,13 +35,17 @@ def split_runs(runs: list[Run], split: Split) -> list[Run]:
     size = total_length(runs)
     if split.num_chunks == 1 or size == 0:
         return runs
-    wanted = []
-    # The pieces are positions within the runs, not yet global indices.
-    for piece_start, piece_size in (_chunk(size, split.split_factor, piece) for piece in range(split.split_factor)):
-        start, length = _chunk(piece_size, split.num_chunks, split.coordinate)
-        if length:
-            wanted.append((piece_start + start, length))
-    return _select(runs, wanted)
+    # Positions within the runs, not yet global indices.
+    chunks = (_chunk_of_piece(size, split, piece) for piece in range(split.split_factor))
+    return _select(runs, [chunk for chunk in chunks if chunk[1]])
+
+
+def _chunk_of_piece(size: int, split: Split, piece: int) -> Run:
+    if split.is_cut_once:
+        return _chunk(size, split.split_factor * split.num_chunks, piece * split.num_chunks + split.coordinate)
+    piece_start, piece_size = _chunk(size, split.split_factor, piece)
+    start, length = _chunk(piece_size, split.num_chunks, split.coordinate)
+    return piece_start + start, length
 
 
 def _chunk(size: int, num_chunks: int, index: int) -> Run:

@@ -8,14 +8,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed._shard.metadata import ShardMetadata
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torch.distributed._shard.sharded_tensor.shard import Shard
 
 from dcp_plugins.contract import ChunkStorageMetadata, MetadataIndex, WriteItem
 from dcp_plugins.errors import PlanError, UnsupportedValueError, listing
 from dcp_plugins.format.memory import PLAIN_TENSORS
 from dcp_plugins.tensors.items import check_savable, properties_of, shard_item
+from dcp_plugins.torch_private import LocalShard, ShardedTensor, ShardMetadata
 
 __all__ = [
     "ShardedTensor",
@@ -100,14 +98,14 @@ def sharded_signature(value: ShardedTensor) -> tuple[object, ...]:
     )
 
 
-def _listed(value: ShardedTensor) -> list[Shard]:
+def _listed(value: ShardedTensor) -> list[LocalShard]:
     shards = value.local_shards()
     full = [shard for shard in shards if 0 not in shard.metadata.shard_sizes]
     # A tensor without elements is listed once, for the metadata to know it.
     return full if full or 0 not in value.metadata().size else shards[:1]
 
 
-def _check(fqn: str, shard: Shard) -> None:
+def _check(fqn: str, shard: LocalShard) -> None:
     if isinstance(shard.tensor, ShardedTensor):
         raise UnsupportedValueError(
             f"Cannot checkpoint '{fqn}': its shard at {tuple(shard.metadata.shard_offsets)} is itself a ShardedTensor. "
@@ -184,7 +182,7 @@ def _flatten_tensor(outer: ShardedTensor) -> Any:
     metadata = copy.deepcopy(outer.metadata())
     metadata.shards_metadata = [*places, here]
     # The public constructors talk to the other ranks, which need not be here: some may have no shard to flatten.
-    return ShardedTensor._init_from_local_shards_and_global_metadata([Shard(mine.tensor, here)], metadata)
+    return ShardedTensor._init_from_local_shards_and_global_metadata([LocalShard(mine.tensor, here)], metadata)
 
 
 def _shifted(origin: list[int], offsets: list[int]) -> list[int]:

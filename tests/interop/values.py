@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from dcp_plugins.torch_versions import DTYPES_NOT_COPIED_YET
+
 # Every dtype that torch saves; the unsigned, 8-bit and 4-bit ones have no legacy storage class.
 DTYPES = [
     torch.float64,
@@ -39,6 +41,8 @@ DTYPES = [
     torch.float8_e8m0fnu,
     torch.float4_e2m1fn_x2,
 ]
+# Stock loads copy.
+DTYPES = [dtype for dtype in DTYPES if dtype not in DTYPES_NOT_COPIED_YET]
 
 
 def patterned(dtype: torch.dtype, *shape: int, seed: int = 0) -> torch.Tensor:

@@ -11,6 +11,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from dcp_plugins.geometry import Box, covers, overlaps
 from dcp_plugins.tensors.dtensor import _layout
+from dcp_plugins.torch_versions import STRIDED_SHARD_IS_CUT_ONCE
 
 S, R = Shard, Replicate
 
@@ -116,6 +117,7 @@ def test_fsdp_over_tensor_parallel_is_one_box_even_when_uneven(size, mesh_shape,
     assert check((size, 2), mesh_shape, placements, order=order) == 1
 
 
+@pytest.mark.skipif(STRIDED_SHARD_IS_CUT_ONCE, reason="this torch cuts it otherwise, with equal local sizes")
 def test_where_the_readings_differ_the_local_size_decides():
     # 9 rows over (4, 2): the rank at (3, 1) has row 8 if tensor parallelism split first, and none if applied literally.
     arguments = (torch.Size([9, 1]), (4, 2), (3, 1), (SS(0, 2), S(0)), None)

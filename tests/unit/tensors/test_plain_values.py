@@ -7,7 +7,6 @@ import warnings
 
 import pytest
 import torch
-from torch.distributed.checkpoint.planner_helpers import _create_write_items as torch_write_items
 
 from dcp_plugins.contract import (
     ChunkStorageMetadata,
@@ -28,6 +27,7 @@ from dcp_plugins.tensors import (
     signatures,
     write_items,
 )
+from tests.torch_items import torch_write_items
 
 DTYPES = [
     torch.float32,
