@@ -8,16 +8,37 @@ import os
 import resource
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-__all__ = ["run_in_children"]
+__all__ = ["Cost", "run_in_children"]
 
 T = TypeVar("T")
 
 _HANG_SECONDS = 120
+_FREE_SECONDS, _SECONDS_PER_BYTE = 4.0, 20e-6
+_FREE_BYTES, _BYTES_PER_BYTE = 128 << 20, 96
+
+
+class Cost:
+    """Measures what this process takes, from when it is made: processors' time, and memory beyond its peak before."""
+
+    def __init__(self) -> None:
+        self._seconds = time.process_time()
+        self._peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def excess(self, length: int) -> str:
+        """Return what is more than it may take to read bytes of this length; an empty text if nothing is."""
+        seconds = time.process_time() - self._seconds
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - self._peak) << 10
+        if seconds > _FREE_SECONDS + _SECONDS_PER_BYTE * length:
+            return f"{seconds:.1f} s for {length} bytes"
+        if grown > _FREE_BYTES + _BYTES_PER_BYTE * length:
+            return f"{grown} bytes of memory for {length} bytes"
+        return ""
 
 
 def run_in_children(

@@ -10,10 +10,8 @@ import contextlib
 import io
 import json
 import pickle
-import resource
 import struct
 import tempfile
-import time
 import traceback
 import zipfile
 import zlib
@@ -36,13 +34,9 @@ from dcp_plugins.format.tensor_pickle import StoredTensor, decode_tensor_pickle,
 from dcp_plugins.format.value_container import decode_value
 from dcp_plugins.storage.hf_index import encode_index, read_index
 from dcp_plugins.storage.loaded import load_container
+from tests.torture.children import Cost
 from tests.unit.format.samples import small_metadata
 from tests.unit.format.value_samples import GENERATORS, NUMPY, STANDARD, TORCH
-
-FREE_SECONDS = 2.0
-SECONDS_PER_BYTE = 50e-6
-FREE_BYTES = 96 << 20
-BYTES_PER_BYTE = 96
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,21 +274,13 @@ PARSERS: dict[str, Parser] = {
 
 def problem_with(parser: Parser, data: bytes) -> str:
     """Parse bytes, and return what broke the promise; empty if nothing did."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.thread_time()
-    problem = ""
+    cost = Cost()
     try:
         parser.parse(data)
     except CheckpointError as exc:
         # A parser that runs out of memory may say that the bytes are damaged.
         if isinstance(exc.__cause__, MemoryError):
-            problem = "MemoryError: " + traceback.format_exc(limit=-8)
+            return "MemoryError: " + traceback.format_exc(limit=-8)
     except Exception:
-        problem = traceback.format_exc(limit=-8)
-    seconds = time.thread_time() - start
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) << 10
-    if seconds > FREE_SECONDS + SECONDS_PER_BYTE * len(data):
-        problem = problem or f"{seconds:.1f} s for {len(data)} bytes"
-    if grown > FREE_BYTES + BYTES_PER_BYTE * len(data):
-        problem = problem or f"{grown} bytes of memory for {len(data)} bytes"
-    return problem
+        return traceback.format_exc(limit=-8)
+    return cost.excess(len(data))
