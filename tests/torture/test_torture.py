@@ -22,7 +22,7 @@ SHARES = {
     "hostile": 0.05,
     "fuzz": 0.01,
     "neighbours": 0.06,
-    "ranks": 0.009,
+    "ranks": 0.012,
     "soak": 0.01,
 }
 
