@@ -154,7 +154,11 @@ class UnreadValuesWarning(UserWarning):
 
 
 class UnloadableValueWarning(UserWarning):
-    """A value was saved that a load refuses by default: its class is neither one of plain data nor declared safe."""
+    """A value was saved that a load refuses by default, or of which the save does not keep everything.
+
+    A load refuses a class that is neither one of plain data nor declared safe. A save does not keep the class of a
+    dict or list that a restore makes anew, nor a key that cannot be pickled.
+    """
 
 
 _LISTED = 12

@@ -199,7 +199,7 @@ def small_files(accelerator: Accelerator) -> dict[str, bytes]:
             save_custom_state(
                 _Recorded(value, f"the registered object {index}, a {type(value).__name__}", seen), folder, index
             )
-        warn_of_unloadable(seen, _HOW_TO_TRUST)
+        warn_of_unloadable(seen, _HOW_TO_TRUST, are_pickled=True)
         return {layout.check_file_name(path.name): path.read_bytes() for path in Path(folder).iterdir()}
 
 

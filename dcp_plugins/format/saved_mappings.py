@@ -1,9 +1,9 @@
-"""The mappings of a saved state dict: the keys, the kinds and the empty ones that DCP's paths lose.
+"""The mappings of a saved state dict: the keys, the kinds, the order and the empty ones that DCP's paths lose.
 
 A path in ``.metadata`` has a string for a key of a mapping and an integer for an index of a list. Torch converts each
 key to its string, and an empty mapping has no path at all. This package records in the trailer of ``.metadata``, as
-extra "containers", the keys that are not strings, the kinds of mappings, and the empty mappings. Torch does not read
-the trailer, and reads the paths as before.
+extra "containers", the keys that are not strings, the kinds of mappings, the empty mappings, and the order of mappings
+in which a value follows an empty one. Torch does not read the trailer, and reads the paths as before.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from dcp_plugins.contract import Metadata
-from dcp_plugins.errors import CorruptCheckpointError, UnsupportedValueError
+from dcp_plugins.errors import CorruptCheckpointError
+from dcp_plugins.format.mapping_keys import PickledKey, decoded_key, encoded_key, recorded_key
 
 __all__ = [
     "ATTACHED",
@@ -29,7 +28,7 @@ __all__ = [
     "encoded_mappings",
     "encoded_of",
     "fields_of",
-    "is_recordable",
+    "keeps_class",
     "saved_mappings_of",
 ]
 
@@ -45,11 +44,6 @@ _ATTRIBUTE = f"{ATTACHED}containers"
 _FACTORIES: dict[str, Any] = {
     kind.__name__: kind for kind in (list, dict, set, tuple, int, float, str, bool, OrderedDict)
 }
-_MAX_KEY_DEPTH = 32
-_NUMPY_NUMBERS = frozenset(
-    {"bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64))}
-    | {"float16", "float32", "float64"}
-)
 _KINDS: dict[str, Any] = {"dict": dict, "OrderedDict": OrderedDict, "Counter": Counter}
 
 
@@ -60,7 +54,7 @@ class SavedMapping:
     kind: str
     """``dict``, ``OrderedDict``, ``Counter`` or ``defaultdict:<factory>``; any other class is recorded as ``dict``."""
     keys: tuple[Any, ...] | None = None
-    """The keys in order; None if all are strings, which the paths hold."""
+    """The keys in order; None if all are strings in the order of the paths."""
     shared: tuple[str, ...] = ()
     """In the state of an optimizer: the keys, as strings, that belong to no parameter."""
 
@@ -69,6 +63,12 @@ class SavedMapping:
         if self.kind.startswith("defaultdict:"):
             return defaultdict(_FACTORIES.get(self.kind.partition(":")[2]))
         return _KINDS[self.kind]()
+
+    def recorded(self) -> SavedMapping:
+        """Return this description with a `PickledKey` for each key that the record keeps as a pickle."""
+        if self.keys is None:
+            return self
+        return SavedMapping(self.kind, tuple(map(recorded_key, self.keys)), self.shared)
 
     def united(self, other: SavedMapping) -> SavedMapping:
         """Return this description with the keys of another rank's description added."""
@@ -84,28 +84,28 @@ def describe(mapping: Mapping[Any, Any]) -> SavedMapping | None:
     kind = type(mapping)
     are_strings = {str}.issuperset(map(type, mapping))
     keys = None if are_strings else tuple(mapping)
-    if kind is dict:
-        return None if are_strings and mapping else SavedMapping("dict", keys)
-    if kind is OrderedDict or kind is Counter:
-        return SavedMapping(kind.__name__, keys)
-    if kind is defaultdict:
-        factory = mapping.default_factory  # type: ignore[attr-defined]
-        name = "" if factory is None else getattr(factory, "__name__", "?")
-        return SavedMapping(f"defaultdict:{name}" if factory is _FACTORIES.get(name) else "dict", keys)
+    if kind is OrderedDict or kind is Counter or kind is defaultdict:
+        return SavedMapping(kind.__name__ if kind is not defaultdict else _kind_of_default_dict(mapping), keys)
     return None if are_strings and mapping else SavedMapping("dict", keys)
 
 
-def is_recordable(key: Any) -> bool:
-    """Tell whether the record keeps the type of a key; any other key is loaded as its string."""
-    is_number = isinstance(key, np.generic) and key.dtype.kind in "biuf"
-    return key is None or is_number or type(key) in _KEY_TYPES or (type(key) is tuple and all(map(is_recordable, key)))
+def keeps_class(mapping: Mapping[Any, Any]) -> bool:
+    """Tell whether the record keeps the class of a mapping; a mapping of any other class is loaded as a dict."""
+    kind = type(mapping)
+    return kind in (dict, OrderedDict, Counter) or (
+        kind is defaultdict and _kind_of_default_dict(mapping) != dict.__name__
+    )
 
 
-_KEY_TYPES = frozenset({str, int, bool, float, bytes})
+def _kind_of_default_dict(mapping: Any) -> str:
+    factory = mapping.default_factory
+    name = "" if factory is None else getattr(factory, "__name__", "?")
+    return f"defaultdict:{name}" if factory is _FACTORIES.get(name) else dict.__name__
 
 
 def _identity(key: Any) -> tuple[type, Any]:
-    return type(key), key
+    # The pickles of one key may differ between ranks.
+    return type(key), key.text if type(key) is PickledKey else key
 
 
 def encoded_mappings(saved_mappings: Mapping[KeyPath, SavedMapping]) -> list[Any]:
@@ -114,10 +114,24 @@ def encoded_mappings(saved_mappings: Mapping[KeyPath, SavedMapping]) -> list[Any
         [
             list(path),
             one.kind,
-            None if one.keys is None else [_encoded_key(key) for key in one.keys],
-            *([list(one.shared)] if one.shared else []),
+            None if one.keys is None else list(map(encoded_key, one.keys)),
+            *_encoded_rest(one.shared, _encoded_pickles(one.keys or ())),
         ]
         for path, one in saved_mappings.items()
+    ]
+
+
+def _encoded_rest(shared: tuple[str, ...], pickles: list[Any]) -> list[Any]:
+    """Return the last fields of an entry, without those that are empty at the end."""
+    # Earlier versions of this package ignore the pickles, and read the texts among the keys.
+    return [list(shared), pickles] if pickles else [list(shared)] if shared else []
+
+
+def _encoded_pickles(keys: tuple[Any, ...]) -> list[Any]:
+    return [
+        [at, None if key.pickled is None else base64.b64encode(key.pickled).decode("ascii")]
+        for at, key in enumerate(keys)
+        if type(key) is PickledKey
     ]
 
 
@@ -157,6 +171,7 @@ def _decoded(record: Iterable[Any]) -> Iterable[tuple[KeyPath, SavedMapping]]:
         try:
             path, kind, keys, *rest = entry
             shared = rest[0] if rest else []
+            pickles = rest[1] if len(rest) > 1 else []
             if not isinstance(path, list) or not all(type(part) in (str, int) for part in path):
                 raise ValueError(f"expected a path of strings and integers, found {path!r}")
             name = kind.partition(":")[2]
@@ -164,39 +179,12 @@ def _decoded(record: Iterable[Any]) -> Iterable[tuple[KeyPath, SavedMapping]]:
                 raise ValueError(f"expected the kind of a mapping, found {kind!r}")
             if not isinstance(shared, list) or not all(type(key) is str for key in shared):
                 raise ValueError(f"expected a list of keys, found {shared!r}")
-            actual = None if keys is None else tuple(_decoded_key(key) for key in keys)
-            yield tuple(path), SavedMapping(kind, actual, tuple(shared))
+            actual = None if keys is None else list(map(decoded_key, keys))
+            for at, encoded in pickles:
+                if type(at) is not int or at < 0 or actual is None or type(actual[at]) is not str:
+                    raise ValueError(f"expected the number of a key that is a string, found {at!r}")
+                pickled = None if encoded is None else base64.b64decode(encoded, validate=True)
+                actual[at] = PickledKey(actual[at], pickled)
+            yield tuple(path), SavedMapping(kind, None if actual is None else tuple(actual), tuple(shared))
         except (TypeError, ValueError, AttributeError, LookupError, OverflowError) as exc:
             raise CorruptCheckpointError(f"the record of containers in .metadata is malformed: {exc}") from exc
-
-
-def _encoded_key(key: Any, depth: int = 0) -> Any:
-    if key is None or type(key) in (str, int, bool):
-        return key
-    if type(key) is float:
-        return {"float": key.hex()}
-    if isinstance(key, np.generic) and is_recordable(key):
-        return {"numpy": [key.dtype.name, key.tobytes().hex()]}
-    if type(key) is bytes:
-        return {"bytes": base64.b64encode(key).decode("ascii")}
-    if type(key) is tuple and is_recordable(key):
-        if depth > _MAX_KEY_DEPTH:
-            raise UnsupportedValueError(f"a key of a state dict is a tuple nested more than {_MAX_KEY_DEPTH} deep")
-        return [_encoded_key(part, depth + 1) for part in key]
-    return str(key)
-
-
-def _decoded_key(encoded: Any, depth: int = 0) -> Any:
-    if encoded is None or type(encoded) in (str, int, bool):
-        return encoded
-    if isinstance(encoded, list) and depth <= _MAX_KEY_DEPTH:
-        return tuple(_decoded_key(part, depth + 1) for part in encoded)
-    if isinstance(encoded, dict) and len(encoded) == 1:
-        ((kind, text),) = encoded.items()
-        if kind == "float":
-            return float.fromhex(text)
-        if kind == "numpy" and text[0] in _NUMPY_NUMBERS:
-            return np.frombuffer(bytes.fromhex(text[1]), dtype=text[0])[0]
-        if kind == "bytes":
-            return base64.b64decode(text, validate=True)
-    raise ValueError(f"expected a key, found {encoded!r}")

@@ -10,6 +10,7 @@ from typing import Any
 import dcp_plugins as dcp
 from dcp_plugins.contract import Metadata, MetadataIndex
 from dcp_plugins.errors import CheckpointException
+from dcp_plugins.format.mapping_keys import text_of
 from dcp_plugins.format.saved_mappings import attach, encoded_of, saved_mappings_of
 from dcp_plugins.format.trust import SafeGlobal
 from dcp_plugins.plan import EmptyStateDictLoadPlanner
@@ -72,7 +73,7 @@ class CheckpointPart:
                 self._fqns.setdefault(str(path[1]), []).append(fqn)
                 self._paths[fqn] = path
         for mapping in saved_mappings_of(metadata) or ():
-            if mapping[0] == name and len(mapping) > 1:
+            if len(mapping) > 1 and mapping[0] == name:
                 self._fqns.setdefault(str(mapping[1]), [])
         self._stored: dict[str, list[tuple[MetadataIndex, Any]]] | None = None
 
@@ -101,7 +102,7 @@ class CheckpointPart:
             # Only this process has read: its own error is clearer than a list of all ranks' errors.
             raise next(iter(exc.failures.values()))[0] from None
         values: Mapping[str, Any] = found[self.name]
-        return {str(key): value for key, value in values.items()}
+        return {text_of(key): value for key, value in values.items()}
 
     def _metadata_of(self, keys: Collection[str]) -> Metadata:
         whole = self.reader.read_metadata()

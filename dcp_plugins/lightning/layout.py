@@ -149,7 +149,7 @@ def encode_meta(meta: dict[str, Any]) -> bytes:
             " (DTensor.full_tensor(), or dcp_plugins.state_dict with StateDictOptions(full_state_dict=True)), or"
             " register them as buffers of the module."
         )
-    warn_of_unloadable(meta, _HOW_TO_TRUST)
+    warn_of_unloadable(meta, _HOW_TO_TRUST, are_pickled=True)
     return dump_value(meta).getvalue()
 
 

@@ -15,6 +15,7 @@ import torch
 
 from dcp_plugins.contract import Metadata
 from dcp_plugins.errors import PlanError
+from dcp_plugins.format.mapping_keys import text_of
 from dcp_plugins.format.memory import PLAIN_TENSORS
 from dcp_plugins.format.saved_mappings import KeyPath, SavedMapping, describe, saved_mappings_of
 from dcp_plugins.pace import giving_way
@@ -23,9 +24,11 @@ __all__ = [
     "FlattenMapping",
     "KeyPath",
     "KeyPaths",
+    "KeyTexts",
     "actual_path",
     "flatten_state_dict",
     "get_element",
+    "is_leaf",
     "keyed_by_strings",
     "paths_of",
     "set_element",
@@ -33,6 +36,9 @@ __all__ = [
 ]
 
 FlattenMapping = dict[str, KeyPath]
+
+KeyTexts = Mapping[KeyPath, Mapping[Any, str]]
+"""By the path of a mapping: the texts that a checkpoint's paths have for keys of the mapping."""
 
 _STATE, _GROUPS = "state", "param_groups"
 
@@ -77,6 +83,16 @@ class KeyPaths(FlattenMapping):
         kept = above.union(empty)
         return KeyPaths(paths, {path: found for path, found in self.saved_mappings.items() if path in kept})
 
+    def pickle_keys(self) -> None:
+        """Pickle the keys that the record of a save keeps as pickles, in place."""
+        for path, found in self.saved_mappings.items():
+            self.saved_mappings[path] = found.recorded()
+        self._originals.clear()
+
+    def note_keys(self, path: KeyPath, keys: dict[str, Any]) -> None:
+        """Note the keys of the mapping at a path by their texts."""
+        self._originals[path] = keys
+
     def actual(self, path: KeyPath) -> tuple[Any, ...]:
         """Return a path with the keys of the state dict in the place of their strings."""
         if not self.saved_mappings:
@@ -91,7 +107,7 @@ class KeyPaths(FlattenMapping):
             return path[-1]
         originals = self._originals.get(above)
         if originals is None:
-            originals = self._originals[above] = {str(original): original for original in found.keys}
+            originals = self._originals[above] = {text_of(original): original for original in found.keys}
         return originals.get(str(path[-1]), path[-1])
 
 
@@ -112,7 +128,7 @@ def paths_of(metadata: Metadata) -> KeyPaths:
 
 
 def flatten_state_dict(
-    state_dict: Mapping[str, Any], *, enter_plain_dicts: bool = True
+    state_dict: Mapping[str, Any], *, enter_plain_dicts: bool = True, key_texts: KeyTexts | None = None
 ) -> tuple[dict[str, Any], KeyPaths]:
     """Return the flat dict and, for each fqn, the path of its value in ``state_dict``.
 
@@ -120,6 +136,7 @@ def flatten_state_dict(
         state_dict: Nested dict; not modified, values not copied.
         enter_plain_dicts: False gives the keys of checkpoints written before torch 2.4, where a dict that holds
             neither a tensor nor another container was one value.
+        key_texts: The texts of keys in the paths, where these are not those of `text_of`.
 
     Raises:
         PlanError: Two values have the same fqn, as in ``{"a": {"b": 1}, "a.b": 2}`` and ``{1: 1, "1": 2}``.
@@ -130,32 +147,48 @@ def flatten_state_dict(
     flat: dict[str, Any] = {}
     mapping = KeyPaths()
     shared: dict[KeyPath, tuple[str, ...]] = {}
-    is_leaf = _is_leaf if enter_plain_dicts else _is_leaf_before_2_4
+    is_value = is_leaf if enter_plain_dicts else _is_leaf_before_2_4
 
-    def enter(path: KeyPath, prefix: str, container: Any) -> None:
+    def enter(path: KeyPath, prefix: str, container: Any) -> bool:
+        """Add what is below a container; tell whether there are values."""
         is_list = isinstance(container, list)
+        known: Mapping[Any, str] = key_texts.get(path, {}) if key_texts and not is_list else {}
         if not is_list:
             described = describe(container)
             if path and path[-1] == _STATE and path[:-1] in shared:
                 described = dataclasses.replace(described or SavedMapping("dict"), shared=shared[path[:-1]])
             if described is not None:
                 mapping.saved_mappings[path] = described
-                if described.keys is not None and len(set(map(str, described.keys))) < len(described.keys):
-                    raise _alike(path, described.keys)
+                if described.keys is not None:
+                    by_text = {known.get(key) or text_of(key): key for key in described.keys}
+                    if len(by_text) < len(described.keys):
+                        raise _alike(path, described.keys)
+                    mapping.note_keys(path, by_text)
             if _STATE in container and _GROUPS in container:
                 found = _shared_state(container)
                 if found:
                     shared[path] = found
+        has_values = has_empty = is_out_of_order = False
         for key, value in giving_way(enumerate(container) if is_list else container.items()):
-            fqn = f"{prefix}{key}"
-            here = (*path, key if is_list else str(key))
-            if not (isinstance(value, torch.Tensor) or is_leaf(value)):
-                enter(here, f"{fqn}.", value)
-                continue
-            if fqn in flat:
+            text = known.get(key) or (key if type(key) is str else text_of(key))
+            fqn = f"{prefix}{text}"
+            here = (*path, key if is_list else text)
+            if not (isinstance(value, torch.Tensor) or is_value(value)):
+                if not enter(here, f"{fqn}.", value):
+                    has_empty = True
+                    continue
+            elif fqn in flat:
                 raise _collision(fqn, mapping[fqn], here)
-            flat[fqn] = value
-            mapping[fqn] = here
+            else:
+                flat[fqn] = value
+                mapping[fqn] = here
+            has_values = True
+            is_out_of_order = is_out_of_order or has_empty
+        if is_out_of_order and not is_list:
+            # Only values have paths: by the paths alone, the empty containers would come last.
+            described = mapping.saved_mappings.get(path) or SavedMapping("dict")
+            mapping.saved_mappings[path] = dataclasses.replace(described, keys=tuple(container))
+        return has_values
 
     enter((), "", state_dict)
     return flat, mapping
@@ -175,10 +208,10 @@ def _shared_state(container: Mapping[Any, Any]) -> tuple[str, ...]:
 
 def _alike(path: KeyPath, keys: tuple[Any, ...]) -> PlanError:
     seen: dict[str, Any] = {}
-    first, second = next((seen[str(key)], key) for key in keys if seen.setdefault(str(key), key) is not key)
+    first, second = next((seen[text_of(key)], key) for key in keys if seen.setdefault(text_of(key), key) is not key)
     place = ".".join(map(str, path))
     return PlanError(
-        f"two keys of the mapping at {place!r} are written as {str(second)!r}: {first!r} and {second!r}. DCP keys"
+        f"two keys of the mapping at {place!r} are written as {text_of(second)!r}: {first!r} and {second!r}. DCP keys"
         " values by strings: rename one"
     )
 
@@ -192,10 +225,11 @@ def _is_flat(state_dict: dict[Any, Any]) -> bool:
     return {str}.issuperset(map(type, state_dict)) and PLAIN_TENSORS.issuperset(map(type, state_dict.values()))
 
 
-def _is_leaf(value: Any) -> bool:
+def is_leaf(value: Any) -> bool:
+    """Tell whether a value that is no tensor is stored as one value: whether it is neither a mapping nor entered."""
     if isinstance(value, Mapping):
         return False
-    return not (isinstance(value, list) and any(_holds_tensors(entry, _is_leaf) for entry in value))
+    return not (isinstance(value, list) and any(_holds_tensors(entry, is_leaf) for entry in value))
 
 
 def _is_leaf_before_2_4(value: Any) -> bool:
@@ -212,7 +246,7 @@ def keyed_by_strings(state_dict: dict[Any, Any]) -> dict[str, Any]:
     """Return an unflattened state dict with each key as a string; the same dict if all keys are strings."""
     if {str}.issuperset(map(type, state_dict)):
         return state_dict
-    return {str(key): value for key, value in state_dict.items()}
+    return {text_of(key): value for key, value in state_dict.items()}
 
 
 def unflatten_state_dict(flat: Mapping[str, Any], mapping: Mapping[str, KeyPath]) -> dict[str, Any]:
@@ -243,7 +277,24 @@ def unflatten_state_dict(flat: Mapping[str, Any], mapping: Mapping[str, KeyPath]
         _put(container, paths.last_key(path), flat[fqn])
     for path in paths.saved_mappings:
         container_at(path, "")
+    for path, recorded in paths.saved_mappings.items():
+        _put_in_order(container_at(path, ""), recorded.keys)
     return nested
+
+
+def _put_in_order(container: Any, keys: tuple[Any, ...] | None) -> None:
+    """Give a mapping the saved order; keys that are not listed, of another rank, come last."""
+    if keys is None or not isinstance(container, dict):
+        return
+    listed = [key for key in keys if key in container]
+    if len(listed) < len(container):
+        known = set(listed)
+        listed += [key for key in container if key not in known]
+    if listed != list(container):
+        entries = [(key, container[key]) for key in listed]
+        container.clear()
+        for key, value in entries:
+            container[key] = value
 
 
 def set_element(root: dict[str, Any], path: tuple[Any, ...], value: Any) -> None:

@@ -33,6 +33,7 @@ from dcp_plugins.plan.flatten import (
 )
 from dcp_plugins.plan.reshard import Intersection, bytes_read_item, intersections, read_items, whole_read_item
 from dcp_plugins.plan.restore import CompletionResult, complete_in_place
+from dcp_plugins.plan.saved_keys import KeyDecoder
 from dcp_plugins.plan.validate import box_of, coverage_problems, overlap_problems
 from dcp_plugins.plan.values import load_value
 from dcp_plugins.tensors import chunks, find_object, flatten_sharded_tensors, is_whole, materialize_meta
@@ -112,7 +113,7 @@ class DefaultLoadPlanner(LoadPlanner):
         if self.flatten_sharded_tensors:
             state_dict = flatten_sharded_tensors(state_dict)
         if self.flatten_state_dict:
-            state_dict, self.mappings = flatten_state_dict(state_dict)
+            state_dict, self.mappings = flatten_state_dict(state_dict, key_texts=completed.key_texts)
         else:
             state_dict = keyed_by_strings(state_dict)
         own = completed.own_tensors
@@ -128,7 +129,11 @@ class DefaultLoadPlanner(LoadPlanner):
         """Complete the dicts of a state dict that ask for the checkpoint's keys, in place."""
         if metadata is None or not self.flatten_state_dict:
             return CompletionResult()
-        return complete_in_place(state_dict, metadata)
+        return complete_in_place(state_dict, metadata, self.key_decoder())
+
+    def key_decoder(self) -> KeyDecoder:
+        """Return a decoder of the keys that are no plain data, which admits what values may be."""
+        return KeyDecoder(weights_only=self.weights_only, safe_globals=self.safe_globals)
 
     def create_local_plan(self) -> LoadPlan:
         assert self.metadata is not None, "set_up_planner was called without the checkpoint's metadata"

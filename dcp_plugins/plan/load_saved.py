@@ -10,6 +10,7 @@ import torch
 
 from dcp_plugins.contract import Metadata, TensorStorageMetadata
 from dcp_plugins.errors import PlanError, listing
+from dcp_plugins.format.mapping_keys import text_of
 from dcp_plugins.format.trust import SafeGlobal
 from dcp_plugins.plan.flatten import paths_of, unflatten_state_dict
 from dcp_plugins.plan.load import DefaultLoadPlanner
@@ -54,7 +55,7 @@ class RestoringLoadPlanner(DefaultLoadPlanner):
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
         if is_coordinator and metadata is not None:
-            left = {str(path[0]) for path in paths_of(metadata).values()} - set(map(str, state_dict))
+            left = {str(path[0]) for path in paths_of(metadata).values()} - set(map(text_of, state_dict))
             if left:
                 logger.info(
                     "these root keys of the checkpoint are not in the state, and stay unread: %s", listing(left)
@@ -63,7 +64,9 @@ class RestoringLoadPlanner(DefaultLoadPlanner):
 
     def complete(self, state_dict: dict[str, Any], metadata: Metadata | None) -> CompletionResult:
         assert metadata is not None, "set_up_planner was called without the checkpoint's metadata"
-        made, completed = restored_template(state_dict, metadata, self._outline, strict=not self.allow_partial_load)
+        made, completed = restored_template(
+            state_dict, metadata, self._outline, self.key_decoder(), strict=not self.allow_partial_load
+        )
         state_dict.clear()
         state_dict.update(made)
         return completed
@@ -110,8 +113,15 @@ class EmptyStateDictLoadPlanner(DefaultLoadPlanner):
             if found != self.keys:
                 raise PlanError(f"Missing key in checkpoint: {listing(self.keys - found)}")
             paths = paths.only(values, [path for path, wanted in mappings.items() if wanted])
-        state_dict.update(unflatten_state_dict(values, paths))
+        tree = unflatten_state_dict(values, paths)
+        keys = self.key_decoder()
+        keys.decode_keys(tree, ())
+        self._key_texts = keys.texts
+        state_dict.update(tree)
         super().set_up_planner(state_dict, metadata, is_coordinator)
+
+    def complete(self, state_dict: dict[str, Any], metadata: Metadata | None) -> CompletionResult:
+        return CompletionResult(key_texts=self._key_texts)
 
     def _matches(self, fqn: str, path: tuple[str | int, ...]) -> set[str]:
         if self.keys is None:

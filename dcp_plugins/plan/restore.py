@@ -15,8 +15,10 @@ import torch
 
 from dcp_plugins.contract import Metadata
 from dcp_plugins.errors import PlanError, listing
+from dcp_plugins.format.mapping_keys import text_of
 from dcp_plugins.format.saved_mappings import saved_mappings_of
-from dcp_plugins.plan.flatten import get_element, paths_of, set_element, unflatten_state_dict
+from dcp_plugins.plan.flatten import KeyTexts, get_element, paths_of, set_element, unflatten_state_dict
+from dcp_plugins.plan.saved_keys import KeyDecoder, saved_below
 from dcp_plugins.templates import (
     Notes,
     SavedOptimizerState,
@@ -47,10 +49,12 @@ class CompletionResult:
     own_tensors: dict[int, torch.Tensor] | None = None
     """The caller's tensors, by id. The completion allocated the others, which a load may replace by saved tensors of a
     subclass. None if nothing was completed."""
+    key_texts: KeyTexts = field(default_factory=dict)
+    """The texts in the checkpoint's paths of keys that were decoded."""
 
 
-def _result(notes: Notes, tensors: list[torch.Tensor]) -> CompletionResult:
-    return CompletionResult(notes.left_unread, {id(tensor): tensor for tensor in tensors})
+def _result(notes: Notes, tensors: list[torch.Tensor], keys: KeyDecoder) -> CompletionResult:
+    return CompletionResult(notes.left_unread, {id(tensor): tensor for tensor in tensors}, keys.texts)
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -62,7 +66,10 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def saved_tree(metadata: Metadata) -> dict[Any, Any]:
-    """Return a checkpoint's state dict, nested and keyed as it was saved, with a `SavedValue` for each value."""
+    """Return a checkpoint's state dict, nested and keyed as it was saved.
+
+    Each value in it is a `SavedValue`. A key that is not plain data is a `PickledKey`, until a `KeyDecoder` decodes it.
+    """
     values = {fqn: SavedValue(fqn, entry) for fqn, entry in metadata.state_dict_metadata.items()}
     paths = paths_of(metadata)
     tree = unflatten_state_dict(values, paths)
@@ -73,7 +80,7 @@ def saved_tree(metadata: Metadata) -> dict[Any, Any]:
     return tree
 
 
-def complete_in_place(template: dict[Any, Any], metadata: Metadata) -> CompletionResult:
+def complete_in_place(template: dict[Any, Any], metadata: Metadata, keys: KeyDecoder) -> CompletionResult:
     """Complete each dict of a template that has a completion; the dicts keep their identity."""
     places = list(_completing(template, ()))
     if not places:
@@ -82,12 +89,13 @@ def complete_in_place(template: dict[Any, Any], metadata: Metadata) -> Completio
     notes = Notes(overlapping=overlapping(tensors))
     saved = saved_tree(metadata)
     for path, container in places:
-        below = get_element(saved, path)
+        below = saved_below(saved, path)
+        keys.decode_keys(below, tuple(key if type(key) is int else text_of(key) for key in path))
         completion = completion_of(container)
         assert completion is not None
         completed = completion.completed(container, below if isinstance(below, Mapping) else {}, notes)
         apply_completed(container, completed)
-    return _result(notes, tensors)
+    return _result(notes, tensors, keys)
 
 
 def _completing(container: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], dict[Any, Any]]]:
@@ -105,7 +113,7 @@ def _completing(container: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[A
 
 
 def restored_template(
-    template: Mapping[Any, Any], metadata: Metadata, outline: Outline, *, strict: bool
+    template: Mapping[Any, Any], metadata: Metadata, outline: Outline, keys: KeyDecoder, *, strict: bool
 ) -> tuple[dict[Any, Any], CompletionResult]:
     """Return a template that asks for everything that was saved under the root keys of another template.
 
@@ -114,6 +122,7 @@ def restored_template(
             where they have the saved size, and new dicts and lists.
         metadata: The checkpoint's metadata.
         outline: The places of the objects.
+        keys: Decodes the keys below the root keys.
         strict: Whether a key that the checkpoint lacks is an error; otherwise the caller's value stays.
 
     Returns:
@@ -128,18 +137,21 @@ def restored_template(
     restoring = _Restoring(outline, notes, is_recorded=saved_mappings_of(metadata) is not None, strict=strict)
     completion = completion_of(template)
     if completion is not None:
-        return dict(completion.completed(template, saved, notes)), _result(notes, tensors)
+        keys.decode_keys(saved, ())
+        return dict(completion.completed(template, saved, notes)), _result(notes, tensors, keys)
     made: dict[Any, Any] = {}
     for key, value in template.items():
-        if key in saved:
-            made[key] = restoring.like(saved[key], value, (key,), in_object=False)
+        below = saved_below(saved, (key,))
+        if below is not None:
+            keys.decode_keys(below, (text_of(key),))
+            made[key] = restoring.like(below, value, (key,), in_object=False)
         elif strict and (restoring.is_recorded or not _is_empty(value)):
             # Earlier releases, and torch, leave no trace of an empty container.
             restoring.missing.append(str(key))
         else:
             made[key] = value
     restoring.raise_problems(metadata)
-    return made, _result(notes, tensors)
+    return made, _result(notes, tensors, keys)
 
 
 def _is_empty(value: Any) -> bool:
@@ -262,10 +274,10 @@ class _Restoring:
         """
         if in_object or not self._strict or not isinstance(template, (Mapping, list)):
             return
-        theirs = {str(key) for key in (range(len(saved)) if isinstance(saved, list) else saved)}
+        theirs = {text_of(key) for key in (range(len(saved)) if isinstance(saved, list) else saved)}
         entries = enumerate(template) if isinstance(template, list) else template.items()
         for key, value in entries:
-            if isinstance(value, torch.Tensor) and str(key) not in theirs:
+            if isinstance(value, torch.Tensor) and text_of(key) not in theirs:
                 self.missing.append(".".join(map(str, (*path, key))))
 
     def _empty_like(self, saved: Mapping[Any, Any], template: Any) -> tuple[Any, dict[str, Any]]:

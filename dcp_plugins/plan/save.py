@@ -72,7 +72,9 @@ class DefaultSavePlanner(SavePlanner):
         self, state_dict: dict[str, Any], storage_meta: StorageMeta | None = None, is_coordinator: bool = False
     ) -> None:
         if self.flatten_state_dict:
-            state_dict, self.mappings = flatten_state_dict(state_dict)
+            state_dict, mappings = flatten_state_dict(state_dict)
+            mappings.pickle_keys()
+            self.mappings = mappings
         if self.flatten_sharded_tensors:
             state_dict = flatten_sharded_tensors(state_dict)
         if not self.flatten_state_dict:

@@ -1,4 +1,4 @@
-"""Finds, at a save, the values that a load with default options will refuse.
+"""Finds, at a save, the values that a load with default options will refuse, and what a save cannot keep.
 
 Such a value is an object of a class that is neither among the listed ones (``format/value_builders``) nor declared safe
 at that time. The search looks at classes and pickles nothing. For an object whose class is not known, it only calls
@@ -23,16 +23,20 @@ import zoneinfo
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from dcp_plugins.errors import UnloadableValueWarning
+from dcp_plugins.format.mapping_keys import PickledKey, recorded_key
+from dcp_plugins.format.saved_mappings import keeps_class
 from dcp_plugins.format.trust import SafeGlobal, Trust
 from dcp_plugins.format.value_builders import builders
 from dcp_plugins.format.value_errors import RefusedError
 from dcp_plugins.format.value_numpy import BIT_GENERATORS, is_plain_dtype
+from dcp_plugins.plan.flatten import is_leaf
 from dcp_plugins.user_warnings import warn_user
 
 __all__ = ["loaded_with", "note_value", "noting_values", "warn_of_unloadable"]
@@ -75,7 +79,16 @@ _SEQUENCES = frozenset({list, tuple, set, frozenset, collections.deque})
 _MAPPINGS = frozenset({dict, collections.OrderedDict, collections.Counter, collections.defaultdict})
 
 
-_loads_with: ContextVar[tuple[bool, tuple[SafeGlobal, ...]]] = ContextVar("loads_with", default=(True, ()))
+@dataclass(frozen=True, slots=True)
+class _LoadsWith:
+    weights_only: bool = True
+    safe_globals: tuple[SafeGlobal, ...] = ()
+    restores: bool = False
+    """Whether the load makes new dicts and lists; else it fills those of the state dict that it is given."""
+
+
+_BY_DEFAULT = _LoadsWith()
+_loads_with: ContextVar[_LoadsWith] = ContextVar("loads_with", default=_BY_DEFAULT)
 
 
 Noted = tuple[Any, tuple[SafeGlobal, ...]]
@@ -84,8 +97,8 @@ _noted: ContextVar[dict[str, Noted] | None] = ContextVar("noted", default=None)
 
 @contextmanager
 def loaded_with(*, weights_only: bool, safe_globals: Iterable[SafeGlobal]) -> Iterator[None]:
-    """Declare how the caller of a save in this block will load again: values that it then admits need no warning."""
-    token = _loads_with.set((weights_only, tuple(safe_globals)))
+    """Declare how the caller of a save in this block will restore: values that it then admits need no warning."""
+    token = _loads_with.set(_LoadsWith(weights_only, tuple(safe_globals), restores=True))
     try:
         yield
     finally:
@@ -118,44 +131,75 @@ def note_value(name: str, value: Any, safe_globals: Iterable[SafeGlobal] = ()) -
         noted[name] = (value, tuple(safe_globals))
 
 
-def warn_of_unloadable(values: Mapping[str, Any], how_to_trust: str, noted: Mapping[str, Noted] | None = None) -> None:
+def warn_of_unloadable(
+    values: Mapping[str, Any],
+    how_to_trust: str,
+    noted: Mapping[str, Noted] | None = None,
+    *,
+    are_pickled: bool = False,
+) -> None:
     """Warn once of all values that cannot be loaded again by default, with the key and the class of each.
 
+    A second warning names what the save cannot keep: the classes of containers, and keys that cannot be pickled.
     A rank calls this on its training thread, with the state dict that it saves.
 
     Args:
         values: Values by key. The search enters nested dicts and lists, and names values by their path.
         how_to_trust: How a user of the caller says that a checkpoint is trusted, for the warning.
         noted: The values that `noting_values` collected.
+        are_pickled: Each value is pickled as a whole: classes of dicts and lists in it are needed at the load.
     """
-    weights_only, safe_globals = _loads_with.get()
-    if not weights_only:
-        return
+    loads_with = _loads_with.get()
     found: dict[str, str] = {}
-    search: _Search | None = None
-    for key, value in values.items():
-        # A shortcut for nearly all values: numbers, tensors, and pairs of numbers.
-        kind = type(value)
-        if kind in _LEAVES or (kind is tuple and _LEAVES.issuperset(map(type, value))):
-            continue
-        search = search or _Search(Trust(safe_globals))
-        for path, name in search.unknown(value, str(key)):
-            found.setdefault(path, name)
+    lost: dict[str, str] = {}
+
+    def look_at(named: Mapping[Any, Any], safe_globals: Iterable[SafeGlobal], *, are_pickled: bool) -> None:
+        search: _Search | None = None
+        for key, value in named.items():
+            # A shortcut for nearly all values: numbers, tensors, and pairs of numbers.
+            kind = type(value)
+            if kind in _LEAVES or (kind is tuple and _LEAVES.issuperset(map(type, value))):
+                continue
+            search = search or _Search(Trust(safe_globals), lost, weights_only=loads_with.weights_only)
+            for path, name in search.unknown(value, str(key), is_pickled=are_pickled):
+                found.setdefault(path, name)
+
+    look_at(values, loads_with.safe_globals, are_pickled=are_pickled)
+    if not {str}.issuperset(map(type, values)):
+        # The keys of the root: a dict without values has no other places.
+        look_at({"the root": dict.fromkeys(values)}, loads_with.safe_globals, are_pickled=are_pickled)
     for key, (value, own) in (noted or {}).items():
-        for path, name in _Search(Trust((*safe_globals, *own))).unknown(value, key):
-            found.setdefault(path, name)
-    if not found:
-        return
+        look_at({key: value}, (*loads_with.safe_globals, *own), are_pickled=True)
+    if found:
+        classes = ", ".join(sorted(set(found.values()))[:_MAX_NAMED])
+        warn_user(
+            "these values are saved, but a load with default options will refuse them, because building them could run"
+            f" code: {_shown(found)}. To load them, admit their classes with"
+            f" torch.serialization.add_safe_globals([{classes}]) or safe_globals=[{classes}], or load with"
+            f" {how_to_trust}. Or save plain data in their place",
+            UnloadableValueWarning,
+        )
+    if not loads_with.restores:
+        lost = {path: name for path, name in lost.items() if name.startswith(_KEY)}
+    if lost:
+        warn_user(
+            f"a save does not keep everything of these: {_shown(lost)}. A restore makes a plain dict or list, unless"
+            " the state has a container of the same class at that place, and the string of a key that cannot be"
+            " pickled. Save plain data in their place",
+            UnloadableValueWarning,
+        )
+
+
+_KEY = "the key "
+
+
+def _shown(found: Mapping[str, str]) -> str:
     shown = ", ".join(f"{path} ({name})" for path, name in list(found.items())[:_MAX_NAMED])
-    more = f", ... ({len(found) - _MAX_NAMED} more)" if len(found) > _MAX_NAMED else ""
-    classes = ", ".join(sorted(set(found.values()))[:_MAX_NAMED])
-    warn_user(
-        "these values are saved, but a load with default options will refuse them, because building them could run"
-        f" code: {shown}{more}. To load them, admit their classes with"
-        f" torch.serialization.add_safe_globals([{classes}]) or safe_globals=[{classes}], or load with {how_to_trust}."
-        " Or save plain data in their place",
-        UnloadableValueWarning,
-    )
+    return f"{shown}, ... ({len(found) - _MAX_NAMED} more)" if len(found) > _MAX_NAMED else shown
+
+
+def _name_of(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _kinds_to_enter(items: Iterable[Any], is_pickled: bool) -> set[type]:
@@ -167,42 +211,69 @@ def _kinds_to_enter(items: Iterable[Any], is_pickled: bool) -> set[type]:
 class _Search:
     """Looks for classes that a load would refuse."""
 
-    def __init__(self, trust: Trust) -> None:
+    def __init__(self, trust: Trust, lost: dict[str, str], *, weights_only: bool) -> None:
         self._trust = trust
-        self._seen: dict[int, Any] = {}
+        self._lost = lost
+        """Gets, by path, the classes of containers and the keys that the save does not keep."""
+        self._weights_only = weights_only
+        self._seen: dict[tuple[int, bool], Any] = {}
 
-    def unknown(self, value: Any, path: str) -> Iterator[tuple[str, str]]:
+    def unknown(self, value: Any, path: str, *, is_pickled: bool = False) -> Iterator[tuple[str, str]]:
         """Yield the path of each object that would be refused, with the name of what it needs."""
         self._seen.clear()
         # Tensors in dicts and lists are stored as tensors, of any class. Tensors in other objects are pickled.
-        pending: list[tuple[Any, str, bool]] = [(value, path, False)]
+        pending: list[tuple[Any, str, bool]] = [(value, path, is_pickled)]
         while pending:
             current, where, is_pickled = pending.pop()
             kind = type(current)
-            if kind in _LEAVES or id(current) in self._seen:
+            place = (id(current), is_pickled)
+            if kind in _LEAVES or place in self._seen:
                 continue
             # Keep a reference: the id of a freed object may be given to another one.
-            self._seen[id(current)] = current
+            self._seen[place] = current
             if kind in _MAPPINGS or (not is_pickled and isinstance(current, Mapping)):
-                kinds = _kinds_to_enter(current.values(), is_pickled)
-                if kinds:
-                    pending += [
-                        (item, f"{where}.{key}", is_pickled) for key, item in current.items() if type(item) in kinds
-                    ]
-                if not _SCALARS.issuperset(map(type, current)):
-                    pending += [(key, where, True) for key in current if type(key) not in _SCALARS]
-                if kind is collections.defaultdict and current.default_factory is not None:
-                    pending.append((current.default_factory, where, True))
+                self._enter_mapping(current, where, is_pickled, pending)
             elif kind in _SEQUENCES or (not is_pickled and isinstance(current, list)):
-                inside = is_pickled or not isinstance(current, list)
-                kinds = _kinds_to_enter(current, inside)
-                if kinds:
-                    pending += [(item, f"{where}.{at}", inside) for at, item in enumerate(current)]
+                kinds = _kinds_to_enter(current, is_pickled or not isinstance(current, list))
+                if kind is list and not kinds:
+                    continue
+                inside = is_pickled or not isinstance(current, list) or is_leaf(current)
+                if kind not in _SEQUENCES and inside:
+                    yield from self._refused_parts(current, where, pending)
+                    continue
+                if kind not in _SEQUENCES:
+                    self._lost[where] = _name_of(kind)
+                pending += [(item, f"{where}.{at}", inside) for at, item in enumerate(current)]
             elif is_pickled or not (isinstance(current, torch.Tensor) or hasattr(current, "__create_write_items__")):
-                for refused in self._enter(current, where, pending):
-                    # Name it again at each other place that holds it; members of an enum are shared by many.
-                    self._seen.pop(id(current), None)
-                    yield refused
+                yield from self._refused_parts(current, where, pending)
+
+    def _enter_mapping(
+        self, current: Mapping[Any, Any], where: str, is_pickled: bool, pending: list[tuple[Any, str, bool]]
+    ) -> None:
+        if not is_pickled and not keeps_class(current):
+            self._lost[where] = _name_of(type(current))
+        kinds = _kinds_to_enter(current.values(), is_pickled)
+        if kinds:
+            pending += [(item, f"{where}.{key}", is_pickled) for key, item in current.items() if type(item) in kinds]
+        for key in [] if _SCALARS.issuperset(map(type, current)) else current:
+            if type(key) in _SCALARS:
+                continue
+            recorded = None if is_pickled else recorded_key(key)
+            if isinstance(recorded, PickledKey) and recorded.pickled is None:
+                self._lost[f"{where}.{recorded}"] = f"{_KEY}{recorded.text!r}, a {_name_of(type(key))}"
+            else:
+                pending.append((key, where, True))
+        if is_pickled and isinstance(current, collections.defaultdict) and current.default_factory is not None:
+            pending.append((current.default_factory, where, True))
+
+    def _refused_parts(self, value: Any, where: str, pending: list[tuple[Any, str, bool]]) -> Iterator[tuple[str, str]]:
+        if not self._weights_only:
+            return
+        for refused in self._enter(value, where, pending):
+            # Name it again at each other place that holds it; members of an enum are shared by many.
+            self._seen.pop((id(value), True), None)
+            self._seen.pop((id(value), False), None)
+            yield refused
 
     def _enter(self, value: Any, where: str, pending: list[tuple[Any, str, bool]]) -> Iterator[tuple[str, str]]:
         kind = type(value)

@@ -188,6 +188,6 @@ def _state_of(trainer: Trainer, optimizer: Optimizer | None, text: str | None) -
         scaler = getattr(trainer.accelerator, "scaler", None)
         if scaler is not None:
             bound[SCALER] = scaler.state_dict()
-        warn_of_unloadable(bound, "DCPCallback(weights_only=False)")
+        warn_of_unloadable(bound, "DCPCallback(weights_only=False)", are_pickled=True)
         rest.update({name: dump_value(value).getvalue() for name, value in bound.items()})
     return state

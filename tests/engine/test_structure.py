@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import collections
 import copy
+import datetime
+import decimal
+import enum
+import pickle
+import uuid
 import warnings
 from collections import Counter, OrderedDict, defaultdict
 from pathlib import Path
@@ -16,8 +22,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as stock
 
 import dcp_plugins as dcp
-from dcp_plugins.errors import CheckpointException, PlanError
-from dcp_plugins.format.metadata import decode_with_extras
+from dcp_plugins.errors import CheckpointException, PlanError, UnloadableValueWarning
+from dcp_plugins.format.metadata import decode_with_extras, encode
 from dcp_plugins.testing.ranks import run_ranks
 
 pytestmark = pytest.mark.filterwarnings(
@@ -31,6 +37,17 @@ ODD_KEYS: dict[str, Any] = {
     "bytes": {b"\x00k": 1},
     "numbers of NumPy": {np.int64(3): 1, np.float32(0.5): 2, np.bool_(True): 3},
     "strings that look like numbers": {"0": 1, "True": 2, "None": 3},
+    "the standard library's values": {
+        datetime.date(2020, 1, 1): 1,
+        Path("a/b"): {uuid.UUID(int=7): torch.ones(1)},
+        decimal.Decimal("1.50"): 2,
+        range(3): 3,
+        1j: 4,
+        (1, datetime.timedelta(1)): 5,
+    },
+    "frozensets": {frozenset("abcdefgh"): {frozenset(): 1}, (frozenset({3, 1}), frozenset("xyz")): 2},
+    "torch's values": {torch.float32: 1, torch.device("cpu"): 2, torch.Size([2]): 3},
+    "classes and strings of NumPy": {int: 1, np.str_("s"): 2, np.float32: 3, np.datetime64("2020-01-01"): 4},
     "a mixture": {"x": 1, 7: {"y": torch.arange(3)}, (1, 2): [{3: torch.ones(2)}, {}]},
     "dots": {"a.b": {"c": 1}, "a": {"c": 2}},
 }
@@ -159,7 +176,7 @@ def test_a_plain_state_dict_has_nothing_recorded_but_that_there_is_a_record(tmp_
 
 def test_the_record_that_somebody_has_tampered_with_is_refused(tmp_path: Path) -> None:
     from dcp_plugins.errors import CorruptCheckpointError
-    from dcp_plugins.format.metadata import decode, encode
+    from dcp_plugins.format.metadata import decode
 
     dcp.save({"model": {0: torch.ones(1)}}, checkpoint_id=tmp_path)
     metadata = decode((tmp_path / ".metadata").read_bytes(), "it")
@@ -173,10 +190,106 @@ def test_the_record_that_somebody_has_tampered_with_is_refused(tmp_path: Path) -
         [[["model"], "dict", [{"float": "0x1p+9999"}]]],
         [["model"]],
         [[{}, "dict", None]],
+        [[["model"], "dict", ["a"], [], [[1, "gAJLAS4="]]]],
+        [[["model"], "dict", [0], [], [[0, "gAJLAS4="]]]],
+        [[["model"], "dict", ["a"], [], [[0, "no base64"]]]],
     ]
     for record in records:
         with pytest.raises(CorruptCheckpointError, match="record of containers"):
             decode(encode(plain, extras={"containers": record}), "it")
+
+
+class Color(enum.Enum):
+    """A user's class of keys."""
+
+    RED = 1
+
+
+def test_keys_of_a_users_class_come_back_where_the_class_is_admitted_and_are_refused_by_name_elsewhere(
+    tmp_path: Path,
+) -> None:
+    state = {"seen": {Color.RED: {"n": 1}, "x": 2}, "plain": {"a": 1}}
+    with pytest.warns(UnloadableValueWarning, match=r"seen \(.*Color\)"):
+        dcp.save(state, checkpoint_id=tmp_path)
+    with pytest.raises(CheckpointException, match=r"the key 'Color.RED' of the mapping at 'seen'.* needs .*Color"):
+        dcp.load_from_keys(checkpoint_id=tmp_path)
+    for options in ({"safe_globals": [Color]}, {"weights_only": False}):
+        planner = dcp.default_planner._EmptyStateDictLoadPlanner(**options)
+        assert same(dcp.load_from_keys(checkpoint_id=tmp_path, planner=planner), state)
+    # Other root keys, and templates that have the keys, need no class.
+    assert dcp.load_from_keys("plain", checkpoint_id=tmp_path) == {"plain": {"a": 1}}
+    target = {"seen": {Color.RED: {"n": 0}, "x": 0}}
+    dcp.load(target, checkpoint_id=tmp_path)
+    assert target == {"seen": state["seen"]}
+
+
+def test_a_key_that_cannot_be_pickled_comes_back_as_its_string_with_a_warning_at_each_end(tmp_path: Path) -> None:
+    with pytest.warns(UnloadableValueWarning, match=r"v.torch.channels_last \(the key 'torch.channels_last'"):
+        dcp.save({"v": {torch.channels_last: 1, 2: 3}}, checkpoint_id=tmp_path)
+    with pytest.warns(UnloadableValueWarning, match="'torch.channels_last'.* was saved as its string only"):
+        assert dcp.load_from_keys(checkpoint_id=tmp_path) == {"v": {"torch.channels_last": 1, 2: 3}}
+
+
+def test_earlier_readers_find_the_string_of_each_key_that_is_pickled(tmp_path: Path) -> None:
+    dcp.save({"v": {datetime.date(2020, 1, 1): 1, 2: 3}}, checkpoint_id=tmp_path)
+    extras = decode_with_extras((tmp_path / ".metadata").read_bytes(), "it").extras
+    ((path, kind, keys, shared, ((at, _pickled),)),) = extras["containers"]
+    assert (path, kind, keys, shared, at) == (["v"], "dict", ["2020-01-01", 2], [], 0)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        OrderedDict(oldest={}, b=1, c=2),
+        {5: {}, 2: 1},
+        {"a": {"b": {}}, "c": [{}], "d": [], "e": torch.ones(1), "f": {}, "g": ()},
+        defaultdict(dict, {"z": {}, "a": {"y": {}, "b": 1}}),
+        {"state": {"p": {}, "q": {"n": 1}}, "param_groups": [{"params": ["p", "q"]}]},
+    ],
+    ids=lambda value: ",".join(map(str, value)),
+)
+def test_mappings_come_back_in_the_saved_order(tmp_path: Path, value: Any) -> None:
+    dcp.save({"first": {}, "v": value, "last": 1}, checkpoint_id=tmp_path)
+    found = dcp.load_from_keys(checkpoint_id=tmp_path)
+    assert same(found, {"first": {}, "v": value, "last": 1})
+    assert list(found) == ["first", "v", "last"]
+    assert repr(found["v"]) == repr(value)
+
+
+def _ranks_with_frozensets(folder: str) -> Any:
+    warnings.simplefilter("error")
+    dcp.save({"v": {frozenset("abcdefgh"): dist.get_rank(), "mine": {dist.get_rank(): {}}}}, checkpoint_id=folder)
+    dist.barrier()
+    return dcp.load_from_keys(checkpoint_id=folder)
+
+
+def test_ranks_write_one_value_for_a_key_whose_string_differs_between_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONHASHSEED", "random")
+    for found in run_ranks(2, _ranks_with_frozensets, str(tmp_path)):
+        assert found["v"].keys() == {frozenset("abcdefgh"), "mine"}
+
+
+def test_a_key_whose_pickle_would_run_code_is_refused(tmp_path: Path) -> None:
+    dcp.save({"v": {datetime.date(2020, 1, 1): 1}}, checkpoint_id=tmp_path)
+    decoded = decode_with_extras((tmp_path / ".metadata").read_bytes(), "it")
+    plain = copy.copy(decoded.metadata)
+    plain.__dict__ = {name: value for name, value in vars(plain).items() if not name.startswith("_")}
+    entry = [["v"], "dict", ["2020-01-01"], [], [[0, base64.b64encode(pickle.dumps(_Runs())).decode()]]]
+    (tmp_path / ".metadata").write_bytes(encode(plain, extras={**decoded.extras, "containers": [entry]}))
+    with pytest.raises(CheckpointException, match="the key '2020-01-01' of the mapping at 'v'.*needs .*run_code"):
+        dcp.load_from_keys(checkpoint_id=tmp_path)
+
+
+def run_code() -> None:
+    """Fail the test: a pickle has called this function."""
+    raise AssertionError("a key has run code")
+
+
+class _Runs:
+    def __reduce__(self) -> Any:
+        return run_code, ()
 
 
 def _ranks_with_keys_of_their_own(folder: str) -> Any:

@@ -140,6 +140,53 @@ def test_a_tensor_of_a_users_class_is_a_tensor_in_a_dict_and_a_value_in_a_tuple(
         dcp.save({"v": (tensor,)}, checkpoint_id=tmp_path / "d")
 
 
+class Log(list[Any]):
+    """A user's list."""
+
+
+class Config(dict[str, Any]):
+    """A user's dict."""
+
+
+@pytest.mark.parametrize(
+    ("value", "where"),
+    [(Log([1]), "v"), ([1, Log([2])], "v.1"), ([torch.ones(1), Log()], "v.1"), ((Config(a=1),), "v.0")],
+    ids=str,
+)
+def test_a_list_or_dict_of_a_users_class_that_is_pickled_is_named(tmp_path: Path, value: Any, where: str) -> None:
+    with pytest.warns(UnloadableValueWarning, match=rf"{where} \(.*(Log|Config)\)"):
+        dcp.save({"v": value}, checkpoint_id=tmp_path)
+    with pytest.raises(dcp.CheckpointException, match="the saved value needs .*(Log|Config)"):
+        dcp.load_from_keys(checkpoint_id=tmp_path)
+
+
+def test_a_container_whose_class_a_restore_does_not_keep_is_named(tmp_path: Path) -> None:
+    state = {
+        "log": Log([torch.ones(1)]),
+        "config": [Config(a=1)],
+        "deques": collections.defaultdict(collections.deque, a=collections.deque([1])),
+        "kept": collections.defaultdict(list, a=[1]),
+    }
+    for options in ({}, {"weights_only": False}):
+        with CheckpointManager(tmp_path / str(len(options)), **options) as manager:
+            with pytest.warns(UnloadableValueWarning) as caught:
+                manager.save(1, state)
+            (warning,) = [one for one in caught if one.category is UnloadableValueWarning]
+            message = str(warning.message)
+            for part in (r"log (", "Log), config.0 (", "Config), deques (collections.defaultdict)"):
+                assert part in message
+            assert "kept" not in message
+            fresh: dict[str, Any] = dict.fromkeys(state)
+            manager.restore(fresh)
+            assert [type(value) for value in fresh.values()] == [list, list, dict, collections.defaultdict]
+    # A load into a state dict keeps the containers of the state dict.
+    dcp.save(state, checkpoint_id=tmp_path / "engine")
+    target = {"log": Log([torch.zeros(1)]), "config": [Config(a=0)]}
+    dcp.load(target, checkpoint_id=tmp_path / "engine")
+    assert type(target["log"]) is Log
+    assert target == {"log": state["log"], "config": [Config(a=1)]}
+
+
 def test_what_the_warning_advises_works(tmp_path: Path) -> None:
     state = {"phase": Phase.WARM_UP, "recent": collections.deque([Progress()])}
     with pytest.warns(UnloadableValueWarning):

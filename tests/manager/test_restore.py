@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
 from collections import Counter, OrderedDict, defaultdict, deque
 from pathlib import Path
@@ -50,6 +51,7 @@ VALUES: list[Any] = [
     {"queue": deque([1, 2], maxlen=3), "set": frozenset({1}), "nothing": None, "tuple": (1, (2,))},
     {"grown": torch.arange(5)},
     {"one": {"two": {"three": {}}}},
+    {"first": {}, datetime.date(2020, 1, 1): {"empty": {}, "last": 1}, frozenset({"s"}): torch.ones(1)},
 ]
 
 FRESH: list[Any] = [

@@ -284,6 +284,28 @@ class Phase(enum.Enum):
     WARM_UP = 1
 
 
+class Config(dict[str, Any]):
+    """A dict of the user's own class."""
+
+
+class Log(list[Any]):
+    """A list of the user's own class."""
+
+
+@pytest.mark.parametrize("value", [Config(a=1), Log([1]), Log([torch.ones(1)])], ids=str)
+def test_a_dict_or_list_of_a_users_class_is_warned_of_because_the_load_refuses_it(tmp_path: Path, value: Any) -> None:
+    one = run("plain")
+    one.counter.extra = {"it": value}
+    name = type(value).__name__
+    with pytest.warns(UnloadableValueWarning, match=rf"the registered object 0, a Counter.extra.it \(.*{name}\)"):
+        one.accelerator.save_state(tmp_path / "a")
+    with pytest.raises(UnsupportedValueError, match=name):
+        run("plain").accelerator.load_state(tmp_path / "a")
+    other = run("plain", plugin=DCPPlugin(safe_globals=(type(value),)))
+    other.accelerator.load_state(tmp_path / "a")
+    assert type(other.counter.extra["it"]) is type(value)
+
+
 def test_objects_of_the_users_load_as_plain_data_unless_he_says_otherwise(tmp_path: Path) -> None:
     one = run("plain")
     one.counter.extra = {"path": Path("a/class"), "phase": Phase.WARM_UP}

@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.fabric.utilities.data import AttributeDict
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import StrategyRegistry
@@ -68,6 +69,22 @@ def test_one_checkpoint_io_serves_a_trainer_with_its_options(tmp_path: Path) -> 
 
 class Choice:
     """An object that is no plain data."""
+
+
+class Log(list[Any]):
+    """A list of a class of its own."""
+
+
+@pytest.mark.parametrize("value", [AttributeDict(width=3), Log([1]), Log([torch.ones(1)])], ids=str)
+def test_a_dict_or_list_of_a_class_of_its_own_is_warned_of_because_the_load_refuses_it(
+    tmp_path: Path, value: Any
+) -> None:
+    name = type(value).__name__
+    checkpoint = {"state_dict": {"w": torch.arange(3.0)}, "hyper_parameters": {"it": value}}
+    with pytest.warns(UnloadableValueWarning, match=rf"hyper_parameters.it \(.*{name}\)"):
+        DCPCheckpointIO().save_checkpoint(checkpoint, tmp_path / "a")
+    with pytest.raises(UnsupportedValueError, match=name):
+        DCPCheckpointIO().load_checkpoint(tmp_path / "a")
 
 
 def test_objects_in_hyperparameters_load_only_where_pickles_are_trusted(tmp_path: Path) -> None:
