@@ -32,7 +32,7 @@ from tests.torture.checkpoints import FORMATS, chosen, save_format
 from tests.torture.children import Cost, run_in_children
 from tests.torture.damage import own_causes
 from tests.torture.hostile_files import INDEXES, JSON_TEXTS, SAFETENSORS, ZIPS
-from tests.torture.hostile_pickles import COSTLY_KEYS, PICKLES
+from tests.torture.hostile_pickles import PICKLES
 from tests.torture.parsers import container_of, trailer_around
 
 _ADDRESS_SPACE = 12 << 30
@@ -106,9 +106,8 @@ _PATHS = ["/etc/hostname", "../outside", "sub/../../outside", "C:\\x", "\\\\host
 
 def _corpus() -> Iterator[Hostile]:
     for number, (name, pickled) in enumerate(PICKLES.items()):
-        if name not in COSTLY_KEYS:
-            yield _replacing("dcp, files", ".metadata", name, pickled)
-            yield _replacing("dcp, files", ".metadata", f"{name}, with a trailer", _with_trailer(pickled))
+        yield _replacing("dcp, files", ".metadata", name, pickled)
+        yield _replacing("dcp, files", ".metadata", f"{name}, with a trailer", _with_trailer(pickled))
         yield _as_item("n", f"{name}, bare", pickled)
         for fqn in ("first", "n"):
             yield _as_item(fqn, name, _in_container(pickled))
@@ -265,10 +264,13 @@ class _Folders:
 def _check(folders: _Folders, case: Hostile) -> None:
     folder = folders.fresh(case.format)
     length = case.put(folder, str(folders.canary))
-    cost = Cost()
+    excess = ""
     for load in _loads_of(case):
+        cost = Cost()
         _loads_or_refuses(load, folder, is_short=length < _ADDRESS_SPACE)
-    excess = cost.excess(length)
+        excess = excess or cost.excess(length)
+        # An error and the frames that it went through hold each other, and what was read.
+        gc.collect()
     if folders.canary.exists():
         folders.canary.rmdir() if folders.canary.is_dir() else folders.canary.unlink()
         raise AssertionError("code in the file ran")

@@ -25,7 +25,7 @@ import torch
 
 from tests.torture.mutations import GLOBALS
 
-__all__ = ["COSTLY_KEYS", "PICKLES"]
+__all__ = ["PICKLES"]
 
 Payload = Callable[[str], bytes]
 
@@ -350,5 +350,11 @@ def _tensors() -> dict[str, Payload]:
     return {name: _payload(value) for name, value in values.items()}
 
 
-COSTLY_KEYS = _costly_keys()
-PICKLES = {**_programs(), **_through_admitted(), **_bombs(), **COSTLY_KEYS, **_arrays(), **_tensors()}
+PICKLES = {
+    **_programs(),
+    **_through_admitted(),
+    **_bombs(),
+    **_costly_keys(),
+    **_arrays(),
+    **_tensors(),
+}
