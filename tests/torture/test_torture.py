@@ -18,8 +18,8 @@ from tests.torture.children import run_in_children
 SHARES = {
     "calls": 0.01,
     "power": 0.03,
-    "damage": 0.005,
-    "hostile": 0.05,
+    "damage": 0.003,
+    "hostile": 0.03,
     "fuzz": 0.01,
     "neighbours": 0.06,
     "ranks": 0.012,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import socket
 from pathlib import Path
@@ -106,9 +105,8 @@ def test_what_is_missing_or_a_directory_raises_what_open_raises_and_names_the_fi
 def test_links_in_a_ring_are_an_error(tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
-    with pytest.raises(OSError) as info:
+    with pytest.raises(UnsafeCheckpointError, match="a link to itself"):
         read_regular(tmp_path, "a")
-    assert info.value.errno == errno.ELOOP
 
 
 def test_a_file_that_is_longer_than_allowed_is_not_read(tmp_path: Path) -> None:
