@@ -17,10 +17,10 @@ from tests.torture.children import run_in_children
 # The part of each campaign that takes some ten to thirty seconds.
 SHARES = {
     "calls": 0.01,
-    "power": 0.03,
+    "power": 0.02,
     "damage": 0.003,
     "hostile": 0.03,
-    "fuzz": 0.01,
+    "fuzz": 0.006,
     "neighbours": 0.06,
     "ranks": 0.012,
     "soak": 0.01,
