@@ -70,12 +70,13 @@ def _held_with_a_companion(folder: Path) -> int | None:
     """Return the seed; the companion that a reader of the pair finds is of the same save."""
     seed = _held_state(folder)
     if seed is not None:
+        # The new one of a save that has not committed may hold anything.
         found = [
-            int((folder / name).read_bytes())
+            (folder / name).read_bytes()
             for name in ("meta.pt", "meta.pt.new", "meta.pt.replaced")
             if (folder / name).exists()
         ]
-        assert seed in found, f"the checkpoint is of seed {seed}, its companions are of {found}"
+        assert b"%d" % seed in found, f"the checkpoint is of seed {seed}, its companions hold {found}"
     return seed
 
 
