@@ -69,7 +69,7 @@ def _stand_in(path: str, ability: str) -> type:
             "newer one of dcp_plugins."
         )
 
-    return type(path.rpartition(".")[2], (), {"__new__": refuse, "__getattr__": refuse, "__module__": __name__})
+    return type(path.rpartition(".")[2], (), {"__new__": refuse, "__module__": __name__})
 
 
 _SHARDED_TENSORS = "ShardedTensors (FSDP1)"
@@ -104,5 +104,5 @@ else:
     # With it ShardMetadata says where a shard is.
     remote_device = _taken("torch.distributed.remote_device", "_remote_device", _SHARDED_TENSORS)
     is_traceable_wrapper_subclass = _taken("torch.utils._python_dispatch", "is_traceable_wrapper_subclass", _SUBCLASSES)
-    # What nn.Module.load_state_dict returns.
+    # nn.Module.load_state_dict returns it.
     IncompatibleKeys = _taken("torch.nn.modules.module", "_IncompatibleKeys", "models' state dicts")

@@ -1,4 +1,4 @@
-"""What differs between the releases of torch that this package works with: each difference by its name, in one place.
+"""The differences between the releases of torch that this package works with: each by its name, in one place.
 
 A difference is looked for in the installed torch, not deduced from its version number. Each names the release that
 brought it: the code for older ones can be deleted once these are no longer supported.

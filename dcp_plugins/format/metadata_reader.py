@@ -46,7 +46,7 @@ from dcp_plugins.format.value_errors import DecodingError
 __all__ = ["MAX_DIMENSIONS", "PickledIndex", "PickledPath", "PickledProperties", "read_pickle", "read_trusted_pickle"]
 
 MAX_DIMENSIONS = 64
-"""Of a tensor that metadata describes. A size is hashed wherever a reference to it stands."""
+"""The most dimensions of a tensor that metadata describes: a size is hashed wherever a reference to it stands."""
 # Honest sizes do not have the hash of another size; those that have it are compared with each other.
 _MAX_COLLISIONS = 1000
 

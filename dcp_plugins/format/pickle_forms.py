@@ -75,7 +75,7 @@ _POOL = re.compile(
     re.DOTALL,
 )
 _POOL_KINDS = {"name": _ATOM, "size": _ATOM, "chunk": _OTHER, "state": _TUPLE}
-# Of tuples only arguments of calls. These patterns have no groups, which would have to be saved at every step.
+# The only tuples here are arguments of calls. The patterns have no groups, which would have to be saved at every step.
 _RUN = re.compile(
     _expand(
         rb"(?:[N\x88\x89uebR]+|[hK].|[jJ].{4}|\)(?:\x81}\(|\x81?)|]\(|}\((?!<pair>)|G.{8}|<int>"
@@ -85,7 +85,7 @@ _RUN = re.compile(
 )
 # Marks stand only here and in new containers: after a reference, a mark could begin more items of a shared state.
 _ODD_TUPLE = re.compile(_expand(rb"[\x85\x86\x87]|\(<item>{0,64}t"), re.DOTALL)
-# Of a dict whose keys are references and whose values are tuples: its beginning, and the rest.
+# A dict whose keys are references and whose values are tuples: its beginning, and its other pairs.
 _FIRST_PAIRS = re.compile(_expand(rb"}\((?:<pair>){1,1000}"), re.DOTALL)
 _PAIRS = re.compile(_expand(rb"(?:<pair>){1,1000}"), re.DOTALL)
 
@@ -152,7 +152,7 @@ _PARTS[b"new"] = rb"\)\x81\x94"
 _PARTS[b"new filled"] = rb"\)\x81\x94}\x94\("
 _PARTS[b"chunk"] = _expand(rb"<ref><new filled><ref><ref><size><ref><ref><size>ub")
 _PARTS[b"scalar chunk"] = _expand(rb"<ref><new filled><ref><ref><scalar size><ref><ref><scalar size>ub")
-# What follows the state of an index: the place in a file, as far as the path, which may be a new string.
+# After the state of an index comes the place in a file: as far as the path, which may be a new string.
 _PARTS[b"place"] = _expand(rb"ub<ref><new filled><ref>(?:<ref><ref><int><ref><int>ub)?")
 _STOCK = re.compile(
     _expand(
@@ -223,7 +223,7 @@ _OBJECTS = _by_group(
         "close": b"",
     }
 )
-# What the others put into the memo.
+# The kinds of the entries that the other steps put into the memo.
 _REST = {
     "call": bytes((_TUPLE, _ATOM)),
     "tuple": bytes((_TUPLE,)),
@@ -250,7 +250,7 @@ def _is_stock(data: bytes, position: int) -> bool:
     kinds = bytearray()
     states: set[bytes] = set()
     num_odd = 0
-    # What is known of the top of the stack. Small tuples of integers are atoms here.
+    # The top of the stack, as far as it is known. Small tuples of integers are atoms here.
     num_atoms = 0  # So many atoms lie there, above anything else.
     is_marked = False  # Whether a mark lies below the atoms.
     num_in_dict = _UNKNOWN  # So many objects lie above a dict's mark: a tuple above an odd number of them is a value.

@@ -39,8 +39,8 @@ __all__ = [
 PIECE_BYTES = 2 * 1024 * 1024
 """More than this is read, checksummed and written in pieces, each while the last-level cache holds it.
 
-Of 0.25 to 8 MB this measured fastest for reads. For writes, pieces for the second-level cache are no faster, and each
-takes the interpreter lock twice from a training loop.
+Among sizes of 0.25 to 8 MB this measured fastest for reads. For writes, pieces for the second-level cache are no
+faster, and each takes the interpreter lock twice from a training loop.
 """
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ import torch
 from dcp_plugins.errors import CorruptCheckpointError
 from dcp_plugins.format.container import crc32, record_checksums
 from dcp_plugins.format.safetensors_header import parse_header
-from dcp_plugins.format.trust import SafeGlobal
 from dcp_plugins.format.value_container import decode_value
 from dcp_plugins.storage.arrays import damaged
 from dcp_plugins.storage.regular import open_regular
@@ -25,13 +23,8 @@ from dcp_plugins.storage.regular import open_regular
 __all__ = ["read_safetensors_file", "read_torch_file"]
 
 
-def read_torch_file(path: Path, *, safe_globals: Iterable[SafeGlobal] = (), advice: str = "") -> Any:
+def read_torch_file(path: Path) -> Any:
     """Return the value in a file of ``torch.save``, decoded as plain data, with tensors on the CPU.
-
-    Args:
-        path: The file.
-        safe_globals: Classes that are admitted besides.
-        advice: How the caller's user says that the file is trusted, for error messages.
 
     Raises:
         FileNotFoundError: There is none.
@@ -41,9 +34,7 @@ def read_torch_file(path: Path, *, safe_globals: Iterable[SafeGlobal] = (), advi
     content = _mapped(path)
     if bytes(content[:4]) == b"PK\x03\x04":
         record_checksums(content, str(path))
-    return decode_value(
-        content, str(path), safe_globals=safe_globals, map_location="cpu", advice=advice, share_memory=True
-    )
+    return decode_value(content, str(path), map_location="cpu", share_memory=True)
 
 
 def read_safetensors_file(path: Path) -> dict[str, torch.Tensor]:

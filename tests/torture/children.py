@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import json
 import os
 import resource
@@ -14,7 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-__all__ = ["Cost", "run_in_children"]
+from tests.torture.campaign import Campaign
+
+__all__ = ["Cost", "check_in_children", "run_in_children"]
 
 T = TypeVar("T")
 
@@ -39,6 +42,23 @@ class Cost:
         if grown > _FREE_BYTES + _BYTES_PER_BYTE * length:
             return f"{grown} bytes of memory for {length} bytes"
         return ""
+
+
+def check_in_children(
+    campaign: Campaign,
+    cases: list[T],
+    kind: Callable[[T], str],
+    prepare: Callable[[Path], Any],
+    check: Callable[[Any, T], None],
+) -> None:
+    """Check every case in a child, as `run_in_children`, and count it in the campaign under its kind."""
+    # Children share the work: without this, one of them would have all the slow loads.
+    campaign.random.shuffle(cases)
+    # Some frameworks collect garbage in a load: without this, each collection would walk all that was imported.
+    gc.freeze()
+    for case, problem in run_in_children(cases, prepare, check, campaign.folder / "work"):
+        with campaign.case(kind(case), str(case)):
+            assert not problem, problem
 
 
 def run_in_children(

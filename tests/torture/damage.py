@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-import gc
 import itertools
 import os
 import random
@@ -24,7 +23,7 @@ from dcp_plugins.errors import CheckpointError, CheckpointNotFoundError
 from tests.interop.values import assert_same
 from tests.torture.campaign import Campaign
 from tests.torture.checkpoints import FORMATS, State, chosen, contents, save_format
-from tests.torture.children import run_in_children
+from tests.torture.children import check_in_children
 
 _BLOCK_BYTES = 64
 
@@ -108,14 +107,8 @@ def run(campaign: Campaign) -> None:
             by_kind.setdefault(damage.kind, []).append(damage)
         for some in by_kind.values():
             damages += campaign.pick(some)
-    # Children share the work: without this, one of them would have all the slow loads.
-    campaign.random.shuffle(damages)
-    # Some frameworks collect garbage in a load: without this, each collection would walk all that was imported.
-    gc.freeze()
     prepare = functools.partial(_Checkpoints, campaign.folder)
-    for damage, problem in run_in_children(damages, prepare, _check, campaign.folder / "work"):
-        with campaign.case(f"files {damage.kind}", str(damage)):
-            assert not problem, problem
+    check_in_children(campaign, damages, lambda damage: f"files {damage.kind}", prepare, _check)
 
 
 class _Checkpoints:

@@ -29,7 +29,7 @@ from dcp_plugins.format.metadata_trailer import add_trailer, split_trailer
 from dcp_plugins.manager import verify_checkpoint
 from tests.torture.campaign import Campaign
 from tests.torture.checkpoints import FORMATS, chosen, save_format
-from tests.torture.children import Cost, run_in_children
+from tests.torture.children import Cost, check_in_children
 from tests.torture.damage import own_causes
 from tests.torture.hostile_files import INDEXES, JSON_TEXTS, SAFETENSORS, ZIPS
 from tests.torture.hostile_pickles import PICKLES
@@ -72,12 +72,8 @@ def run(campaign: Campaign) -> None:
     cases = [case for some in by_file.values() for case in campaign.pick(some)]
     for name in {case.format for case in cases}:
         save_format(campaign.folder, name)
-    campaign.random.shuffle(cases)
-    gc.freeze()
     prepare = functools.partial(_Folders, campaign.folder)
-    for case, problem in run_in_children(cases, prepare, _check, campaign.folder / "work"):
-        with campaign.case(f"{case.file} of {case.format}", str(case)):
-            assert not problem, problem
+    check_in_children(campaign, cases, lambda case: f"{case.file} of {case.format}", prepare, _check)
 
 
 # Which file of which format. These are read by the decoder of values.
