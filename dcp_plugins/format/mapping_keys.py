@@ -73,8 +73,10 @@ def _sorted_text(key: Any) -> str:
 
 def is_recordable(key: Any) -> bool:
     """Tell whether the record keeps a key as JSON."""
+    if key is None or type(key) in _KEY_TYPES:
+        return True
     is_number = isinstance(key, np.generic) and key.dtype.kind in "biuf"
-    return key is None or is_number or type(key) in _KEY_TYPES or (type(key) is tuple and all(map(is_recordable, key)))
+    return is_number or (type(key) is tuple and all(map(is_recordable, key)))
 
 
 def recorded_key(key: Any) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 
 from dcp_plugins.contract import Metadata
 from dcp_plugins.errors import CorruptCheckpointError
-from dcp_plugins.format.mapping_keys import PickledKey, decoded_key, encoded_key, recorded_key
+from dcp_plugins.format.mapping_keys import PickledKey, decoded_key, encoded_key, is_recordable, recorded_key
 
 __all__ = [
     "ATTACHED",
@@ -66,7 +66,7 @@ class SavedMapping:
 
     def recorded(self) -> SavedMapping:
         """Return this description with a `PickledKey` for each key that the record keeps as a pickle."""
-        if self.keys is None:
+        if self.keys is None or all(map(is_recordable, self.keys)):
             return self
         return SavedMapping(self.kind, tuple(map(recorded_key, self.keys)), self.shared)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -86,8 +86,10 @@ class KeyPaths(FlattenMapping):
     def pickle_keys(self) -> None:
         """Pickle the keys that the record of a save keeps as pickles, in place."""
         for path, found in self.saved_mappings.items():
-            self.saved_mappings[path] = found.recorded()
-        self._originals.clear()
+            recorded = found.recorded()
+            if recorded is not found:
+                self.saved_mappings[path] = recorded
+                self._originals.pop(path, None)
 
     def note_keys(self, path: KeyPath, keys: dict[str, Any]) -> None:
         """Note the keys of the mapping at a path by their texts."""
@@ -152,7 +154,8 @@ def flatten_state_dict(
     def enter(path: KeyPath, prefix: str, container: Any) -> bool:
         """Add what is below a container; tell whether there are values."""
         is_list = isinstance(container, list)
-        known: Mapping[Any, str] = key_texts.get(path, {}) if key_texts and not is_list else {}
+        # Values by the last parts of their paths: a list's indices, or the texts of a mapping's keys.
+        entries: Iterable[tuple[Any, Any]] = enumerate(container) if is_list else container.items()
         if not is_list:
             described = describe(container)
             if path and path[-1] == _STATE and path[:-1] in shared:
@@ -160,35 +163,36 @@ def flatten_state_dict(
             if described is not None:
                 mapping.saved_mappings[path] = described
                 if described.keys is not None:
+                    known = (key_texts or {}).get(path, {})
                     by_text = {known.get(key) or text_of(key): key for key in described.keys}
                     if len(by_text) < len(described.keys):
                         raise _alike(path, described.keys)
                     mapping.note_keys(path, by_text)
+                    entries = zip(by_text, container.values(), strict=True)
             if _STATE in container and _GROUPS in container:
                 found = _shared_state(container)
                 if found:
                     shared[path] = found
-        has_values = has_empty = is_out_of_order = False
-        for key, value in giving_way(enumerate(container) if is_list else container.items()):
-            text = known.get(key) or (key if type(key) is str else text_of(key))
-            fqn = f"{prefix}{text}"
-            here = (*path, key if is_list else text)
-            if not (isinstance(value, torch.Tensor) or is_value(value)):
-                if not enter(here, f"{fqn}.", value):
-                    has_empty = True
-                    continue
-            elif fqn in flat:
-                raise _collision(fqn, mapping[fqn], here)
-            else:
+        num_before = len(flat)
+        has_empty = is_out_of_order = False
+        for name, value in giving_way(entries):
+            fqn = f"{prefix}{name}"
+            here = (*path, name)
+            if isinstance(value, torch.Tensor) or is_value(value):
+                if fqn in flat:
+                    raise _collision(fqn, mapping[fqn], here)
                 flat[fqn] = value
                 mapping[fqn] = here
-            has_values = True
-            is_out_of_order = is_out_of_order or has_empty
+            elif not enter(here, f"{fqn}.", value):
+                has_empty = True
+                continue
+            if has_empty:
+                is_out_of_order = True
         if is_out_of_order and not is_list:
             # Only values have paths: by the paths alone, the empty containers would come last.
             described = mapping.saved_mappings.get(path) or SavedMapping("dict")
             mapping.saved_mappings[path] = dataclasses.replace(described, keys=tuple(container))
-        return has_values
+        return len(flat) > num_before
 
     enter((), "", state_dict)
     return flat, mapping
